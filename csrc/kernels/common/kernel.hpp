@@ -1,0 +1,35 @@
+// One kernel: the record every backend fills in and the replay calls. Plain C++; included by files compiled for any
+// instruction set, so it holds no function and no template of the standard library.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace metafast::kernels {
+
+enum class DType : int { f32, f64 };
+enum class Isa : int { baseline, avx2, avx512 };  // baseline: x86-64-v1, or NEON on aarch64
+
+// What one call gets. Strides and sizes in `i` count elements; every pointer is aligned to its element alone.
+struct Args {
+  void* const* ptr;    // operands, in the order of the kernel's row (see kernels.hpp)
+  const int64_t* i;    // shape, strides, flags
+  const double* f;     // immediates
+  std::byte* scratch;  // at least Kernel::scratch(i) bytes, aligned to 64, this call's alone
+  int part, parts;     // this call computes share `part` of `parts` of the output (1 unless splittable)
+};
+
+enum Status : int { kOk = 0, kLabelOutOfRange = 1 };
+
+using Run = int (*)(const Args&) noexcept;               // a Status
+using Scratch = int64_t (*)(const int64_t* i) noexcept;  // bytes of scratch one call needs
+
+// A splittable kernel may be called once for each part 0..parts-1, in any order and at the same time; together the
+// parts write what one whole call writes, bit for bit.
+struct Kernel {
+  const char* name;
+  Run run;
+  Scratch scratch;
+  bool splittable;
+};
+
+}  // namespace metafast::kernels
