@@ -1,0 +1,83 @@
+"""What can fail, and what is warned of.
+
+Every error is a `MetafastError` and, beside it, the built-in exception that fits, so that `except ValueError` works.
+A message reads: place, got, expected, way out; within a replay the position comes first ("task 3, inner step 2: ...").
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BackendError",
+    "DoubleBackwardError",
+    "FallbackWarning",
+    "InputChangedError",
+    "InputError",
+    "InputTypeError",
+    "LabelError",
+    "MetafastError",
+    "NonFiniteError",
+    "NonFiniteWarning",
+    "TransformError",
+    "message",
+    "position",
+]
+
+
+class MetafastError(Exception):
+    """Whatever metafast itself raises."""
+
+
+class InputError(MetafastError, ValueError):
+    """An argument, a batch or an option has a value that cannot be used."""
+
+
+class InputTypeError(MetafastError, TypeError):
+    """An argument or a tensor has a type, dtype or device that cannot be used."""
+
+
+class LabelError(InputError, IndexError):
+    """A class label lies outside 0..classes-1 (and is not `ignore_index`)."""
+
+
+class BackendError(MetafastError, RuntimeError):
+    """The backend that was asked for is not there, or cannot take this problem."""
+
+
+class DoubleBackwardError(MetafastError, RuntimeError):
+    """The meta-gradient itself was differentiated, which a fused call does not offer."""
+
+
+class InputChangedError(MetafastError, RuntimeError):
+    """Something the call had read was changed in place before its backward pass."""
+
+
+class TransformError(MetafastError, RuntimeError):
+    """A torch.func transform reaches the call on a way that cannot be followed."""
+
+
+class NonFiniteError(MetafastError, ArithmeticError):
+    """A loss became infinite or NaN, and `nonfinite="raise"` was asked for."""
+
+
+class NonFiniteWarning(RuntimeWarning):
+    """A loss became infinite or NaN; it propagates as in PyTorch."""
+
+
+class FallbackWarning(UserWarning):
+    """A problem runs on the PyTorch reference, because something in it cannot go native."""
+
+
+def message(place: str, got: object, expected: str, way_out: str) -> str:
+    """The one form of a message: what is wrong where, and what to do about it."""
+    return f"{place}: got {got}, expected {expected}; {way_out}"
+
+
+def position(task: int, step: int, steps: int) -> str:
+    """Where in a replay something happened; `step == steps` is the query loss.
+
+    >>> position(3, 2, 5)
+    'task 3, inner step 2'
+    >>> position(3, 5, 5)
+    'task 3, query loss'
+    """
+    return f"task {task}, inner step {step}" if step < steps else f"task {task}, query loss"

@@ -1,0 +1,141 @@
+"""What one call means, with no backend in it, and what a backend offers.
+
+A `Problem` names every tensor that the losses read and that may receive a gradient, its *leaves*, by a key:
+
+    param/<name>     a parameter of the model; tied ones once, under the first of their names
+    hyper/<name>     a hyper-parameter of the update rule; hyper/<name>.<parameter> where it is one per parameter
+    support/<i>      tensor i of the flattened support batch, task dimension first
+    query/<i>        the same of the query batch
+    extern/<i>       a tensor found in a closure or an attribute that requires grad
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+if TYPE_CHECKING:
+    from .updates import UpdateRule
+
+__all__ = ["Backend", "Objective", "Outcome", "Problem", "hyper_tree"]
+
+#: `objective(model, batch of one task) -> scalar loss`, or `(scalar loss, outputs)`.
+Objective = Callable[[nn.Module, Any], Any]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything one call means: model, losses, update rule, batches.
+
+    `leaves` is ordered as the module docstring lists the kinds. `adapted` holds the names, without "param/", that the
+    inner loop adapts; `wrt` the keys whose gradient is wanted. `aliases` maps the first name of each parameter and
+    buffer to all its names. `buffers` holds the values the losses read, usually the model's own tensors; a deferred
+    replay is given a copy from before the first pass instead.
+    """
+
+    model: nn.Module
+    inner_objective: Objective
+    query_objective: Objective
+    update: UpdateRule
+    steps: int
+    order: int
+    leaves: Mapping[str, Tensor]
+    adapted: tuple[str, ...]
+    support_spec: pytree.TreeSpec
+    query_spec: pytree.TreeSpec | None
+    tasks: int
+    wrt: tuple[str, ...]
+    return_outputs: bool = False
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def with_leaves(self, tensors: Sequence[Tensor]) -> Problem:
+        """The same problem over other values of its leaves, in their order."""
+        return replace(self, leaves=dict(zip(self.leaves, tensors)))
+
+    def group(self, kind: str) -> dict[str, Tensor]:
+        """The leaves of one kind ("param", "hyper", "support", "query", "extern"), by name without the kind."""
+        start = kind + "/"
+        return {key[len(start) :]: leaf for key, leaf in self.leaves.items() if key.startswith(start)}
+
+    @property
+    def parameter(self) -> Tensor:
+        """The first parameter that adapts; its dtype and device are those of the losses."""
+        return self.leaves["param/" + self.adapted[0]]
+
+
+def hyper_tree(hyper: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The hyper-parameters as an update rule reads them: one per parameter become a dict inside.
+
+    >>> sorted(hyper_tree({"lr.0.weight": torch.ones(()), "decay": torch.ones(())})["lr"])
+    ['0.weight']
+    """
+    tree: dict[str, Any] = {}
+    for key, value in hyper.items():
+        name, dot, parameter = key.partition(".")
+        if dot:
+            tree.setdefault(name, {})[parameter] = value
+        else:
+            tree[name] = value
+    return tree
+
+
+@dataclass
+class Outcome:
+    """What a backend returns: whatever of it the call asked for.
+
+    `losses` is `(T,)`, `step_losses` `(T, steps)` the support losses before each update, `outputs` what the query
+    objective returned beside the loss, stacked over tasks. `gradients` maps keys of `Problem.wrt` to tensors shaped like
+    the leaf (`None` where nothing depends on it), `fast` names of adapted parameters to `(T, *shape)`. `finite` is
+    False where the backend knows that a loss is not finite, True where it knows that all are, None where nobody looked.
+    """
+
+    losses: Tensor | None = None
+    step_losses: Tensor | None = None
+    outputs: Any = None
+    gradients: dict[str, Tensor | None] | None = None
+    fast: dict[str, Tensor] | None = None
+    finite: bool | None = None
+
+
+class Backend(Protocol):
+    """One way to compute a problem.
+
+    Laws: results depend on the problem alone, not on threads or on earlier calls; nothing of the user's is changed but
+    the running statistics, those once and only where `fold` is true, as the eager loop over the tasks in order would
+    leave them; random draws come from PyTorch's generators, in the order of that loop; returned tensors own their
+    memory, carry no graph, and alias no leaf.
+    """
+
+    name: str
+
+    def losses(self, problem: Problem, *, fold: bool) -> Outcome:
+        """Losses (and outputs) only; nothing is kept for a gradient."""
+        ...
+
+    def meta_gradient(
+        self,
+        problem: Problem,
+        weights: Tensor,
+        output_cotangents: Sequence[Tensor | None] | None = None,
+        *,
+        fold: bool,
+    ) -> Outcome:
+        """Losses and the gradient in `problem.wrt` of sum_t weights[t] * loss_t (+ <outputs, cotangents>).
+
+        `weights` is `(T,)`; `output_cotangents` runs parallel to the flattened outputs, `(T, ...)` each.
+        """
+        ...
+
+    def adapt(self, problem: Problem, *, fold: bool) -> Outcome:
+        """The adapted parameters of all tasks; the query part of the problem is not read."""
+        ...
+
+    def adapt_vjp(self, problem: Problem, cotangents: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+        """The gradient in `problem.wrt` of sum_name <fast[name], cotangents[name]>."""
+        ...
