@@ -1,0 +1,157 @@
+"""Where a value lies: a buffer, and a strided view of it. Views of the graph become arithmetic on strides here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from metafast.graph import Attrs, Shape
+from metafast.ops import numel
+
+ITEM = {"int": 8, "index": 4}  # "real" is the program's own size
+
+# Address spaces of a program; those from EXTERNAL on are the tensors of the call (csrc/program.hpp).
+ARENA, STATE, STATE_NEXT, ADJOINT, ADJOINT_NEXT, ACCUMULATOR, CONSTANT, CALL, EXTERNAL = range(9)
+
+
+@dataclass(eq=False)
+class Buffer:
+    """A block of memory. `space` None: in the arena, placed by the memory planner, unless `offset` is given."""
+
+    nbytes: int
+    space: int | None = None
+    offset: int | None = None
+    persistent: bool = False  # outlives its section
+
+
+@dataclass(frozen=True)
+class Array:
+    """A strided view; offset and strides count elements."""
+
+    buffer: Buffer
+    shape: Shape
+    strides: tuple[int, ...]
+    itemsize: int
+    offset: int = 0
+
+    @property
+    def byte_offset(self) -> int:
+        return self.offset * self.itemsize
+
+
+def dense_strides(shape: Shape, order: Sequence[int] | None = None) -> tuple[int, ...]:
+    """Strides of a dense array whose dims lie in memory in `order`, outermost first (default: as listed)."""
+    strides = [0] * len(shape)
+    step = 1
+    for d in reversed(range(len(shape)) if order is None else order):
+        strides[d] = step
+        step *= shape[d]
+    return tuple(strides)
+
+
+def same_strides(shape: Shape, a: Sequence[int], b: Sequence[int]) -> bool:
+    """Whether two stride lists address alike (a dim of size 1 has no stride to speak of)."""
+    return all(x == y for n, x, y in zip(shape, a, b, strict=True) if n > 1)
+
+
+def memory_order(shape: Shape, strides: Sequence[int]) -> tuple[int, ...]:
+    """Dims from outermost to innermost in memory; ties and size-1 dims keep their place."""
+    real = [d for d in range(len(shape)) if shape[d] > 1]
+    ranked = sorted(real, key=lambda d: -strides[d])
+    out, it = [], iter(ranked)
+    for d in range(len(shape)):
+        out.append(d if shape[d] <= 1 else next(it))
+    return tuple(out)
+
+
+def is_dense(a: Array) -> bool:
+    """Whether the view covers a block of memory without gaps or repeats, in some order of dims."""
+    return same_strides(a.shape, a.strides, dense_strides(a.shape, memory_order(a.shape, a.strides)))
+
+
+def lies_in(a: Array, order: Sequence[int]) -> bool:
+    """Whether the view is dense with its dims in that order."""
+    return same_strides(a.shape, a.strides, dense_strides(a.shape, order))
+
+
+# ---- views ----------------------------------------------------------------------------------------------------
+
+
+def permuted(a: Array, dims: Sequence[int]) -> Array:
+    return replace(a, shape=tuple(a.shape[d] for d in dims), strides=tuple(a.strides[d] for d in dims))
+
+
+def broadcast_to(a: Array, shape: Shape) -> Array:
+    lead = len(shape) - len(a.shape)
+    strides = [0] * lead + [0 if n == 1 else s for n, s in zip(a.shape, a.strides, strict=True)]
+    return replace(a, shape=shape, strides=tuple(strides))
+
+
+def sliced(a: Array, attrs: Attrs) -> Array:
+    d = attrs["dim"]
+    size = len(range(attrs["start"], attrs["stop"], attrs["step"]))
+    shape = (*a.shape[:d], size, *a.shape[d + 1 :])
+    strides = (*a.strides[:d], a.strides[d] * attrs["step"], *a.strides[d + 1 :])
+    return replace(a, shape=shape, strides=strides, offset=a.offset + attrs["start"] * a.strides[d])
+
+
+def reshaped(a: Array, shape: Shape) -> Array | None:
+    """The view of that shape, or None where strides cannot express it.
+
+    Cut the old dims into runs that are contiguous among themselves; the new dims must fill each run exactly.
+    """
+    if numel(shape) == 0:
+        return replace(a, shape=shape, strides=dense_strides(shape))
+    runs: list[list[int]] = []  # [elements, innermost stride], outermost run first
+    for n, s in zip(a.shape, a.strides, strict=True):
+        if n == 1:
+            continue
+        if runs and runs[-1][1] == n * s:
+            runs[-1] = [runs[-1][0] * n, s]
+        else:
+            runs.append([n, s])
+    strides = [0] * len(shape)
+    left, step = (runs[-1] if runs else [1, 1])
+    for d in reversed(range(len(shape))):
+        if shape[d] == 1:
+            strides[d] = step
+            continue
+        if left == 1 and runs:
+            runs.pop()
+            left, step = runs[-1] if runs else [1, 1]
+        if left % shape[d]:
+            return None
+        strides[d] = step
+        step, left = step * shape[d], left // shape[d]
+    return replace(a, shape=shape, strides=tuple(strides))
+
+
+def collapse(shape: Shape, strides: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
+    """Merge neighbouring dims that every operand walks as one; drop dims of size 1. Returns (dims, strides)."""
+    dims: list[int] = []
+    out: list[list[int]] = [[] for _ in strides]
+    for d, n in enumerate(shape):
+        if n == 1:
+            continue
+        if dims and all(o[-1] == s[d] * n for o, s in zip(out, strides, strict=True)):
+            dims[-1] *= n
+            for o, s in zip(out, strides, strict=True):
+                o[-1] = s[d]
+        else:
+            dims.append(n)
+            for o, s in zip(out, strides, strict=True):
+                o.append(s[d])
+    return dims, out
+
+
+@dataclass(eq=False)
+class Instruction:
+    """One kernel call before addresses are known: operands in the kernel's order, which of them are written."""
+
+    kernel: str
+    operands: list[Array]
+    writes: list[int]
+    ints: list[int]
+    floats: list[float] = field(default_factory=list)
+    flops: float = 0.0
+    note: str = ""

@@ -1,0 +1,527 @@
+"""Units to instructions: for each kernel stem one emitter that fixes layouts and writes the kernel's integers.
+
+Layouts are a matter of strides alone. Convolutions and pools work on dense N,H,W,C; a pointwise cluster takes the layout
+of its largest dense input; normalisations keep their input's layout where the reduced dims are one block of it; everything that leaves
+the section is contiguous. Where an operand lies otherwise, `_dense` copies it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from metafast.graph import Node, Shape, Value
+from metafast.lower.arrays import (
+    CONSTANT,
+    ITEM,
+    Array,
+    Buffer,
+    Instruction,
+    broadcast_to,
+    collapse,
+    dense_strides,
+    is_dense,
+    lies_in,
+    memory_order,
+    permuted,
+    reshaped,
+    sliced,
+)
+from metafast.lower.fuse import Unit, units
+from metafast.ops import TABLE, numel
+from metafast.ops.shape import literal_tensor
+from metafast.sweep import Section, Store
+
+NHWC = (0, 2, 3, 1)
+
+
+@dataclass
+class Constants:
+    """The program's literals: one block of bytes, every distinct array once."""
+
+    dtype: torch.dtype
+    data: bytearray = field(default_factory=bytearray)
+    made: dict[bytes, Array] = field(default_factory=dict)
+
+    def array(self, tensor: torch.Tensor) -> Array:
+        """Where that tensor lies among the constants."""
+        raw = tensor.to(self.dtype).contiguous().numpy().tobytes()
+        shape = tuple(tensor.shape)
+        if raw not in self.made:
+            offset = len(self.data)
+            self.data += raw + b"\0" * (-len(raw) % 64)
+            buffer = Buffer(len(raw), CONSTANT, offset)
+            self.made[raw] = Array(buffer, shape, dense_strides(shape), self.dtype.itemsize)
+        found = self.made[raw]
+        return Array(found.buffer, shape, dense_strides(shape), found.itemsize)
+
+
+class Emitter:
+    """Lowers one section. `known` places its inputs, `target` its stores (None: keep the value where it is made)."""
+
+    def __init__(
+        self,
+        section: Section,
+        known: dict[Value, Array],
+        target: Callable[[Store, Value], Array | None],
+        constants: Constants,
+        opcodes: dict[str, int],
+    ) -> None:
+        self.section = section
+        self.graph = section.graph
+        self.env = dict(known)
+        self.target = target
+        self.constants = constants
+        self.opcodes = opcodes
+        self.item = constants.dtype.itemsize
+        self.producer = self.graph.producers()
+        self.code: list[Instruction] = []
+        self.kept: dict[str, Array] = {}
+        self.uses = self._outside_uses()
+
+    def run(self) -> list[Instruction]:
+        """All instructions, in order."""
+        self.plan = units(self.section)
+        self.unit_of = {v: u for u in self.plan for n in u.nodes for v in n.outputs}
+        for unit in self.plan:
+            if unit.kind == "pointwise":
+                self._cluster(unit)
+            elif unit.kind == "sum":
+                self._sum(unit)
+            else:
+                self._node(unit.nodes[0], None)
+        return self.code
+
+    def _outside_uses(self) -> dict[Value, list[Node]]:
+        uses: dict[Value, list[Node]] = {}
+        for n in self.graph.nodes:
+            for v in n.inputs:
+                uses.setdefault(v, []).append(n)
+        return uses
+
+    # ---- arrays
+
+    def fresh(self, shape: Shape, order: Sequence[int] | None = None, dtype: str = "real") -> Array:
+        """A new dense array in the arena."""
+        item = ITEM.get(dtype, self.item)
+        return Array(Buffer(numel(shape) * item), shape, dense_strides(shape, order), item)
+
+    def array(self, v: Value) -> Array:
+        """Where the value lies; views are worked out here, and a reshape that strides cannot express is copied."""
+        found = self.env.get(v)
+        if found is None:
+            found = self.env[v] = self._view(self.producer[v])
+        return found
+
+    def _view(self, node: Node) -> Array:
+        if node.op == "const":
+            return self.constants.array(torch.tensor(node.attrs["value"], dtype=torch.float64))
+        if node.op == "literal":
+            return self.constants.array(literal_tensor(node.attrs, torch.float64))
+        a = self.array(node.inputs[0])
+        if node.op == "reshape":
+            return reshaped(a, node.attrs["shape"]) or self._reshape_copy(a, node.attrs["shape"])
+        if node.op == "permute":
+            return permuted(a, node.attrs["dims"])
+        if node.op == "expand":
+            return broadcast_to(a, node.attrs["shape"])
+        return sliced(a, node.attrs) if node.op == "slice" else a
+
+    def _reshape_copy(self, a: Array, shape: Shape) -> Array:
+        out = reshaped(self._copied(a, None), shape)
+        assert out is not None
+        return out
+
+    def _copied(self, a: Array, order: Sequence[int] | None) -> Array:
+        out = self.fresh(a.shape, order)
+        self.copy(a, out)
+        return out
+
+    def copy(self, src: Array, dst: Array, *, add: bool = False) -> None:
+        """dst = src, or dst += src, element by element."""
+        self._emit_pointwise([src], [dst], [0], [int(add)], [], 1, [], dst.shape, "copy")
+
+    def dense(self, a: Array, order: Sequence[int] | None = None) -> Array:
+        """The array, dense in that order of dims; copied where it is not."""
+        order = tuple(range(len(a.shape))) if order is None else order
+        return a if lies_in(a, order) else self._copied(a, order)
+
+    def emit(self, node: Node, kernel: str, operands: list[Array], writes: int, ints: list[int], floats: Sequence[float] = ()) -> None:
+        """Append one instruction whose last `writes` operands are written."""
+        n = len(operands)
+        self.code.append(
+            Instruction(
+                kernel,
+                operands,
+                list(range(n - writes, n)),
+                ints,
+                list(floats),
+                TABLE[node.op].flops(node),
+                f"{node.op}  {node.origin}".rstrip(),
+            )
+        )
+
+    # ---- pointwise
+
+    def _cluster(self, unit: Unit) -> None:
+        shape = unit.nodes[0].outputs[0].shape if unit.nodes else unit.stores[0][0].shape
+        inside = {n.outputs[0] for n in unit.nodes}
+        code = _Registers(self, unit, inside)
+        arrays = [broadcast_to(self.array(v), shape) for v in code.inputs]
+        outputs, regs, modes = self._results(unit, inside, code, self._layout(arrays, shape), shape)
+        self._emit_pointwise(
+            arrays, outputs, regs, modes, code.ops, code.count, code.floats, shape, self._note(unit), len(unit.nodes)
+        )
+
+    @staticmethod
+    def _note(unit: Unit) -> str:
+        names = [n.op for n in unit.nodes] or ["store"]
+        origin = next((n.origin for n in reversed(unit.nodes) if n.origin), "")
+        return f"{'·'.join(names[:8])}{'…' if len(names) > 8 else ''}  {origin}".rstrip()
+
+    def _layout(self, arrays: Sequence[Array], shape: Shape) -> tuple[int, ...]:
+        """The order of dims of the first full dense input that is not plainly contiguous, else contiguous."""
+        plain = tuple(range(len(shape)))
+        for a in arrays:
+            order = memory_order(shape, a.strides)
+            if order != plain and is_dense(a):
+                return order
+        return plain
+
+    def _results(
+        self, unit: Unit, inside: set[Value], code: _Registers, order: Sequence[int], shape: Shape
+    ) -> tuple[list[Array], list[int], list[int]]:
+        outputs: list[Array] = []
+        regs: list[int] = []
+        modes: list[int] = []
+        for value, store in unit.stores:
+            where = self.target(store, value)
+            if where is None:
+                continue
+            outputs.append(where)
+            regs.append(code.register(value))
+            modes.append(int(store.add))
+            if value in inside and not store.add:
+                self.env[value] = where
+        for v in inside:
+            if v not in self.env and self._needed(v, unit):
+                self.env[v] = self.fresh(shape, order)
+                outputs.append(self.env[v])
+                regs.append(code.register(v))
+                modes.append(0)
+        self._keep(unit)
+        return outputs, regs, modes
+
+    def _needed(self, v: Value, unit: Unit) -> bool:
+        """Whether anything outside the cluster reads the value (through views too), or the section keeps it."""
+        if any(s.kind == "hoisted" for value, s in unit.stores if value is v):
+            return True
+        for n in self.uses.get(v, ()):
+            if TABLE[n.op].kernel == "view":
+                if n.op != "stop_gradient" or self._needed(n.outputs[0], unit) or self._stored(n.outputs[0]):
+                    return True
+            elif n not in unit.nodes:
+                return True
+        return self._stored_elsewhere(v, unit)
+
+    def _stored(self, v: Value) -> bool:
+        return any(o is v for o in self.graph.outputs.values())
+
+    def _stored_elsewhere(self, v: Value, unit: Unit) -> bool:
+        return any(value is v for u in self.plan if u is not unit for value, _ in u.stores)
+
+    def _keep(self, unit: Unit) -> None:
+        for value, store in unit.stores:
+            if store.kind == "hoisted":
+                self.kept[store.name] = self.array(value)
+
+    def _emit_pointwise(
+        self,
+        inputs: list[Array],
+        outputs: list[Array],
+        regs: list[int],
+        modes: list[int],
+        ops: list[int],
+        count: int,
+        floats: list[float],
+        shape: Shape,
+        note: str,
+        work: int = 0,
+    ) -> None:
+        if not outputs or numel(shape) == 0:
+            return
+        order = memory_order(shape, outputs[0].strides)
+        shape = tuple(shape[d] for d in order)
+        strides = [[a.strides[d] for d in order] for a in (*inputs, *outputs)]
+        dims, strides = collapse(shape, strides)
+        ints = [len(dims), len(inputs), len(outputs), len(ops) // 5, count, *dims]
+        ints += [s for each in strides for s in each] + regs + modes + ops
+        n = len(inputs)
+        operands = inputs + outputs
+        flops = float(work * numel(shape))
+        self.code.append(
+            Instruction("pointwise", operands, list(range(n, len(operands))), ints, floats, flops, note)
+        )
+
+    # ---- kernels
+
+    def _node(self, node: Node, into: tuple[Array, bool] | None) -> None:
+        getattr(self, f"_{TABLE[node.op].kernel}")(node, into)
+
+    def _sum(self, unit: Unit) -> None:
+        assert unit.result is not None
+        first = unit.nodes[0]
+        self._node(first, None)
+        out = self.env[first.outputs[0]]
+        for node in unit.nodes[1:]:
+            self._node(node, (out, True))
+        self.env[unit.result] = out
+
+    def _result(self, node: Node, into: tuple[Array, bool] | None, order: Sequence[int] | None) -> tuple[Array, int]:
+        """Where the node's first output goes, and the kernel's mode (1: add to what is there)."""
+        v = node.outputs[0]
+        where, add = into if into is not None else (self.fresh(v.shape, order), False)
+        self.env[v] = where
+        return where, int(add)
+
+    def _matmul(self, node: Node, into: tuple[Array, bool] | None) -> None:
+        a, b = (self._batched(self.array(v)) for v in node.inputs)
+        out, mode = self._result(node, into, None)
+        c = reshaped(out, (a.shape[0], *out.shape[-2:]))
+        assert c is not None
+        batch, m, k = a.shape
+        n = b.shape[2]
+        ints = [batch, m, n, k, *a.strides, *b.strides, *c.strides, mode, 0]
+        self.emit(node, "gemm", [a, b, c], 1, ints)
+
+    def _batched(self, a: Array) -> Array:
+        """As (batch, rows, columns)."""
+        batch = numel(a.shape[:-2])
+        return reshaped(a, (batch, *a.shape[-2:])) or self._reshape_copy(a, (batch, *a.shape[-2:]))
+
+    def _conv2d(self, node: Node, into: tuple[Array, bool] | None) -> None:
+        p, q = (self.array(v) for v in node.inputs)
+        y = node.outputs[0].shape
+        if node.op == "conv2d":
+            x_shape, w_shape, y_shape = p.shape, q.shape, y
+            p = self.dense(p, NHWC)
+        elif node.op == "conv2d_dx":
+            x_shape, w_shape, y_shape = y, q.shape, p.shape
+            p = self.dense(p, NHWC)
+        else:
+            x_shape, w_shape, y_shape = p.shape, y, q.shape
+            p, q = self.dense(p, NHWC), self.dense(q, NHWC)
+        out, mode = self._result(node, into, None if node.op == "conv2d_dw" else NHWC)
+        w = out if node.op == "conv2d_dw" else q
+        ints = [x_shape[0], *x_shape[2:], x_shape[1], *w_shape[:1], *w_shape[2:]]
+        ints += [*node.attrs["stride"], *node.attrs["padding"], *node.attrs["dilation"], *y_shape[2:], *w.strides]
+        kernel = {"conv2d": "conv_fwd", "conv2d_dx": "conv_dx", "conv2d_dw": "conv_dw"}[node.op]
+        self.emit(node, kernel, [p, q, out], 1, [*ints, mode, 0])
+
+    def _reduce(self, node: Node, into: tuple[Array, bool] | None) -> None:
+        x = self.array(node.inputs[0])
+        order = memory_order(x.shape, x.strides)
+        dims = node.attrs["dims"]
+        kept, red = [d for d in order if d not in dims], [d for d in order if d in dims]
+        names = [d for d in range(len(x.shape)) if d not in dims]
+        out, mode = self._result(node, into, [names.index(d) for d in kept])
+        k_dims, (k_in, k_out) = collapse(
+            tuple(x.shape[d] for d in kept),
+            [[x.strides[d] for d in kept], [out.strides[names.index(d)] for d in kept]],
+        )
+        r_dims, (r_in,) = collapse(tuple(x.shape[d] for d in red), [[x.strides[d] for d in red]])
+        ints = [len(k_dims), len(r_dims), *k_dims, *r_dims, *k_in, *r_in, *k_out, mode, 0]
+        self.emit(node, "reduce", [x, out], 1, ints, [1.0])
+
+    # -- kernels that see (outer, reduce, inner)
+
+    def _blocked(self, a: Array, dims: Sequence[int]) -> tuple[Array, tuple[int, ...], tuple[int, int, int]]:
+        """The array in a layout where `dims` are one block of memory: (array, order, (outer, reduce, inner))."""
+        order = memory_order(a.shape, a.strides)
+        if not (is_dense(a) and _block(a.shape, order, dims)):
+            kept = [d for d in range(len(a.shape)) if d not in dims]
+            order = NHWC if len(a.shape) == 4 and kept == [1] else (*kept, *dims)
+            a = self._copied(a, order)
+        at = [i for i, d in enumerate(order) if d in dims and a.shape[d] > 1]
+        lo, hi = (at[0], at[-1] + 1) if at else (len(order), len(order))
+        sizes = [a.shape[d] for d in order]
+        return a, order, (numel(tuple(sizes[:lo])), numel(tuple(sizes[lo:hi])), numel(tuple(sizes[hi:])))
+
+    @staticmethod
+    def _kept_order(order: Sequence[int], dims: Sequence[int]) -> list[int]:
+        names = [d for d in range(len(order)) if d not in dims]
+        return [names.index(d) for d in order if d not in dims]
+
+    def _stat(self, v: Value, order: Sequence[int], dims: Sequence[int]) -> Array:
+        return self.dense(self.array(v), self._kept_order(order, dims))
+
+    def _standardize(self, node: Node, _: tuple[Array, bool] | None) -> None:
+        dims = node.attrs["dims"]
+        x, order, sizes = self._blocked(self.array(node.inputs[0]), dims)
+        outs = [self.fresh(x.shape, order)]
+        outs += [self.fresh(v.shape, self._kept_order(order, dims)) for v in node.outputs[1:]]
+        self.env.update(zip(node.outputs, outs, strict=True))
+        self.emit(node, "standardize", [x, *outs], 4, list(sizes), [node.attrs["eps"]])
+
+    def _project(self, node: Node, _: tuple[Array, bool] | None) -> None:
+        v, xhat, rstd = node.inputs
+        dims = node.attrs["dims"]
+        x, order, sizes = self._blocked(self.array(xhat), dims)
+        ins = [self.dense(self.array(v), order), x, self._stat(rstd, order, dims)]
+        outs = [self.fresh(x.shape, order), self.fresh(node.outputs[1].shape, self._kept_order(order, dims))]
+        self.env.update(zip(node.outputs, outs, strict=True))
+        self.emit(node, "project", [*ins, *outs], 2, [*sizes, 0])
+
+    def _project_tangent(self, node: Node, _: tuple[Array, bool] | None) -> None:
+        v, xhat, xhat_dot, rstd, corr = node.inputs
+        dims = node.attrs["dims"]
+        x, order, sizes = self._blocked(self.array(xhat), dims)
+        ins = [self.dense(self.array(v), order), x, self.dense(self.array(xhat_dot), order)]
+        ins += [self._stat(rstd, order, dims), self._stat(corr, order, dims)]
+        out = self.env[node.outputs[0]] = self.fresh(x.shape, order)
+        self.emit(node, "project_tangent", [*ins, out], 1, [*sizes, 0])
+
+    def _log_softmax(self, node: Node, _: tuple[Array, bool] | None) -> None:
+        x, order, sizes = self._blocked(self.array(node.inputs[0]), (node.attrs["dim"],))
+        out = self.env[node.outputs[0]] = self.fresh(x.shape, order)
+        self.emit(node, "log_softmax", [x, out], 1, list(sizes))
+
+    # -- pools
+
+    def _max_pool(self, node: Node, _: tuple[Array, bool] | None) -> None:
+        x = self.dense(self.array(node.inputs[0]), NHWC)
+        y, idx = (self.fresh(v.shape, NHWC, v.dtype) for v in node.outputs)
+        self.env.update(zip(node.outputs, (y, idx), strict=True))
+        a = node.attrs
+        ints = [*_nhwc(x.shape), *a["kernel"], *a["stride"], *a["padding"], *a["dilation"], *y.shape[2:]]
+        self.emit(node, "max_pool", [x, y, idx], 2, ints)
+
+    def _pool_gather(self, node: Node, _: tuple[Array, bool] | None) -> None:
+        x = self.dense(self.array(node.inputs[0]), NHWC)
+        idx = self.array(node.inputs[1])
+        y = self.env[node.outputs[0]] = self.fresh(node.outputs[0].shape, NHWC)
+        self.emit(node, "pool_gather", [x, idx, y], 1, [*_nhwc(x.shape), *y.shape[2:]])
+
+    def _pool_scatter(self, node: Node, _: tuple[Array, bool] | None) -> None:
+        dy = self.dense(self.array(node.inputs[0]), NHWC)
+        idx = self.array(node.inputs[1])
+        dx = self.env[node.outputs[0]] = self.fresh(node.outputs[0].shape, NHWC)
+        self.emit(node, "pool_scatter", [dy, idx, dx], 1, [*_nhwc(dx.shape), *dy.shape[2:], 0])
+
+    def _average(self, node: Node, x_shape: Shape, y_shape: Shape) -> None:
+        a = node.attrs
+        src = self.dense(self.array(node.inputs[0]), NHWC)
+        out = self.env[node.outputs[0]] = self.fresh(node.outputs[0].shape, NHWC)
+        ints = [*_nhwc(x_shape), *a["kernel"], *a["stride"], *a["padding"], *y_shape[2:]]
+        self.emit(node, node.op, [src, out], 1, [*ints, int(a["count_include_pad"]), a["divisor"], 0])
+
+    def _avg_pool(self, node: Node, _: tuple[Array, bool] | None) -> None:
+        self._average(node, node.inputs[0].shape, node.outputs[0].shape)
+
+    def _avg_pool_adj(self, node: Node, _: tuple[Array, bool] | None) -> None:
+        self._average(node, node.outputs[0].shape, node.inputs[0].shape)
+
+    # -- moving elements
+
+    def _one_hot(self, node: Node, _: tuple[Array, bool] | None) -> None:
+        labels = self.array(node.inputs[0])
+        out = self.env[node.outputs[0]] = self.fresh(node.outputs[0].shape)
+        a = node.attrs
+        self.emit(node, "one_hot", [labels, out], 1, [*out.shape, a["ignore_index"], *labels.strides])
+
+    def _pad(self, node: Node, _: tuple[Array, bool] | None) -> None:
+        x = self.array(node.inputs[0])
+        out = self.env[node.outputs[0]] = self.fresh(node.outputs[0].shape, memory_order(x.shape, x.strides))
+        self.emit(node, "fill", [out], 1, [numel(out.shape)], [0.0])
+        self.copy(x, sliced(out, node.attrs))
+
+    def _concat(self, node: Node, _: tuple[Array, bool] | None) -> None:
+        parts = [self.array(v) for v in node.inputs]
+        order = self._layout([p for p in parts if is_dense(p)], parts[0].shape)
+        out = self.env[node.outputs[0]] = self.fresh(node.outputs[0].shape, order)
+        dim, at = node.attrs["dim"], 0
+        for p in parts:
+            end = at + p.shape[dim]
+            self.copy(p, sliced(out, {"dim": dim, "start": at, "stop": end, "step": 1}))
+            at = end
+
+
+class _Registers:
+    """Registers of one cluster: inputs first, then results, reused once nothing more reads them."""
+
+    def __init__(self, emitter: Emitter, unit: Unit, inside: set[Value]) -> None:
+        self.emitter, self.inside = emitter, inside
+        self.inputs: list[Value] = []
+        self.floats: list[float] = []
+        self.ops: list[int] = []
+        self.where: dict[Value, int] = {}
+        for n in unit.nodes:
+            for v in n.inputs:
+                self._outside(v)
+        for v, _ in unit.stores:
+            self._outside(v)
+        self.count = len(self.inputs)
+        self._allocate(unit)
+
+    def _alias(self, v: Value) -> Value:
+        while (n := self.emitter.producer.get(v)) is not None and n.op == "stop_gradient":
+            v = n.inputs[0]
+        return v
+
+    def _outside(self, v: Value) -> None:
+        v = self._alias(v)
+        if v in self.inside or v in self.where:
+            return
+        n = self.emitter.producer.get(v)
+        while n is not None and n.op in ("expand", "reshape"):
+            n = self.emitter.producer.get(n.inputs[0])
+        if n is not None and n.op == "const":
+            self.floats.append(n.attrs["value"])
+            self.where[v] = -len(self.floats)
+        else:
+            self.where[v] = len(self.inputs)
+            self.inputs.append(v)
+
+    def _allocate(self, unit: Unit) -> None:
+        last: dict[Value, int] = {}
+        for k, n in enumerate(unit.nodes):
+            for v in n.inputs:
+                last[self._alias(v)] = k
+        free: list[int] = []
+        kept = {self._alias(v) for v, _ in unit.stores}
+        kept |= {v for v in self.inside if self.emitter._needed(v, unit)}
+        for k, n in enumerate(unit.nodes):
+            args = [self._alias(v) for v in n.inputs]
+            sources = [self.where[v] for v in args]
+            dst = free.pop() if free else self.count
+            self.count = max(self.count, dst + 1)
+            self.where[n.outputs[0]] = dst
+            self.ops += [self.emitter.opcodes[n.op], dst, *(sources + [0, 0])[:3]]
+            for v in set(args):
+                if v in self.inside and last[v] == k and v not in kept:
+                    free.append(self.where[v])
+            if n.outputs[0] not in last and n.outputs[0] not in kept:
+                free.append(dst)
+
+    def register(self, v: Value) -> int:
+        """The register that holds the value at the end; a constant gets one by a copy."""
+        v = self._alias(v)
+        r = self.where[v]
+        if r < 0:
+            self.ops += [self.emitter.opcodes["copy"], self.count, r, 0, 0]
+            r = self.where[v] = self.count
+            self.count += 1
+        return r
+
+
+def _nhwc(shape: Shape) -> list[int]:
+    n, c, h, w = shape
+    return [n, h, w, c]
+
+
+def _block(shape: Shape, order: Sequence[int], dims: Sequence[int]) -> bool:
+    """Whether the reduced dims are neighbours in memory (dims of size 1 aside)."""
+    at = [i for i, d in enumerate(d for d in order if shape[d] > 1) if d in dims]
+    return not at or at[-1] - at[0] + 1 == len(at)

@@ -1,0 +1,188 @@
+"""Cut a section into units: what one instruction (or a few that share a buffer) will do.
+
+A *cluster* is a set of pointwise nodes of one shape that run block by block through L1 as one instruction. A node joins
+the cluster of one of its producers where no path leaves that cluster and comes back. A *sum* is an addition whose terms
+are all kernels that can accumulate (`x·Ẇ + ẋ·W`): the terms write into one buffer.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from metafast.graph import Graph, Node, Value
+from metafast.ops import TABLE
+from metafast.ops.pointwise import POINTWISE
+from metafast.sweep import Section, Store
+
+ACCUMULATING = {"matmul", "conv2d"}
+MAX_OPS = 40  # registers and inputs of a cluster must fit L1 in blocks of some hundred elements
+MAX_INPUTS = 20
+
+
+@dataclass(eq=False)
+class Unit:
+    """`nodes` in order: one node, or a cluster (`pointwise`), or the terms of a sum (`result` names their total)."""
+
+    kind: str  # "node" | "pointwise" | "sum"
+    nodes: list[Node] = field(default_factory=list)
+    stores: list[tuple[Value, Store]] = field(default_factory=list)
+    result: Value | None = None
+    order: int = 0
+    inputs: set[Value] = field(default_factory=set)
+
+
+def is_free(node: Node) -> bool:
+    """Views and constants cost no instruction of their own."""
+    return TABLE[node.op].kernel in ("view", "constant")
+
+
+def units(section: Section) -> list[Unit]:
+    """The section's units in an order that respects every dependence."""
+    return _Fuser(section).run()
+
+
+class _Fuser:
+    def __init__(self, section: Section) -> None:
+        self.section = section
+        self.graph: Graph = section.graph
+        self.producer = self.graph.producers()
+        self.uses: dict[Value, int] = defaultdict(int)
+        for n in self.graph.nodes:
+            for v in n.inputs:
+                self.uses[v] += 1
+        for v in self.graph.outputs.values():
+            self.uses[v] += 1
+        self.units: list[Unit] = []
+        self.unit_of: dict[Value, int] = {}
+        self.before: list[int] = []  # bit set of the units each unit depends on, transitively
+
+    def run(self) -> list[Unit]:
+        for k, node in enumerate(self.graph.nodes):
+            if is_free(node):
+                continue
+            if not (node.op == "add" and self._sum(node, k)):
+                self._pointwise(node, k) if node.op in POINTWISE else self._single(node, k)
+        for store in self.section.stores:
+            self._store(store)
+        return self._ordered()
+
+    # -- dependence
+
+    def _root(self, v: Value) -> Value:
+        """The value whose elements `v` views."""
+        while (n := self.producer.get(v)) is not None and TABLE[n.op].kernel == "view":
+            v = n.inputs[0]
+        return v
+
+    def _deps(self, values: tuple[Value, ...]) -> set[int]:
+        return {u for v in values if (u := self.unit_of.get(self._root(v))) is not None}
+
+    def _closure(self, deps: set[int]) -> int:
+        bits = 0
+        for d in deps:
+            bits |= self.before[d] | (1 << d)
+        return bits
+
+    def _new(self, unit: Unit, deps: set[int]) -> int:
+        self.units.append(unit)
+        self.before.append(self._closure(deps))
+        return len(self.units) - 1
+
+    def _own(self, u: int, node: Node, k: int) -> None:
+        self.units[u].nodes.append(node)
+        self.units[u].order = k
+        for v in node.outputs:
+            self.unit_of[v] = u
+
+    def _single(self, node: Node, k: int) -> None:
+        self._own(self._new(Unit("node"), self._deps(node.inputs)), node, k)
+
+    # -- clusters
+
+    def _pointwise(self, node: Node, k: int) -> None:
+        deps = self._deps(node.inputs)
+        u = self._home(node.outputs[0].shape, node.inputs, deps)
+        if u is None:
+            u = self._new(Unit("pointwise"), deps)
+        else:
+            self._join(u, deps)
+        self.units[u].inputs.update(node.inputs)
+        self._own(u, node, k)
+
+    def _home(self, shape: tuple[int, ...], inputs: tuple[Value, ...], deps: set[int]) -> int | None:
+        """The latest cluster that makes one of the inputs and may take one more node of that shape."""
+        makers = {self.unit_of[v] for v in map(self._alias, inputs) if v in self.unit_of}
+        for u in sorted(makers, reverse=True):
+            unit = self.units[u]
+            if unit.kind != "pointwise" or unit.nodes[0].outputs[0].shape != shape:
+                continue
+            if len(unit.nodes) >= MAX_OPS or len(unit.inputs | set(inputs)) >= MAX_INPUTS:
+                continue
+            if not any(self.before[d] >> u & 1 for d in deps if d != u):
+                return u
+        return None
+
+    def _alias(self, v: Value) -> Value:
+        while (n := self.producer.get(v)) is not None and n.op == "stop_gradient":
+            v = n.inputs[0]
+        return v
+
+    def _join(self, u: int, deps: set[int]) -> None:
+        more = self._closure({d for d in deps if d != u}) & ~self.before[u]
+        if more:
+            self.before[u] |= more
+            for w in range(len(self.units)):
+                if self.before[w] >> u & 1:
+                    self.before[w] |= self.before[u]
+
+    # -- sums
+
+    def _sum(self, node: Node, k: int) -> bool:
+        """Make `add(p, q)` a sum unit where both are accumulating kernels (or sums of them) that nothing else reads."""
+        terms: list[Node] = []
+        olds: list[int] = []
+        for v in node.inputs:
+            u = self.unit_of.get(v)
+            if u is None or self.uses[v] != 1 or v.shape != node.outputs[0].shape:
+                return False
+            unit = self.units[u]
+            ok = unit.kind == "sum" or (
+                unit.kind == "node" and TABLE[unit.nodes[0].op].kernel in ACCUMULATING
+            )
+            if not ok or u in olds:
+                return False
+            terms += unit.nodes
+            olds.append(u)
+        deps = {d for n in terms for d in self._deps(n.inputs)}
+        if any(self._closure(deps) >> u & 1 for u in olds):
+            return False
+        new = self._new(Unit("sum", terms, result=node.outputs[0], order=k), deps)
+        for u in olds:
+            self.units[u] = Unit("gone")
+        self.unit_of[node.outputs[0]] = new
+        return True
+
+    # -- stores
+
+    def _store(self, store: Store) -> None:
+        value = self.graph.outputs[store.output]
+        u = self.unit_of.get(self._alias(value))
+        if u is None or self.units[u].kind != "pointwise" or self.units[u].nodes[0].outputs[0].shape != value.shape:
+            u = self._new(Unit("pointwise", order=len(self.graph.nodes)), self._deps((value,)))
+        self.units[u].stores.append((value, store))
+
+    # -- order
+
+    def _ordered(self) -> list[Unit]:
+        """Units by the number of units before them would do; by position of their last node keeps values short-lived."""
+        alive = [u for u in range(len(self.units)) if self.units[u].kind != "gone"]
+        gone = sum(1 << u for u in range(len(self.units)) if self.units[u].kind == "gone")
+        done, out = gone, []
+        pending = sorted(alive, key=lambda u: self.units[u].order)
+        while pending:
+            ready = next(u for u in pending if not self.before[u] & ~done)
+            pending.remove(ready)
+            done |= 1 << ready
+            out.append(self.units[ready])
+        return out

@@ -1,0 +1,47 @@
+"""Buffer lifetimes to arena offsets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from metafast.lower.arrays import Buffer, Instruction
+
+ALIGN = 64  # a cache line, and the widest vector
+
+
+def aligned(nbytes: int) -> int:
+    """Rounded up to a whole number of cache lines."""
+    return -(-nbytes // ALIGN) * ALIGN
+
+
+def lifetimes(code: Sequence[Instruction]) -> dict[Buffer, tuple[int, int]]:
+    """First and last instruction that touches each arena buffer of the section."""
+    life: dict[Buffer, tuple[int, int]] = {}
+    for k, ins in enumerate(code):
+        for a in ins.operands:
+            if a.buffer.space is None:
+                first, _ = life.get(a.buffer, (k, k))
+                life[a.buffer] = (first, k)
+    return life
+
+
+def place(code: Sequence[Instruction], base: int) -> int:
+    """Give every section-local arena buffer an offset from `base` on; returns the bytes the section needs in all.
+
+    Largest first, each at the lowest offset that is free throughout its life: within a few per cent of the peak of live
+    bytes on the programs seen. Two buffers that are alive at one instruction never overlap.
+    """
+    life = {b: span for b, span in lifetimes(code).items() if b.offset is None}
+    placed: list[tuple[int, int, int, int]] = []  # offset, end, first, last
+    top = base
+    for buffer, (first, last) in sorted(life.items(), key=lambda e: (-e[0].nbytes, e[1])):
+        at = base
+        for start, end, a, z in sorted(p for p in placed if p[2] <= last and first <= p[3]):
+            if at + buffer.nbytes <= start:
+                break
+            at = max(at, end)
+        buffer.offset = at
+        end = at + aligned(max(buffer.nbytes, 1))
+        placed.append((at, end, first, last))
+        top = max(top, end)
+    return top

@@ -1,0 +1,227 @@
+"""Sections to one native Program: addresses for everything outside a section, the arena's plan, the listing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from metafast.graph import Input, Shape, Value
+from metafast.lower.arrays import (
+    ACCUMULATOR,
+    ADJOINT,
+    ADJOINT_NEXT,
+    ARENA,
+    CALL,
+    EXTERNAL,
+    ITEM,
+    STATE,
+    STATE_NEXT,
+    Array,
+    Buffer,
+    Instruction,
+    dense_strides,
+)
+from metafast.lower.emit import Constants, Emitter
+from metafast.lower.memory import aligned, place
+from metafast.ops import numel
+from metafast.sweep import SECTIONS, Section, Store, Sweep
+
+NAMES = {torch.float32: "f32", torch.float64: "f64"}
+CALL_RECORD = ("k", "steps", "weight")  # the scalars of one task and step, in the order replay writes them
+SLOTS = {"state": STATE, "state_next": STATE_NEXT, "adjoint": ADJOINT, "adjoint_next": ADJOINT_NEXT}
+
+
+@dataclass(frozen=True)
+class External:
+    """A tensor of the call: `kind` "leaf" is read; the others are written, one slice a task, and a step where `steps`."""
+
+    kind: str
+    name: str
+    shape: Shape
+    dtype: str
+    per_task: bool
+    per_step: bool = False
+
+
+@dataclass
+class Lowered:
+    """A native program and what its call needs."""
+
+    program: Any
+    externals: list[External]
+    accumulators: dict[str, tuple[int, Shape]]  # shared gradient -> element offset in the result, shape
+    result_elements: int
+    code: dict[str, list[Instruction]]
+    arena_bytes: int
+    state_bytes: int
+    constants: bytes = b""
+
+    def listing(self) -> str:
+        """The program as text: section, kernel, operands with address and shape."""
+        lines = []
+        for section, code in self.code.items():
+            lines.append(f"{section}: {len(code)} instructions")
+            for k, ins in enumerate(code):
+                args = ", ".join(_operand(a) for a in ins.operands)
+                lines.append(f"  {k:>3} {ins.kernel:<16} {args}   # {ins.note}")
+        return "\n".join(lines)
+
+    def flops(self) -> dict[str, float]:
+        """Floating-point operations of each section, one task, one step."""
+        return {name: sum(i.flops for i in code) for name, code in self.code.items()}
+
+
+_SPACES = ("arena", "state", "state'", "adjoint", "adjoint'", "sum", "const", "call")
+
+
+def _operand(a: Array) -> str:
+    space = a.buffer.space if a.buffer.space is not None else ARENA
+    name = _SPACES[space] if space < EXTERNAL else f"ext{space - EXTERNAL}"
+    return f"{name}+{(a.buffer.offset or 0) + a.byte_offset}:{'×'.join(map(str, a.shape)) or '()'}"
+
+
+@dataclass
+class _Layout:
+    """Offsets of named arrays in one space."""
+
+    itemsize: int
+    offsets: dict[str, tuple[int, Shape]] = field(default_factory=dict)
+    nbytes: int = 0
+
+    def add(self, name: str, shape: Shape) -> None:
+        self.offsets[name] = (self.nbytes, shape)
+        self.nbytes += aligned(max(numel(shape), 1) * self.itemsize)
+
+    def array(self, space: int, name: str) -> Array:
+        offset, shape = self.offsets[name]
+        buffer = Buffer(numel(shape) * self.itemsize, space, offset)
+        return Array(buffer, shape, dense_strides(shape), self.itemsize)
+
+
+class _Lowering:
+    def __init__(self, sweep: Sweep, sections: Mapping[str, Section], dtype: torch.dtype, opcodes: Sequence[str]):
+        self.sections, self.dtype = sections, dtype
+        self.item = dtype.itemsize
+        self.opcodes = {name: k for k, name in enumerate(opcodes)}
+        self.constants = Constants(dtype)
+        self.state = _Layout(self.item)
+        for name, shape in sweep.state.items():
+            self.state.add(name, shape)
+        self.sums = _Layout(self.item)
+        self.externals: list[External] = []
+        self.where: dict[tuple[str, str], Array] = {}
+        self.persistent: dict[tuple[str, str], Array] = {}
+        self.arena = 0
+
+    def run(self) -> dict[str, list[Instruction]]:
+        code = {name: self._section(self.sections[name]) for name in SECTIONS if name in self.sections}
+        self._keep_hoisted(code)
+        base = self.arena
+        self.arena = max([base] + [place(c, base) for c in code.values()])
+        return code
+
+    def _section(self, section: Section) -> list[Instruction]:
+        known = {i.value: self._input(i) for i in section.graph.inputs}
+        emitter = Emitter(section, known, self._target, self.constants, self.opcodes)
+        code = emitter.run()
+        for name, array in emitter.kept.items():
+            self.persistent["hoisted", name] = array
+        return code
+
+    def _keep_hoisted(self, code: Mapping[str, list[Instruction]]) -> None:
+        """What crosses sections lies at the arena's bottom and stays."""
+        for array in self.persistent.values():
+            b = array.buffer
+            if b.space is None and b.offset is None:
+                b.offset = self.arena
+                self.arena += aligned(max(b.nbytes, 1))
+
+    # -- addresses
+
+    def _input(self, i: Input) -> Array:
+        shape, dtype = i.value.shape, i.value.dtype
+        if i.role in ("state", "adjoint"):
+            return self.state.array(SLOTS[i.role], i.name)
+        if i.role == "call":
+            buffer = Buffer(self.item, CALL, CALL_RECORD.index(i.name) * self.item)
+            return Array(buffer, (), (), self.item)
+        if i.role in ("hoisted", "spill"):
+            return self.persistent[i.role, i.name]
+        per_task = i.name.startswith(("support/", "query/", "fast/"))
+        return self._external(External("leaf", i.name, shape, dtype, per_task))
+
+    def _target(self, store: Store, value: Value) -> Array | None:
+        kind, name, shape = store.kind, store.name, value.shape
+        if kind in SLOTS:
+            return self.state.array(SLOTS[kind], name)
+        if kind == "hoisted":
+            return None
+        if kind == "spill":
+            return self._spill(name, shape)
+        if kind == "gradient" and not name.startswith(("support/", "query/")):
+            if name not in self.sums.offsets:
+                self.sums.add(name, shape)
+            return self.sums.array(ACCUMULATOR, name)
+        per_step = kind in ("step_loss", "support_stat")
+        return self._external(External(kind, name, shape, value.dtype, True, per_step))
+
+    def _spill(self, name: str, shape: Shape) -> Array:
+        key = ("spill", name)
+        if key not in self.persistent:
+            buffer = Buffer(numel(shape) * self.item)
+            self.persistent[key] = Array(buffer, shape, dense_strides(shape), self.item)
+        return self.persistent[key]
+
+    def _external(self, e: External) -> Array:
+        key = (e.kind, e.name)
+        if key not in self.where:
+            item = ITEM.get(e.dtype, self.item)
+            buffer = Buffer(numel(e.shape) * item, EXTERNAL + len(self.externals), 0)
+            self.externals.append(e)
+            self.where[key] = Array(buffer, e.shape, dense_strides(e.shape), item)
+        return self.where[key]
+
+
+def _native(code: Sequence[Instruction]) -> list[tuple[str, list[tuple[int, int]], list[int], list[float]]]:
+    out = []
+    for ins in code:
+        operands = []
+        for a in ins.operands:
+            space = ARENA if a.buffer.space is None else a.buffer.space
+            assert a.buffer.offset is not None
+            operands.append((space, a.buffer.offset + a.byte_offset))
+        out.append((ins.kernel, operands, [int(i) for i in ins.ints], [float(f) for f in ins.floats]))
+    return out
+
+
+def lower(sweep: Sweep, sections: Mapping[str, Section], dtype: torch.dtype) -> Lowered:
+    """Plan and build the native program of those sections."""
+    from metafast import _C
+
+    lowering = _Lowering(sweep, sections, dtype, _C.pointwise_opcodes())
+    code = lowering.run()
+    constants = bytes(lowering.constants.data)
+    program = _C.Program(
+        NAMES[dtype],
+        {name: _native(c) for name, c in code.items()},
+        arena_bytes=lowering.arena,
+        state_bytes=lowering.state.nbytes,
+        adjoint_bytes=lowering.state.nbytes,
+        accumulator_bytes=lowering.sums.nbytes,
+        constants=constants,
+        n_external=len(lowering.externals),
+    )
+    sums = {name: (offset // dtype.itemsize, shape) for name, (offset, shape) in lowering.sums.offsets.items()}
+    return Lowered(
+        program,
+        lowering.externals,
+        sums,
+        lowering.sums.nbytes // dtype.itemsize,
+        code,
+        lowering.arena,
+        lowering.state.nbytes,
+        constants,
+    )

@@ -1,0 +1,461 @@
+"""The recursion of the inner loop and its reverse, written as five sections of graphs.
+
+    prologue   once a task: φ₀, s₀ = init(θ; η), and what depends on neither φ nor k
+    inner      step k:      g = ∇L(φₖ);  (φₖ₊₁, sₖ₊₁) = U(φₖ, g, sₖ; η, k, φ₀)
+    query      at φ_K:      the query loss, λ = w·∇_φ L_q, shared gradients
+    meta       step k back: (λ, γ, σ, dη, dφ₀) ← VJP of U along (λ, σ);  λ += ∂²L/∂φ²·γ, shared += ∂²L/∂ψ∂φ·γ
+    epilogue   once a task: θ̄ += λ, VJP of init along σ, VJP of the prologue along its accumulated adjoints
+
+`meta` is forward over reverse: the tangent along γ of the gradient graph of one step, so no graph grows with the number of
+steps. The number of steps is known at run time only. Order 1 makes g a constant: the tangent is left out, λ, σ and the
+hyper-parameters' adjoints still pass through U.
+
+A section is a Graph and a list of stores. Section inputs, by role:
+
+    state "param/<n>" | "state/<p>"   φₖ, sₖ        adjoint (the same names)   λ, σ
+    leaf <key>                        a tensor of the call (parameter, hyper-parameter, data, buffer, extern)
+    call "k" | "weight"               scalars of the task and step
+    hoisted <name>                    what the prologue stored       spill <name>   an adjoint accumulated for it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from metafast.differentiate import depends_on, pull, push, vjp_graph, with_gradient
+from metafast.graph import Builder, Graph, Input, Shape, Value, copy_into
+from metafast.ops import TABLE
+
+SECTIONS = ("prologue", "inner", "query", "meta", "epilogue")
+
+
+@dataclass(frozen=True)
+class Store:
+    """Section output `output` goes to `kind`/`name`; `add` accumulates.
+
+    Kinds: state (slot k), state_next (slot k+1), adjoint (current), adjoint_next, gradient (a leaf's gradient: added up over the group for
+    a shared leaf, over steps for a task's), loss, step_loss, stat, output, fast (leaves of the result), hoisted, spill.
+    """
+
+    output: str
+    kind: str
+    name: str
+    add: bool = False
+
+
+@dataclass(frozen=True)
+class Section:
+    """One graph and where its outputs go."""
+
+    graph: Graph
+    stores: tuple[Store, ...]
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What the sweep is made from: captured graphs and what they mean.
+
+    `support`, `query`: inputs by role param, buffer, support | query, extern; outputs "loss", "stat/…", "output/<i>".
+    `update`: inputs param, grad, state, hyper, step "k", param0; outputs "param/<n>", "state/<p>". `init`: inputs param,
+    hyper; outputs "state/<p>". `adapted` lists parameter names; `wrt` leaf keys whose gradient is wanted; `order` 1 | 2.
+    """
+
+    support: Graph
+    query: Graph | None
+    update: Graph
+    init: Graph
+    adapted: tuple[str, ...]
+    shapes: Mapping[str, Shape]
+    wrt: tuple[str, ...]
+    order: int
+
+
+@dataclass
+class _Writer:
+    """A section under construction."""
+
+    b: Builder = field(default_factory=Builder)
+    outputs: dict[str, Value] = field(default_factory=dict)
+    stores: list[Store] = field(default_factory=list)
+
+    def store(self, value: Value | None, kind: str, name: str, *, add: bool = False) -> None:
+        if value is None:
+            return
+        key = f"{kind}:{name}"
+        if key in self.outputs:
+            raise KeyError(key)
+        self.outputs[key] = value
+        self.stores.append(Store(key, kind, name, add))
+
+    def finish(self) -> Section:
+        return Section(self.b.finish(self.outputs), tuple(self.stores))
+
+
+def leaf_key(i: Input) -> str:
+    """The call's key of a captured input."""
+    return i.name if i.role == "extern" and "/" in i.name else f"{i.role}/{i.name}"
+
+
+def _bind_loss(b: Builder, loop: Loop) -> object:
+    adapted = set(loop.adapted)
+
+    def bind(i: Input) -> Value:
+        if i.role == "param" and i.name in adapted:
+            return b.input("state", f"param/{i.name}", i.value.shape)
+        if i.role == "hoisted":
+            return b.input("hoisted", i.name, i.value.shape, i.value.dtype)
+        return b.input("leaf", leaf_key(i), i.value.shape, i.value.dtype)
+
+    return bind
+
+
+def _bind_update(b: Builder, loop: Loop, grads: Mapping[str, Value | None]) -> object:
+    def bind(i: Input) -> Value:
+        if i.role == "grad":
+            g = grads.get(i.name)
+            return g if g is not None else b.op("expand", b.const(0.0), shape=i.value.shape)
+        if i.role == "cotangent":
+            return b.input("adjoint", i.name, i.value.shape)
+        if i.role == "step":
+            return b.input("call", "k", ())
+        if i.role in ("param", "state"):
+            return b.input("state", f"{i.role}/{i.name}", i.value.shape)
+        role = "param" if i.role == "param0" else i.role
+        return b.input("leaf", f"{role}/{i.name}", i.value.shape, i.value.dtype)
+
+    return bind
+
+
+# ---- the prologue: what does not depend on the adapted parameters ----------------------------------------------
+
+
+def _free(op: str) -> bool:
+    return TABLE[op].kernel in ("view", "constant")
+
+
+def split(graph: Graph, moving: Sequence[Value], prefix: str) -> tuple[Graph, Graph]:
+    """Cut a graph into (before, after): `before` computes what `after` reads of values that no `moving` input reaches.
+
+    The cut values are outputs "<prefix>/<i>" of `before` and ("hoisted", "<prefix>/<i>") inputs of `after`. Views and
+    constants are never cut: `after` makes them again for nothing.
+    """
+    reached = depends_on(graph.nodes, moving)
+    producer = graph.producers()
+    early, late = Builder(), Builder()
+    env_early = {i.value: early.input(i.role, i.name, i.value.shape, i.value.dtype) for i in graph.inputs}
+    env_late: dict[Value, Value] = {}
+    cut: dict[str, Value] = {}
+
+    def fetch(v: Value) -> Value:
+        if v in env_late:
+            return env_late[v]
+        node = producer.get(v)
+        if node is None:
+            i = next(i for i in graph.inputs if i.value is v)
+            env_late[v] = late.input(i.role, i.name, v.shape, v.dtype)
+        elif v not in reached and not _free(node.op):
+            name = f"{prefix}/{len(cut)}"
+            cut[name] = env_early[v]
+            env_late[v] = late.input("hoisted", name, v.shape, v.dtype)
+        else:
+            late.origin = node.origin
+            outs = late.ops(node.op, *(fetch(x) for x in node.inputs), **node.attrs)
+            env_late.update(zip(node.outputs, outs, strict=True))
+        return env_late[v]
+
+    for node in graph.nodes:
+        if node.outputs[0] in reached:
+            for v in node.inputs:
+                fetch(v)
+            fetch(node.outputs[0])
+        else:
+            early.origin = node.origin
+            outs = early.ops(node.op, *(env_early[v] for v in node.inputs), **node.attrs)
+            env_early.update(zip(node.outputs, outs, strict=True))
+    outputs = {name: fetch(v) for name, v in graph.outputs.items()}
+    return early.finish(cut), late.finish(outputs)
+
+
+# ---- the sections ---------------------------------------------------------------------------------------------
+
+
+class Sweep:
+    """Writes the sections of one loop. `fused`, `forward`, `adapt` and `adapt_vjp` are the ways to run it."""
+
+    def __init__(self, loop: Loop) -> None:
+        self.loop = loop
+        moving = [v for n in loop.adapted if (v := loop.support.input("param", n)) is not None]
+        self.before, self.step = split(loop.support, moving, "support")
+        self.wanted = set(loop.wrt)
+        self.state = {f"param/{n}": loop.shapes[n] for n in loop.adapted}
+        self.state |= {name: v.shape for name, v in loop.init.outputs.items()}
+        self._live_cuts = self._cuts_with_gradient()
+        self._step_gradient = with_gradient(self.step, "loss", self._step_wrt())
+
+    def _cuts_with_gradient(self) -> list[str]:
+        sources = [i.value for i in self.before.inputs if leaf_key(i) in self.wanted]
+        reached = depends_on(self.before.nodes, sources)
+        return [name for name, v in self.before.outputs.items() if v in reached]
+
+    def _step_wrt(self) -> list[tuple[str, str]]:
+        params = [("param", n) for n in self.loop.adapted]
+        shared = [(i.role, i.name) for i in self.step.inputs if self._wanted_leaf(i)]
+        return params + shared + [("hoisted", n) for n in self._live_cuts]
+
+    def _wanted_leaf(self, i: Input) -> bool:
+        mine = i.role == "param" and i.name in self.loop.adapted
+        return i.role != "hoisted" and not mine and leaf_key(i) in self.wanted
+
+    # -- ways to run
+
+    def fused(self) -> dict[str, Section]:
+        """Query loss and its meta-gradient."""
+        return self._hoist(
+            {
+                "prologue": self._prologue(),
+                "inner": self._inner(),
+                "query": self._query(),
+                "meta": self._meta(),
+                "epilogue": self._epilogue(),
+            }
+        )
+
+    def forward(self) -> dict[str, Section]:
+        """The query loss alone."""
+        query = self._query(backward=False)
+        return self._hoist({"prologue": self._prologue(), "inner": self._inner(), "query": query})
+
+    def adapt(self) -> dict[str, Section]:
+        """The fast weights φ_K."""
+        w = _Writer()
+        for n in self.loop.adapted:
+            w.store(w.b.input("state", f"param/{n}", self.loop.shapes[n]), "fast", n)
+        return self._hoist({"prologue": self._prologue(), "inner": self._inner(), "query": w})
+
+    def adapt_vjp(self) -> dict[str, Section]:
+        """Gradients of ⟨fast weights, cotangents⟩; leaves "fast/<n>" hold the cotangents."""
+        w = _Writer()
+        for n in self.loop.adapted:
+            w.store(w.b.input("leaf", f"fast/{n}", self.loop.shapes[n]), "adjoint", f"param/{n}")
+        self._zero_state_adjoints(w)
+        return self._hoist(
+            {
+                "prologue": self._prologue(),
+                "inner": self._inner(),
+                "query": w,
+                "meta": self._meta(),
+                "epilogue": self._epilogue(),
+            }
+        )
+
+    # -- sections
+
+    def _prologue(self) -> _Writer:
+        w = _Writer()
+        for n in self.loop.adapted:
+            w.store(w.b.input("leaf", f"param/{n}", self.loop.shapes[n]), "state", f"param/{n}")
+        env = copy_into(w.b, self.loop.init, lambda i: self._init_input(w.b, i))
+        for name, v in self.loop.init.outputs.items():
+            w.store(env[v], "state", name)
+        env = copy_into(w.b, self.before, _bind_loss(w.b, self.loop))  # type: ignore[arg-type]
+        for name, v in self.before.outputs.items():
+            w.store(env[v], "hoisted", name)
+        for name in self._live_cuts:
+            zero = w.b.op("expand", w.b.const(0.0), shape=self.before.outputs[name].shape)
+            w.store(zero, "spill", name)
+        return w
+
+    @staticmethod
+    def _init_input(b: Builder, i: Input) -> Value:
+        if i.role == "cotangent":
+            return b.input("adjoint", i.name, i.value.shape)
+        return b.input("leaf", f"{i.role}/{i.name}", i.value.shape, i.value.dtype)
+
+    def _inner(self) -> _Writer:
+        w = _Writer()
+        env = copy_into(w.b, self._step_gradient, _bind_loss(w.b, self.loop))  # type: ignore[arg-type]
+        grads = self._gradients(env)
+        made = copy_into(w.b, self.loop.update, _bind_update(w.b, self.loop, grads))  # type: ignore[arg-type]
+        for name, v in self.loop.update.outputs.items():
+            w.store(made[v], "state_next", name)
+        self._losses(w, self._step_gradient, env, "step_loss", "support")
+        return w
+
+    def _gradients(self, env: Mapping[Value, Value]) -> dict[str, Value | None]:
+        out = self._step_gradient.outputs
+        return {n: env[v] for n in self.loop.adapted if (v := out.get(f"grad/param/{n}")) is not None}
+
+    @staticmethod
+    def _losses(w: _Writer, graph: Graph, env: Mapping[Value, Value], kind: str, part: str) -> None:
+        w.store(env[graph.outputs["loss"]], kind, "loss")
+        for name, v in graph.outputs.items():
+            if name.startswith("stat/"):
+                w.store(env[v], f"{part}_stat", name)
+
+    def _query(self, *, backward: bool = True) -> _Writer:
+        w, graph = _Writer(), self.loop.query
+        assert graph is not None
+        env = copy_into(w.b, graph, _bind_loss(w.b, self.loop))  # type: ignore[arg-type]
+        self._losses(w, graph, env, "loss", "query")
+        outputs = {name: v for name, v in graph.outputs.items() if name.startswith("output/")}
+        for name, v in outputs.items():
+            w.store(env[v], "output", name)
+        if not backward:
+            return w
+        cts = {env[graph.outputs["loss"]]: w.b.input("call", "weight", ())}
+        leaves = [(leaf_key(i), env[i.value]) for i in graph.inputs if self._wanted_leaf(i)]
+        phis = [w.b.input("state", f"param/{n}", self.loop.shapes[n]) for n in self.loop.adapted]
+        pulled = pull(w.b, cts, phis + [v for _, v in leaves])
+        for n, phi, ct in zip(self.loop.adapted, phis, pulled, strict=False):
+            zero = w.b.op("expand", w.b.const(0.0), shape=phi.shape)
+            w.store(ct if ct is not None else zero, "adjoint", f"param/{n}")
+        for (key, _), ct in zip(leaves, pulled[len(phis) :], strict=True):
+            w.store(ct, "gradient", key, add=True)
+        self._zero_state_adjoints(w)
+        return w
+
+    def _zero_state_adjoints(self, w: _Writer) -> None:
+        for name, v in self.loop.init.outputs.items():
+            w.store(w.b.op("expand", w.b.const(0.0), shape=v.shape), "adjoint", name)
+
+    def _meta(self) -> _Writer:
+        w, loop = _Writer(), self.loop
+        env = copy_into(w.b, self._step_gradient, _bind_loss(w.b, loop))  # type: ignore[arg-type]
+        grads = self._gradients(env)
+        back = vjp_graph(loop.update, self._update_wrt())
+        made = copy_into(w.b, back, _bind_update(w.b, loop, grads))  # type: ignore[arg-type]
+        got = {name: made[v] for name, v in back.outputs.items()}
+        moved = self._tangents(w, env, got) if loop.order == 2 else {}
+        for n in loop.adapted:
+            self._store_adjoint(w, f"param/{n}", got.get(f"param/{n}"), moved.get(f"grad/param/{n}"))
+        for name in loop.init.outputs:
+            self._store_adjoint(w, name, got.get(name), None)
+        self._store_leaf_parts(w, got, moved)
+        return w
+
+    def _update_wrt(self) -> list[tuple[str, str]]:
+        keep = []
+        for i in self.loop.update.inputs:
+            adaptive = i.role in ("param", "state") or (i.role == "grad" and self.loop.order == 2)
+            key = f"param/{i.name}" if i.role == "param0" else f"{i.role}/{i.name}"
+            if adaptive or (i.role in ("hyper", "param0") and key in self.wanted):
+                keep.append((i.role, i.name))
+        return keep
+
+    def _tangents(self, w: _Writer, env: Mapping[Value, Value], got: Mapping[str, Value]) -> dict[str, Value]:
+        """The Hessian-vector product and the mixed terms: how every gradient of the step moves along γ."""
+        gammas = {
+            w.b.input("state", f"param/{n}", self.loop.shapes[n]): g
+            for n in self.loop.adapted
+            if (g := got.get(f"grad/{n}")) is not None
+        }
+        keys = [k for k in self._step_gradient.outputs if k.startswith("grad/")]
+        moved = push(w.b, gammas, [env[self._step_gradient.outputs[k]] for k in keys])
+        return {k: t for k, t in zip(keys, moved, strict=True) if t is not None}
+
+    def _store_adjoint(self, w: _Writer, name: str, direct: Value | None, second: Value | None) -> None:
+        parts = [p for p in (direct, second) if p is not None]
+        value = w.b.op("expand", w.b.const(0.0), shape=self.state[name]) if not parts else parts[0]
+        for p in parts[1:]:
+            value = w.b.op("add", value, p)
+        w.store(value, "adjoint_next", name)
+
+    def _store_leaf_parts(self, w: _Writer, got: Mapping[str, Value], moved: Mapping[str, Value]) -> None:
+        total: dict[tuple[str, str], Value] = {}
+
+        def add(kind: str, name: str, v: Value) -> None:
+            old = total.get((kind, name))
+            total[kind, name] = v if old is None else w.b.op("add", old, v)
+
+        for name, v in got.items():
+            role, _, rest = name.partition("/")
+            if role == "hyper":
+                add("gradient", name, v)
+            elif role == "param0":
+                add("gradient", f"param/{rest}", v)
+        for name, v in moved.items():
+            role, _, rest = name.removeprefix("grad/").partition("/")
+            if role == "hoisted":
+                add("spill", rest, v)
+            elif role != "param" or rest not in self.loop.adapted:
+                add("gradient", rest if role == "extern" and "/" in rest else f"{role}/{rest}", v)
+        for (kind, name), v in total.items():
+            w.store(v, kind, name, add=True)
+
+    def _epilogue(self) -> _Writer:
+        w, loop = _Writer(), self.loop
+        total: dict[str, Value] = {}
+
+        def add(key: str, v: Value) -> None:
+            total[key] = v if key not in total else w.b.op("add", total[key], v)
+
+        for n in loop.adapted:
+            if f"param/{n}" in self.wanted:
+                add(f"param/{n}", w.b.input("adjoint", f"param/{n}", loop.shapes[n]))
+        keys = [(i.role, i.name) for i in loop.init.inputs if f"{i.role}/{i.name}" in self.wanted]
+        back = vjp_graph(loop.init, keys)
+        env = copy_into(w.b, back, lambda i: self._init_input(w.b, i))
+        for name, v in back.outputs.items():
+            add(name, env[v])
+        for key, v in self._pull_prologue(w).items():
+            add(key, v)
+        for key, v in total.items():
+            w.store(v, "gradient", key, add=True)
+        return w
+
+    def _pull_prologue(self, w: _Writer) -> dict[str, Value]:
+        if not self._live_cuts:
+            return {}
+        env = copy_into(w.b, self.before, _bind_loss(w.b, self.loop))  # type: ignore[arg-type]
+        out = self.before.outputs
+        cts = {env[out[n]]: w.b.input("spill", n, out[n].shape) for n in self._live_cuts}
+        leaves = [(leaf_key(i), env[i.value]) for i in self.before.inputs if leaf_key(i) in self.wanted]
+        pulled = pull(w.b, cts, [v for _, v in leaves])
+        return {key: ct for (key, _), ct in zip(leaves, pulled, strict=True) if ct is not None}
+
+    # -- loop-invariant code
+
+    def _hoist(self, writers: dict[str, _Writer]) -> dict[str, Section]:
+        """Move what inner and meta compute from leaves alone into the prologue; the epilogue reads what is there."""
+        prologue = writers["prologue"]
+        sections: dict[str, Section] = {}
+        for name in ("inner", "meta", "epilogue"):
+            if name in writers:
+                sections[name] = _hoist_section(writers[name].finish(), prologue, name)
+        if "query" in writers:
+            sections["query"] = writers["query"].finish()
+        sections["prologue"] = prologue.finish()
+        return {name: sections[name] for name in SECTIONS if name in sections}
+
+
+def _hoist_section(section: Section, prologue: _Writer, prefix: str) -> Section:
+    graph = section.graph
+    moving = [i.value for i in graph.inputs if i.role not in ("leaf", "hoisted")]
+    early, late = split(graph, moving, prefix)
+    if not early.outputs:
+        return section
+    stored = {v: k.removeprefix("hoisted:") for k, v in prologue.outputs.items() if k.startswith("hoisted:")}
+    by_name = {name: v for v, name in stored.items()}
+
+    def bind_early(i: Input) -> Value:
+        if i.role == "hoisted":
+            return by_name[i.name]
+        return prologue.b.input(i.role, i.name, i.value.shape, i.value.dtype)
+
+    env = copy_into(prologue.b, early, bind_early)
+    renamed: dict[str, str] = {}
+    for name, v in early.outputs.items():
+        value = env[v]
+        if value not in stored:
+            stored[value] = name
+            prologue.store(value, "hoisted", name)
+        renamed[name] = stored[value]
+    b = Builder()
+
+    def bind_late(i: Input) -> Value:
+        name = renamed.get(i.name, i.name) if i.role == "hoisted" else i.name
+        return b.input(i.role, name, i.value.shape, i.value.dtype)
+
+    made = copy_into(b, late, bind_late)
+    return Section(b.finish({k: made[v] for k, v in late.outputs.items()}), section.stores)
