@@ -1,0 +1,85 @@
+"""Running statistics and other buffers that a forward pass writes.
+
+The reference threads copies of the buffers through all passes of a call (`Buffers`); a native backend records batch means
+and variances and folds them afterwards (`fold`). Either way the model's own buffers change once, at the end of a call,
+to what the eager loop over the tasks in order would leave, and never in a replayed backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from .problem import Problem
+
+__all__ = ["Buffers", "fold", "tracked"]
+
+
+class Buffers:
+    """Copies of the buffers, written by one pass after the other, and handed back at the end."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self.values = {name: value.detach().clone() for name, value in problem.buffers.items()}
+
+    def named(self) -> dict[str, Tensor]:
+        """The current values under every name of each buffer."""
+        aliases = self._problem.aliases
+        return {alias: value for name, value in self.values.items() for alias in aliases.get(name, (name,))}
+
+    def update(self, named: Mapping[str, Tensor]) -> None:
+        """Note what a pass left: a buffer may have been written in place or replaced."""
+        for name in self.values:
+            self.values[name] = named[name].detach()
+
+    def write_back(self) -> None:
+        """Give the model what the passes left; buffers that did not change keep their version."""
+        with torch.no_grad():
+            for name, value in self.values.items():
+                own = self._problem.buffers[name]
+                if own.shape != value.shape or not torch.equal(own, value):
+                    own.copy_(value)
+
+
+def tracked(model: nn.Module) -> dict[str, _NormBase]:
+    """The normalisation layers whose running statistics a forward pass changes now, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _NormBase) and module.training and module.running_mean is not None
+    }
+
+
+def fold(module: _NormBase, means: Tensor, variances: Tensor, count: int) -> None:
+    """Fold the statistics of several passes into a layer's running ones, in place.
+
+    With momentum m (a cumulative average, m = 1/n for the n-th batch ever, where `momentum` is None) each pass does
+    running <- (1 - m) running + m batch; over p passes this is one weighted sum.
+
+    **Arguments**: `means`, `variances` `(p, C)`, the biased variance, in the order in which the eager loop would have made
+    the passes; `count`, how many elements a channel had in each pass. The running variance takes the unbiased one.
+    """
+    passes = means.shape[0]
+    assert module.running_mean is not None and module.running_var is not None
+    seen = 0
+    if module.num_batches_tracked is not None:
+        seen = int(module.num_batches_tracked)
+        module.num_batches_tracked.add_(passes)
+    weights = _weights(module.momentum, seen, passes)
+    unbiased = count / (count - 1) if count > 1 else float("nan")
+    kept = 1.0 - sum(weights)
+    with torch.no_grad():
+        share = torch.tensor(weights, dtype=means.dtype, device=means.device)
+        for running, values, scale in ((module.running_mean, means, 1.0), (module.running_var, variances, unbiased)):
+            running.mul_(kept).add_(cast(Tensor, share @ values), alpha=scale)
+
+
+def _weights(momentum: float | None, seen: int, passes: int) -> list[float]:
+    """The weight of each pass in the final running value; what is left to 1 stays with the old one."""
+    if momentum is None:  # each of the seen + passes batches weighs the same
+        return [1.0 / (seen + passes)] * passes
+    return [momentum * (1.0 - momentum) ** (passes - 1 - i) for i in range(passes)]

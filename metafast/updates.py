@@ -1,0 +1,230 @@
+"""Update rules of the inner loop: an (init, update) pair in plain torch over the whole parameter tree."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InputError, InputTypeError, message
+
+__all__ = ["SGD", "UpdateRule", "per_parameter"]
+
+Params = dict[str, Tensor]
+State = dict[str, Any]
+Hyper = Mapping[str, Any]
+
+
+def per_parameter(value: Any, name: str) -> Tensor:
+    """A hyper-parameter's value for one parameter, whether it is one for all or a mapping.
+
+    **Arguments**: `value`, a tensor or a mapping from parameter name to one, as an update rule finds it in `hyper`;
+    `name`, the parameter's. **Returns** the tensor.
+    """
+    tensor: Tensor = value[name] if isinstance(value, Mapping) else value
+    return tensor
+
+
+class UpdateRule(nn.Module):
+    r"""One inner update, \((\phi_{k+1}, s_{k+1}) = U(\phi_k, g_k, s_k; \eta, k, \phi_0)\), with \(s_0 = \mathrm{init}(\phi_0; \eta)\).
+
+    Write one as a subclass with `init` and `update`, or hand the two functions over:
+
+    >>> def decay(params, grads, state, hyper, k, params0):
+    ...     return {n: p - hyper["lr"] / (k + 1) * grads[n] for n, p in params.items()}, state
+    >>> rule = UpdateRule(update=decay, lr=0.1)
+
+    Both are traced and differentiated like the loss: plain torch, no in-place writes, no branches on values.
+
+    **Arguments**: `init(params, hyper) -> state`, a dict of any nesting of tensors, by default empty;
+    `update(params, grads, state, hyper, k, params0) -> (params, state)`: `params`, `grads`, `params0` map each adapted
+    parameter's name to a tensor of its shape, `k` is the step as a 0-dim tensor of their dtype, and `hyper` maps names to
+    tensors. `**hyper`, each a number, a tensor, an `nn.Parameter` (learned: it is among `parameters()` and receives its
+    meta-gradient), or a mapping from parameter name to one of these. Numbers reach the rule as 0-dim tensors of the
+    parameters' dtype and can be set between calls (`rule.lr = 0.1`).
+
+    **Raises** `InputTypeError` for a hyper-parameter of another type.
+    """
+
+    def __init__(
+        self,
+        init: Callable[[Params, Hyper], State] | None = None,
+        update: Callable[..., tuple[Params, State]] | None = None,
+        **hyper: Any,
+    ) -> None:
+        super().__init__()
+        self._init = init
+        self._update = update
+        self._hyper_names = tuple(hyper)
+        self._cache: dict[Any, Tensor] = {}
+        for name, value in hyper.items():
+            self._declare(name, value)
+
+    def _declare(self, name: str, value: Any) -> None:
+        """Register a hyper-parameter so that `parameters()`, `.to()` and `state_dict()` see it."""
+        if isinstance(value, Mapping):
+            setattr(self, name, _PerParameter(name, value))
+        elif isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            self.register_buffer(name, value)
+        else:
+            _require_value(f"{type(self).__name__}({name}=...)", value)
+            setattr(self, name, value)
+
+    def init(self, params: Params, hyper: Hyper) -> State:
+        """The state before the first step: a dict of any nesting of tensors."""
+        return self._init(params, hyper) if self._init is not None else {}
+
+    def update(
+        self, params: Params, grads: Params, state: State, hyper: Hyper, k: Tensor, params0: Params
+    ) -> tuple[Params, State]:
+        """Parameters and state after step `k`."""
+        if self._update is None:
+            raise NotImplementedError(f"{type(self).__name__} has no update: override it or pass update=")
+        return self._update(params, grads, state, hyper, k, params0)
+
+    def hyper(self, like: Tensor) -> dict[str, Tensor]:
+        """The hyper-parameters by name, `name.parameter` where there is one per parameter.
+
+        **Arguments**: `like`, whose dtype and device numbers take. **Returns** tensors; learned ones are the parameters
+        themselves.
+        """
+        values: dict[str, Tensor] = {}
+        for name in self._hyper_names:
+            value = getattr(self, name)
+            if isinstance(value, _PerParameter):
+                for parameter, entry in value.items():
+                    values[f"{name}.{parameter}"] = self._tensor(name, entry, like)
+            else:
+                values[name] = self._tensor(name, value, like)
+        return values
+
+    def _tensor(self, name: str, value: Any, like: Tensor) -> Tensor:
+        if isinstance(value, Tensor):
+            return value
+        key = (value, like.dtype, like.device)
+        if key not in self._cache:
+            _require_value(f"{type(self).__name__}.{name}", value)
+            if len(self._cache) > 64:  # a schedule sets a new number at every call
+                self._cache.clear()
+            self._cache[key] = torch.tensor(float(value), dtype=like.dtype, device=like.device)
+        return self._cache[key]
+
+    def check(self, shapes: Mapping[str, torch.Size], aliases: Mapping[str, tuple[str, ...]]) -> None:
+        """Validate the hyper-parameters against the parameters that adapt, and bring tied names to the first one.
+
+        **Raises** `InputError` for a mapping that lacks an adapted parameter or names an unknown one, and for a tensor
+        that does not broadcast to its parameter.
+        """
+        first = {alias: name for name, names in aliases.items() for alias in names}
+        for name in self._hyper_names:
+            value = getattr(self, name)
+            place = f"{type(self).__name__}({name}=...)"
+            if isinstance(value, _PerParameter):
+                value.bind(place, first, shapes)
+                entries = dict(value.items())
+            else:
+                entries = dict.fromkeys(shapes, value)
+            for parameter, entry in entries.items():
+                if isinstance(entry, Tensor) and parameter in shapes:
+                    _require_width(place, entry, parameter, shapes[parameter])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": {}}
+
+
+class _PerParameter(nn.Module):
+    """One hyper-parameter for each of several parameters, registered under the parameters' own dotted names."""
+
+    def __init__(self, name: str, values: Mapping[str, Any]) -> None:
+        super().__init__()
+        self._names = list(values)
+        self._numbers: dict[str, float] = {}
+        for parameter, value in values.items():
+            place = f"{name}[{parameter!r}]"
+            if not isinstance(parameter, str):
+                raise InputTypeError(message(name, f"key {parameter!r}", "parameter names", "use named_parameters()"))
+            _require_value(place, value)
+            if isinstance(value, Tensor):
+                self._register(parameter, value)
+            else:
+                self._numbers[parameter] = float(value)
+
+    def _register(self, parameter: str, value: Tensor) -> None:
+        *path, last = parameter.split(".")
+        owner: nn.Module = self
+        for part in path:
+            if part not in owner._modules:
+                owner.add_module(part, nn.Module())
+            child = owner._modules[part]
+            assert child is not None
+            owner = child
+        if isinstance(value, nn.Parameter):
+            owner.register_parameter(last, value)
+        else:
+            owner.register_buffer(last, value)
+
+    def _get(self, parameter: str) -> Any:
+        if parameter in self._numbers:
+            return self._numbers[parameter]
+        *path, last = parameter.split(".")
+        owner: nn.Module = self
+        for part in path:
+            owner = owner._modules[part]  # type: ignore[assignment]
+        return owner._parameters[last] if last in owner._parameters else owner._buffers[last]
+
+    def items(self) -> Iterator[tuple[str, Any]]:
+        first: dict[str, str] = self.__dict__.get("_first", {})
+        return ((first.get(name, name), self._get(name)) for name in self._names)
+
+    def bind(self, place: str, first: Mapping[str, str], shapes: Mapping[str, torch.Size]) -> None:
+        unknown = [name for name in self._names if name not in first]
+        missing = [name for name in shapes if name not in {first.get(n) for n in self._names}]
+        way_out = "give one entry for every parameter that adapts"
+        if unknown:
+            raise InputError(message(place, f"entries for {unknown}", "names of parameters of the model", way_out))
+        if missing:
+            raise InputError(message(place, f"no entry for {missing}", "all adapted parameters", way_out))
+        self._first = {name: first[name] for name in self._names}
+
+
+def _require_value(place: str, value: Any) -> None:
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            raise InputTypeError(message(place, value.dtype, "a floating-point tensor", "use .float()"))
+    elif isinstance(value, bool) or not isinstance(value, numbers.Real):
+        expected = "a number, a tensor, an nn.Parameter, or a mapping from parameter name to one"
+        raise InputTypeError(message(place, type(value).__name__, expected, "pass e.g. 0.1"))
+
+
+def _require_width(place: str, value: Tensor, parameter: str, shape: torch.Size) -> None:
+    try:
+        fits = torch.broadcast_shapes(value.shape, shape) == shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        got = f"shape {tuple(value.shape)} for {parameter}"
+        way_out = "use a 0-dim tensor, or a mapping with one tensor per parameter"
+        raise InputError(message(place, got, f"() or the parameter's {tuple(shape)}", way_out))
+
+
+class SGD(UpdateRule):
+    r"""Gradient descent, \(\phi_{k+1} = \phi_k - \eta\, g_k\).
+
+    **Arguments**: `lr`, the inner learning rate: a number, a tensor, an `nn.Parameter` (learned), or a mapping from
+    parameter name to one; a tensor as wide as its parameter gives every weight a rate of its own (Meta-SGD, Li et al.,
+    arXiv:1707.09835, equation 3).
+
+    **Raises** `InputTypeError` for another type.
+    """
+
+    def __init__(self, lr: Any) -> None:
+        super().__init__(lr=lr)
+
+    def update(
+        self, params: Params, grads: Params, state: State, hyper: Hyper, k: Tensor, params0: Params
+    ) -> tuple[Params, State]:
+        """One step down the gradient."""
+        return {name: p - per_parameter(hyper["lr"], name) * grads[name] for name, p in params.items()}, state
