@@ -1,22 +1,204 @@
-"""Which backend takes a problem."""
+"""Which backend takes a problem: the plan cache, the first-use check, the fallback and its warning."""
 
 from __future__ import annotations
 
-from .errors import BackendError, message
-from .problem import Backend, Problem
-from .reference import Reference
+import functools
+import types
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from metafast.errors import BackendError, FallbackWarning, message
+from metafast.problem import Backend, Problem
+from metafast.reference import Reference
 
 __all__ = ["choose", "explain"]
 
+BACKENDS = ("auto", "native", "cuda", "torch")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend and why it was chosen."""
+
+    backend: Backend
+    reason: str
+    native: bool
+
+
+_plans: WeakKeyDictionary[nn.Module, dict[Any, Choice]] = WeakKeyDictionary()
+_scans: WeakKeyDictionary[nn.Module, list[tuple[dict[str, Any], int, tuple[str, ...]]]] = WeakKeyDictionary()
+
 
 def choose(problem: Problem, backend: str) -> Backend:
-    """The backend for `problem`: `backend` is "auto", "native", "cuda" or "torch"."""
-    if backend in ("auto", "torch"):
-        return Reference()
-    raise BackendError(message("InnerLoop(backend=...)", repr(backend), "one that is built in", 'use backend="auto"'))
+    """The backend for `problem`: `backend` is "auto", "native", "cuda" or "torch".
+
+    A problem that cannot go native takes the PyTorch reference under "auto", with one FallbackWarning a plan; under "native" it
+    raises BackendError.
+    """
+    return _choice(problem, backend).backend
+
+
+def _choice(problem: Problem, backend: str) -> Choice:
+    if backend == "torch":
+        return Choice(Reference(), 'backend="torch" was asked for', False)
+    if backend == "cuda":
+        raise BackendError(
+            message("InnerLoop(backend=...)", "'cuda'", "one that is built in", 'use backend="auto" or "native"')
+        )
+    plans = _plans.setdefault(problem.model, {})
+    key = plan_key(problem)
+    found = plans.get(key)
+    if found is None:
+        found = plans[key] = _plan(problem)
+        if not found.native and backend == "auto":
+            warnings.warn(f"metafast falls back to PyTorch: {found.reason}", FallbackWarning, stacklevel=2)
+    if backend == "native" and not found.native:
+        raise BackendError(
+            message("InnerLoop(backend='native')", found.reason, "a problem that goes native", 'use backend="auto"')
+        )
+    return found
+
+
+def _plan(problem: Problem) -> Choice:
+    device = problem.parameter.device
+    if device.type != "cpu":
+        return Choice(Reference(), f"the parameters are on {device}, the native backend runs on the CPU", False)
+    try:
+        from metafast import _C  # noqa: F401
+    except ImportError as error:
+        return Choice(Reference(), f"the compiled module cannot be imported ({error})", False)
+    from metafast.capture import Unsupported
+    from metafast.native import Native, disagreement, make_plan
+
+    try:
+        plan, traces = make_plan(problem)
+        differs = disagreement(plan, problem, traces)
+    except Unsupported as error:
+        return Choice(Reference(), str(error), False)
+    if differs is not None:
+        return Choice(Reference(), f"capture lost something of the forward: {differs}", False)
+    return Choice(Native(plan), "every op has a native kernel; the first task agrees with PyTorch's autograd", True)
 
 
 def explain(problem: Problem, backend: str) -> str:
-    """Which backend takes `problem`, and why, as text."""
-    chosen = choose(problem, backend)
-    return f"backend: {chosen.name} (asked for {backend!r})"
+    """Which backend takes `problem`, and why; where native, its graphs, program, flops and memory, as text."""
+    choice = _choice(problem, backend)
+    lines = [f"backend: {choice.backend.name} (asked for {backend!r})", f"why: {choice.reason}"]
+    if choice.native:
+        lines += _explain_plan(choice.backend.plan, problem)  # type: ignore[attr-defined]
+    return "\n".join(lines)
+
+
+def _explain_plan(plan: Any, problem: Problem) -> list[str]:
+    lowered = plan.program("fused")
+    lines = ["", "support loss:", str(plan.loop.support), "", "query loss:", str(plan.loop.query)]
+    for name, section in plan.sections["fused"].items():
+        lines += ["", f"section {name}: {len(section.graph.nodes)} nodes", str(section.graph)]
+    lines += ["", "program:", lowered.listing(), ""]
+    flops = lowered.flops()
+    loops = {"inner": problem.steps, "meta": problem.steps}
+    total = problem.tasks * sum(f * loops.get(name, 1) for name, f in flops.items())
+    lines += [f"flops: {name} {f:.3g} a task and step" for name, f in flops.items()]
+    lines += [f"flops of the call: {total:.4g}"]
+    state = (problem.steps + 1) * lowered.state_bytes
+    lines += [f"memory: arena {lowered.arena_bytes} B and state {state} B a worker, {lowered.result_elements} gradient elements"]
+    return lines
+
+
+# ---- what a plan is keyed by ----------------------------------------------------------------------------------
+
+
+def plan_key(problem: Problem) -> Any:
+    """Everything that can change a plan: shapes, dtypes, who gets a gradient, training flags and plain attributes of every
+    module, what the objectives close over, autocast."""
+    return (
+        tuple((k, _tensor(t, k)) for k, t in problem.leaves.items()),
+        problem.adapted,
+        problem.wrt,
+        problem.order,
+        problem.return_outputs,
+        problem.support_spec,
+        problem.query_spec,
+        function_key(problem.inner_objective),
+        function_key(problem.query_objective),
+        function_key(problem.update),
+        tuple((name, b.shape, b.dtype) for name, b in problem.buffers.items()),
+        module_key(problem.model),
+        torch.is_autocast_enabled("cpu"),
+    )
+
+
+def _tensor(t: Tensor, key: str) -> Any:
+    shape = t.shape[1:] if key.startswith(("support/", "query/")) else t.shape
+    return (shape, t.dtype, t.device, id(t) if key.startswith("extern/") else 0)
+
+
+_INTERNAL = frozenset(nn.Module().__dict__) - {"training"}
+_HOOKS = tuple(name for name in nn.Module().__dict__ if name.endswith("_hooks"))
+
+
+def module_key(model: nn.Module) -> Any:
+    """Flags and plain attributes of every module, read from a cached list of where they are."""
+    scan = _scans.get(model)
+    if scan is None or any(len(d) != n for d, n, _ in scan):
+        scan = _scans[model] = [_scan(m) for m in model.modules()]
+    return tuple(freeze(d[name]) for d, _, names in scan for name in names)
+
+
+def _scan(module: nn.Module) -> tuple[dict[str, Any], int, tuple[str, ...]]:
+    d = module.__dict__
+    names = tuple(name for name in d if name not in _INTERNAL or name in _HOOKS)
+    return d, len(d), names
+
+
+def freeze(value: Any) -> Any:
+    """A hashable stand-in: plain values by value, containers by content, tensors and objects by identity."""
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
+        return value
+    if isinstance(value, Tensor):
+        return (id(value), value.shape, value.dtype, value.requires_grad)
+    if isinstance(value, Mapping):
+        return tuple((freeze(k), freeze(v)) for k, v in value.items()) if value else ()
+    if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
+        return tuple(freeze(v) for v in value)
+    return id(value)
+
+
+def function_key(f: Any) -> Any:
+    """A function by its code and what it closes over; a partial by its parts; any other callable by its attributes."""
+    if isinstance(f, functools.partial):
+        return (function_key(f.func), freeze(f.args), freeze(f.keywords))
+    if isinstance(f, types.MethodType):
+        return (function_key(f.__func__), _attributes(f.__self__))
+    if isinstance(f, types.FunctionType):
+        return (f.__code__, freeze(f.__defaults__), _cells(f), _globals(f))
+    return (type(f), _attributes(f))
+
+
+def _attributes(owner: Any) -> Any:
+    if isinstance(owner, nn.Module):
+        return (id(owner), module_key(owner))
+    return (id(owner), freeze(getattr(owner, "__dict__", None)))
+
+
+def _cells(f: types.FunctionType) -> Any:
+    def content(cell: Any) -> Any:
+        try:
+            value = cell.cell_contents
+        except ValueError:
+            return None
+        return function_key(value) if callable(value) and not isinstance(value, type) else freeze(value)
+
+    return tuple(content(c) for c in f.__closure__ or ())
+
+
+def _globals(f: types.FunctionType) -> Any:
+    scope = f.__globals__
+    plain = (bool, int, float, str, Tensor)
+    return tuple((n, freeze(scope[n])) for n in f.__code__.co_names if isinstance(scope.get(n), plain))

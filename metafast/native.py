@@ -1,0 +1,368 @@
+"""The native backend: a plan (captured, differentiated, lowered once) and its replay on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from metafast.batchnorm import Statistics, fold
+from metafast.capture import Trace, Unsupported, capture, capture_function
+from metafast.errors import LabelError, message, position
+from metafast.graph import Graph
+from metafast.lower import Lowered, lower
+from metafast.normalise import normalise
+from metafast.problem import Outcome, Problem, hyper_tree
+from metafast.sweep import SECTIONS, Loop, Section, Sweep
+
+LABEL_OUT_OF_RANGE = 1  # a kernel's error codes, csrc/kernels/common/kernels.hpp
+
+
+@dataclass(eq=False)
+class Plan:
+    """Everything about a problem that does not change from call to call."""
+
+    loop: Loop
+    dtype: torch.dtype
+    externs: dict[str, Tensor]  # tensors found in closures and attributes, by key
+    support_stats: Sequence[Any] = ()
+    query_stats: Sequence[Any] = ()
+    output_spec: Any = None
+    output_keys: tuple[str, ...] = ()
+    programs: dict[str, Lowered] = field(default_factory=dict)
+    sections: dict[str, dict[str, Section]] = field(default_factory=dict)
+    _sweep: Sweep | None = None
+
+    def program(self, mode: str) -> Lowered:
+        """The native program of one way to run: fused, outputs, forward, adapt or adapt_vjp; built at first use."""
+        found = self.programs.get(mode)
+        if found is None:
+            sweep = self.sweep()
+            made = sweep.fused(outputs=True) if mode == "outputs" else getattr(sweep, mode)()
+            self.sections[mode] = made
+            found = self.programs[mode] = lower(sweep, made, self.dtype)
+        return found
+
+    def sweep(self) -> Sweep:
+        """The writer of sections."""
+        if self._sweep is None:
+            self._sweep = Sweep(self.loop)
+        return self._sweep
+
+
+# ---- making a plan --------------------------------------------------------------------------------------------
+
+
+def make_plan(problem: Problem) -> tuple[Plan, list[Trace]]:
+    """Capture the losses and the update rule of a problem. Raises Unsupported where something cannot go native.
+
+    Returns the plan and the traces of the support and the query loss on the first task, with eager PyTorch's gradients.
+    """
+    params = {n: p.detach() for n, p in problem.group("param").items()}
+    support = _trace(problem, "support", params)
+    graph = normalise(support)
+    traces = [support]
+    query_graph = None
+    if problem.query_spec is not None:
+        traces.append(_trace(problem, "query", params))
+        query_graph = normalise(traces[1])
+    init, update = _update_graphs(problem, params)
+    loop = Loop(
+        graph,
+        query_graph,
+        update,
+        init,
+        problem.adapted,
+        {n: tuple(p.shape) for n, p in params.items()},
+        problem.wrt,
+        problem.order,
+    )
+    externs = {key: t for trace in traces for key, t in trace.externs}
+    plan = Plan(loop, problem.parameter.dtype, externs)
+    plan.support_stats = support.stats
+    if query_graph is not None:
+        plan.query_stats = traces[1].stats
+        plan.output_spec = traces[1].output_spec
+        plan.output_keys = tuple(k for k in query_graph.outputs if k.startswith("output/"))
+    return plan, traces
+
+
+def _trace(problem: Problem, part: str, params: Mapping[str, Tensor]) -> Trace:
+    leaves = problem.group(part)
+    spec = problem.support_spec if part == "support" else problem.query_spec
+    objective = problem.inner_objective if part == "support" else problem.query_objective
+    assert spec is not None
+    batch = pytree.tree_unflatten([leaf.detach()[0] for leaf in leaves.values()], spec)
+    keys = [f"{part}/{name}" for name in leaves]
+    known = {k: t for k, t in problem.leaves.items() if k.startswith("extern/")}
+    return capture(problem.model, objective, params, problem.buffers, batch, keys, known)
+
+
+def _update_graphs(problem: Problem, params: Mapping[str, Tensor]) -> tuple[Graph, Graph]:
+    """The update rule's (init, update) pair as graphs; its state is flattened to "state/<i>"."""
+    rule, names = problem.update, problem.adapted
+    given: dict[tuple[str, str], Tensor] = {("param", n): params[n] for n in names}
+    given |= {("hyper", h): t.detach() for h, t in problem.group("hyper").items()}
+    spec: list[Any] = []
+
+    def part(values: Mapping[tuple[str, str], Tensor], role: str) -> dict[str, Tensor]:
+        return {n: t for (r, n), t in values.items() if r == role}
+
+    def init(values: Mapping[tuple[str, str], Tensor]) -> dict[str, Tensor]:
+        state, tree = pytree.tree_flatten(rule.init(part(values, "param"), hyper_tree(part(values, "hyper"))))
+        spec.append(tree)
+        return {f"state/{i}": s for i, s in enumerate(state)}
+
+    def step(values: Mapping[tuple[str, str], Tensor]) -> dict[str, Tensor]:
+        state = pytree.tree_unflatten(list(part(values, "state").values()), spec[0])
+        hyper = hyper_tree(part(values, "hyper"))
+        made, after = rule.update(
+            part(values, "param"), part(values, "grad"), state, hyper, values["step", "k"], part(values, "param0")
+        )
+        flat, tree = pytree.tree_flatten(after)
+        if tree != spec[0] or set(made) != set(names):
+            raise Unsupported("update", type(rule).__name__, "update returns another tree than it was given")
+        return {f"param/{n}": made[n] for n in names} | {f"state/{i}": s for i, s in enumerate(flat)}
+
+    with torch.no_grad():
+        state = init(given)
+    spec.clear()
+    inputs = {**given, ("step", "k"): torch.zeros((), dtype=problem.parameter.dtype)}
+    for n in names:
+        # Distinct values, so that an identity between inputs cannot be mistaken for one of the rule's
+        inputs["grad", n] = torch.full_like(params[n], 0.5)
+        inputs["param0", n] = params[n].clone()
+    inputs |= {("state", name.removeprefix("state/")): s.detach().clone() for name, s in state.items()}
+    first = normalise(capture_function(init, given))
+    return first, normalise(capture_function(step, inputs))
+
+
+# ---- replay ---------------------------------------------------------------------------------------------------
+
+
+class Native:
+    """`Backend` over one plan."""
+
+    name = "native"
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def losses(self, problem: Problem, *, fold: bool) -> Outcome:
+        """Losses (and outputs) only."""
+        return self._outcome(problem, self._run(problem, "forward"), fold)
+
+    def meta_gradient(
+        self,
+        problem: Problem,
+        weights: Tensor,
+        output_cotangents: Sequence[Tensor | None] | None = None,
+        *,
+        fold: bool,
+    ) -> Outcome:
+        """Losses and the gradient of Σ_t weights[t]·loss_t (+ ⟨outputs, cotangents⟩)."""
+        extra: dict[str, Tensor] = {}
+        if output_cotangents is not None:
+            extra = self._output_cotangents(problem, output_cotangents)
+        call = self._run(problem, "outputs" if extra else "fused", weights=weights, extra=extra)
+        outcome = self._outcome(problem, call, fold)
+        outcome.gradients = call.gradients(problem)
+        return outcome
+
+    def adapt(self, problem: Problem, *, fold: bool) -> Outcome:
+        """The adapted parameters of all tasks."""
+        call = self._run(problem, "adapt")
+        outcome = self._outcome(problem, call, fold)
+        outcome.fast = {n: call.made["fast", n] for n in problem.adapted}
+        return outcome
+
+    def adapt_vjp(self, problem: Problem, cotangents: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+        """The gradient of Σ ⟨fast, cotangents⟩."""
+        extra = {f"fast/{n}": c for n, c in cotangents.items()}
+        return self._run(problem, "adapt_vjp", extra=extra).gradients(problem)
+
+    # -- one call
+
+    def _run(
+        self,
+        problem: Problem,
+        mode: str,
+        weights: Tensor | None = None,
+        extra: Mapping[str, Tensor] | None = None,
+    ) -> Call:
+        call = Call(self.plan, self.plan.program(mode), problem, extra or {})
+        call.run(weights)
+        return call
+
+    def _output_cotangents(self, problem: Problem, given: Sequence[Tensor | None]) -> dict[str, Tensor]:
+        assert self.plan.loop.query is not None
+        made = {}
+        for key, ct in zip(self.plan.output_keys, given, strict=True):
+            shape = (problem.tasks, *self.plan.loop.query.outputs[key].shape)
+            name = key.replace("output/", "outputs/")
+            made[name] = torch.zeros(shape, dtype=self.plan.dtype) if ct is None else ct
+        return made
+
+    def _outcome(self, problem: Problem, call: Call, fold_statistics: bool) -> Outcome:
+        plan = self.plan
+        outcome = Outcome(losses=call.made.get(("loss", "loss")), step_losses=call.step_losses())
+        if plan.output_keys and problem.return_outputs and ("output", "output/0") in _short(call.made):
+            flat = [call.made["output", k.removeprefix("output/")] for k in plan.output_keys]
+            outcome.outputs = pytree.tree_unflatten(flat, plan.output_spec)
+        if fold_statistics and (plan.support_stats or plan.query_stats):
+            fold(problem, call.statistics())
+        return outcome
+
+
+def _short(made: Mapping[tuple[str, str], Tensor]) -> set[tuple[str, str]]:
+    return {(kind, f"output/{name}") for kind, name in made if kind == "output"}
+
+
+class Call:
+    """The tensors of one call, bound to a program's externals."""
+
+    def __init__(self, plan: Plan, lowered: Lowered, problem: Problem, extra: Mapping[str, Tensor]) -> None:
+        self.plan, self.lowered, self.problem = plan, lowered, problem
+        self.kept: list[Tensor] = []  # alive while the addresses are in use
+        self.made: dict[tuple[str, str], Tensor] = {}
+        self.table = np.zeros((len(lowered.externals), 3), dtype=np.int64)
+        for j, e in enumerate(lowered.externals):
+            if e.kind == "leaf":
+                self._bind(j, self._leaf(e.name, extra), per_task=e.per_task)
+            else:
+                self._allocate(j, e)
+
+    def _leaf(self, key: str, extra: Mapping[str, Tensor]) -> Tensor:
+        leaf = extra.get(key)
+        if leaf is None:
+            leaf = self.problem.leaves.get(key)
+        if leaf is None:
+            kind, _, name = key.partition("/")
+            leaf = self.problem.buffers[name] if kind == "buffer" else self.plan.externs[key]
+        leaf = leaf.detach()
+        if leaf.is_floating_point() or leaf.dtype == torch.bool:
+            leaf = leaf.to(self.plan.dtype)
+        else:
+            leaf = leaf.to(torch.int64)
+        return leaf.contiguous()
+
+    def _bind(self, j: int, t: Tensor, *, per_task: bool, per_step: bool = False) -> None:
+        self.kept.append(t)
+        item = t.element_size()
+        task = t.stride(0) * item if per_task else 0
+        self.table[j] = (t.data_ptr(), task, t.stride(1) * item if per_step else 0)
+
+    def _allocate(self, j: int, e: Any) -> None:
+        lead = (self.problem.tasks, self.problem.steps) if e.per_step else (self.problem.tasks,)
+        make = torch.zeros if e.kind == "gradient" else torch.empty
+        t = self.made[e.kind, e.name] = make((*lead, *e.shape), dtype=self.plan.dtype)
+        self._bind(j, t, per_task=True, per_step=e.per_step)
+
+    def run(self, weights: Tensor | None) -> None:
+        """Replay; raises what a kernel reported."""
+        from metafast import _C
+
+        problem, lowered = self.problem, self.lowered
+        self.result = torch.empty(lowered.result_elements, dtype=self.plan.dtype)
+        w = weights.detach().to(self.plan.dtype).contiguous() if weights is not None else None
+        status = _C.run(
+            lowered.program,
+            self.table,
+            T=problem.tasks,
+            steps=problem.steps,
+            weights_ptr=0 if w is None else w.data_ptr(),
+            result_ptr=self.result.data_ptr() if lowered.result_elements else 0,
+            threads=torch.get_num_threads(),
+        )
+        if status[0]:
+            self._raise(*status)
+
+    def _raise(self, status: int, task: int, step: int, section: Any, instruction: int) -> None:
+        name = section if isinstance(section, str) else SECTIONS[section]
+        code = self.lowered.code[name][instruction]
+        if status == LABEL_OUT_OF_RANGE:
+            part = "query" if name == "query" else "support"
+            where = f"task {task}, {part} labels ({code.note.partition('  ')[2] or 'loss'})"
+            classes = code.ints[1]
+            raise LabelError(
+                message(where, "a label out of range", f"0..{classes - 1}", "check the labels or the model's outputs")
+            )
+        raise RuntimeError(f"{position(task, step, self.problem.steps)}: kernel {code.kernel} failed with {status}")
+
+    def step_losses(self) -> Tensor | None:
+        """(T, steps), where the program recorded them."""
+        return self.made.get(("step_loss", "loss"))
+
+    def statistics(self) -> Statistics:
+        """The batch statistics of every BatchNorm pass, in the order of the eager loop over tasks."""
+        return Statistics(
+            self.plan.support_stats if self.problem.steps else (),
+            self.plan.query_stats if ("loss", "loss") in self.made else (),
+            {(kind, name): t for (kind, name), t in self.made.items() if kind.endswith("_stat")},
+        )
+
+    def gradients(self, problem: Problem) -> dict[str, Tensor | None]:
+        """The gradient of every wanted leaf; None where nothing depends on it."""
+        out: dict[str, Tensor | None] = dict.fromkeys(problem.wrt)
+        for key, (offset, shape) in self.lowered.accumulators.items():
+            out[key] = self.result[offset : offset + int(np.prod(shape))].view(shape)
+        out.update({name: t for (kind, name), t in self.made.items() if kind == "gradient"})
+        return out
+
+
+# ---- the first-use check --------------------------------------------------------------------------------------
+
+
+def disagreement(plan: Plan, problem: Problem, traces: Sequence[Trace]) -> str | None:
+    """Run loss and gradient of the first task natively and compare with what eager autograd gave at capture.
+
+    Returns None where they agree, else what differs. Capture cannot see everything a forward does (a custom backward, a
+    hook); this can. float32 is compared loosely: BatchNorm over few samples and kinks move single entries by per cents.
+    """
+    first = _first_task(problem)
+    for trace, graph in zip(traces, (plan.loop.support, plan.loop.query), strict=False):
+        keys = tuple(trace.gradients)
+        loop = replace(plan.loop, query=graph, wrt=keys)
+        part = replace(first, steps=0, wrt=keys)
+        probe = Plan(loop, plan.dtype, plan.externs)
+        call = Call(probe, probe.program("fused"), part, {})
+        call.run(None)
+        if found := _compare(trace, call.made["loss", "loss"], call.gradients(part), plan.dtype):
+            return found
+    return None
+
+
+def _first_task(problem: Problem) -> Problem:
+    leaves = {k: t[:1] if k.startswith(("support/", "query/")) else t for k, t in problem.leaves.items()}
+    return replace(problem, leaves=leaves, tasks=1)
+
+
+def _compare(
+    trace: Trace, loss: Tensor, grads: Mapping[str, Tensor | None], dtype: torch.dtype
+) -> str | None:
+    tolerance = 1e-6 if dtype == torch.float64 else 5e-2
+    expected = trace.loss.detach().double()
+    if not torch.isfinite(expected):
+        return None
+    if abs(float(loss[0]) - float(expected)) > tolerance * max(1.0, abs(float(expected))):
+        return f"the loss of the first task is {float(loss[0]):.6g} natively, {float(expected):.6g} in PyTorch"
+    ours, theirs = [], []
+    for key, want in trace.gradients.items():
+        if want is not None:
+            got = grads.get(key)
+            theirs.append(want.detach().double().flatten())
+            ours.append(torch.zeros_like(theirs[-1]) if got is None else got.double().flatten())
+    if not theirs:
+        return None
+    a, b = torch.cat(ours), torch.cat(theirs)
+    if not torch.isfinite(b).all() or (a - b).norm() <= tolerance * b.norm() + 1e-6:
+        return None
+    return f"the gradient of the first task differs from PyTorch's by {float((a - b).norm() / b.norm()):.2g} of its norm"
+
+
+Factory = Callable[[Problem], Native]
