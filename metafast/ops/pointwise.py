@@ -171,6 +171,31 @@ def _same(b: Builder, x: tuple[Value, ...], _: dict[str, object]) -> Value | Non
     return x[1] if x[1] is x[2] and x[1].shape == broadcast(*(v.shape for v in x)) else None
 
 
+def _pow(b: Builder, x: tuple[Value, ...], _: dict[str, object]) -> Value | None:
+    """Small whole powers as products: exact at zero, where c·(c−1)·0^(c−2) would be 0·∞."""
+    c = b.constant_of(x[1])
+    if c == 0.0:
+        return b.op("expand", b.const(1.0), shape=x[0].shape)
+    if c == 1.0:
+        return x[0]
+    return b.op("square", x[0]) if c == 2.0 else None
+
+
+def _pow_by_base(b: Builder, y: Value, a: Value, c: Value) -> Value | None:
+    """c·a^(c−1), and 0 where c is 0, whatever a is (as PyTorch)."""
+    slope = b.op("mul", c, b.op("pow", a, b.op("sub", c, b.const(1.0))))
+    return slope if b.constant_of(c) is not None else b.op("where", b.op("ne", c, b.const(0.0)), slope, b.const(0.0))
+
+
+def _pow_by_exponent(b: Builder, y: Value, a: Value, c: Value) -> Value | None:
+    """a^c·log a, and 0 where a is 0 and c is not negative (as PyTorch)."""
+    if b.constant_of(c) is not None:
+        return None
+    zero = b.const(0.0)
+    nought = b.op("mul", b.op("eq", a, zero), b.op("ge", c, zero))
+    return b.op("where", nought, zero, b.op("mul", y, b.op("log", a)))
+
+
 _row("add", torch.add, _one, _one, simplify=_add)
 _row("sub", torch.sub, _one, _minus_one, simplify=_sub)
 _row("mul", torch.mul, lambda b, y, a, c: c, lambda b, y, a, c: a, simplify=_mul)
@@ -193,12 +218,7 @@ _row("sign", torch.sign, _zero)
 _row("floor", torch.floor, _zero)
 _row("maximum", torch.maximum, lambda b, y, a, c: _above(b, a, c), lambda b, y, a, c: _above(b, c, a))
 _row("minimum", torch.minimum, lambda b, y, a, c: _below(b, a, c), lambda b, y, a, c: _below(b, c, a))
-_row(
-    "pow",
-    torch.pow,
-    lambda b, y, a, c: b.op("mul", c, b.op("pow", a, b.op("sub", c, b.const(1.0)))),
-    lambda b, y, a, c: None if b.constant_of(c) is not None else b.op("mul", y, b.op("log", a)),
-)
+_row("pow", torch.pow, _pow_by_base, _pow_by_exponent, simplify=_pow)
 _row("tanh", torch.tanh, lambda b, y, x: b.op("sub", b.const(1.0), b.op("square", y)))
 _row("sigmoid", torch.sigmoid, lambda b, y, x: b.op("mul", y, b.op("sub", b.const(1.0), y)))
 _row(
