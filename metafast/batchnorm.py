@@ -54,14 +54,14 @@ def tracked(model: nn.Module) -> dict[str, _NormBase]:
     }
 
 
-def fold(module: _NormBase, means: Tensor, variances: Tensor, count: int) -> None:
+def fold(module: _NormBase, means: Tensor, variances: Tensor) -> None:
     """Fold the statistics of several passes into a layer's running ones, in place.
 
     With momentum m (a cumulative average, m = 1/n for the n-th batch ever, where `momentum` is None) each pass does
     running <- (1 - m) running + m batch; over p passes this is one weighted sum.
 
-    **Arguments**: `means`, `variances` `(p, C)`, the biased variance, in the order in which the eager loop would have made
-    the passes; `count`, how many elements a channel had in each pass. The running variance takes the unbiased one.
+    **Arguments**: `means`, `variances` `(p, C)`, the unbiased variance, in the order in which the eager loop would have
+    made the passes.
     """
     passes = means.shape[0]
     assert module.running_mean is not None and module.running_var is not None
@@ -70,12 +70,11 @@ def fold(module: _NormBase, means: Tensor, variances: Tensor, count: int) -> Non
         seen = int(module.num_batches_tracked)
         module.num_batches_tracked.add_(passes)
     weights = _weights(module.momentum, seen, passes)
-    unbiased = count / (count - 1) if count > 1 else float("nan")
     kept = 1.0 - sum(weights)
     with torch.no_grad():
         share = torch.tensor(weights, dtype=means.dtype, device=means.device)
-        for running, values, scale in ((module.running_mean, means, 1.0), (module.running_var, variances, unbiased)):
-            running.mul_(kept).add_(cast(Tensor, share @ values), alpha=scale)
+        for running, values in ((module.running_mean, means), (module.running_var, variances)):
+            running.mul_(kept).add_(cast(Tensor, share @ values))
 
 
 def _weights(momentum: float | None, seen: int, passes: int) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metafast.batchnorm import Statistics, fold
+from metafast.batchnorm import fold
 from metafast.capture import Trace, Unsupported, capture, capture_function
 from metafast.errors import LabelError, message, position
 from metafast.graph import Graph
@@ -208,14 +209,14 @@ class Native:
             made[name] = torch.zeros(shape, dtype=self.plan.dtype) if ct is None else ct
         return made
 
-    def _outcome(self, problem: Problem, call: Call, fold_statistics: bool) -> Outcome:
+    def _outcome(self, problem: Problem, call: Call, fold: bool) -> Outcome:
         plan = self.plan
         outcome = Outcome(losses=call.made.get(("loss", "loss")), step_losses=call.step_losses())
         if plan.output_keys and problem.return_outputs and ("output", "output/0") in _short(call.made):
             flat = [call.made["output", k.removeprefix("output/")] for k in plan.output_keys]
             outcome.outputs = pytree.tree_unflatten(flat, plan.output_spec)
-        if fold_statistics and (plan.support_stats or plan.query_stats):
-            fold(problem, call.statistics())
+        if fold and (plan.support_stats or plan.query_stats):
+            call.fold()
         return outcome
 
 
@@ -298,13 +299,26 @@ class Call:
         """(T, steps), where the program recorded them."""
         return self.made.get(("step_loss", "loss"))
 
-    def statistics(self) -> Statistics:
-        """The batch statistics of every BatchNorm pass, in the order of the eager loop over tasks."""
-        return Statistics(
-            self.plan.support_stats if self.problem.steps else (),
-            self.plan.query_stats if ("loss", "loss") in self.made else (),
-            {(kind, name): t for (kind, name), t in self.made.items() if kind.endswith("_stat")},
-        )
+    def fold(self) -> None:
+        """Fold the batch statistics of every BatchNorm pass into the running ones, in the order of the eager loop."""
+        passes: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for part, stats in (("support", self.plan.support_stats), ("query", self.plan.query_stats)):
+            for path, calls in itertools.groupby(sorted(stats, key=lambda s: s.path), key=lambda s: s.path):
+                pairs = [self._unbiased(part, s) for s in calls]
+                if pairs[0] is not None:
+                    mean, var = (torch.stack(side, -2).flatten(1, -2) for side in zip(*pairs, strict=True))
+                    passes.setdefault(path, []).append((mean, var))
+        for path, parts in passes.items():
+            mean, var = (torch.cat(side, 1).flatten(0, 1) for side in zip(*parts, strict=True))
+            fold(self.problem.model.get_submodule(path), mean, var)
+
+    def _unbiased(self, part: str, stat: Any) -> tuple[Tensor, Tensor] | None:
+        """Mean and unbiased variance of one recorded pass, (T, steps, C) or (T, C); None where it did not run."""
+        mean = self.made.get((f"{part}_stat", f"{stat.output}/mean"))
+        if mean is None:
+            return None
+        scale = stat.count / (stat.count - 1) if stat.count > 1 else float("nan")
+        return mean, self.made[f"{part}_stat", f"{stat.output}/var"] * scale
 
     def gradients(self, problem: Problem) -> dict[str, Tensor | None]:
         """The gradient of every wanted leaf; None where nothing depends on it."""

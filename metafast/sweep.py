@@ -209,13 +209,13 @@ class Sweep:
 
     # -- ways to run
 
-    def fused(self) -> dict[str, Section]:
-        """Query loss and its meta-gradient."""
+    def fused(self, *, outputs: bool = False) -> dict[str, Section]:
+        """Query loss and its meta-gradient; with `outputs`, leaves "outputs/<i>" hold cotangents of the query outputs."""
         return self._hoist(
             {
                 "prologue": self._prologue(),
                 "inner": self._inner(),
-                "query": self._query(),
+                "query": self._query(outputs=outputs),
                 "meta": self._meta(),
                 "epilogue": self._epilogue(),
             }
@@ -293,17 +293,20 @@ class Sweep:
             if name.startswith("stat/"):
                 w.store(env[v], f"{part}_stat", name)
 
-    def _query(self, *, backward: bool = True) -> _Writer:
+    def _query(self, *, backward: bool = True, outputs: bool = False) -> _Writer:
         w, graph = _Writer(), self.loop.query
         assert graph is not None
         env = copy_into(w.b, graph, _bind_loss(w.b, self.loop))  # type: ignore[arg-type]
         self._losses(w, graph, env, "loss", "query")
-        outputs = {name: v for name, v in graph.outputs.items() if name.startswith("output/")}
-        for name, v in outputs.items():
-            w.store(env[v], "output", name)
+        made = {name.removeprefix("output/"): env[v] for name, v in graph.outputs.items() if name.startswith("output/")}
+        for name, v in made.items():
+            w.store(v, "output", name)
         if not backward:
             return w
         cts = {env[graph.outputs["loss"]]: w.b.input("call", "weight", ())}
+        for name, v in made.items() if outputs else ():
+            ct = w.b.input("leaf", f"outputs/{name}", v.shape)
+            cts[v] = ct if v not in cts else w.b.op("add", cts[v], ct)
         leaves = [(leaf_key(i), env[i.value]) for i in graph.inputs if self._wanted_leaf(i)]
         phis = [w.b.input("state", f"param/{n}", self.loop.shapes[n]) for n in self.loop.adapted]
         pulled = pull(w.b, cts, phis + [v for _, v in leaves])

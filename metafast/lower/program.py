@@ -150,7 +150,7 @@ class _Lowering:
             return Array(buffer, (), (), self.item)
         if i.role in ("hoisted", "spill"):
             return self.persistent[i.role, i.name]
-        per_task = i.name.startswith(("support/", "query/", "fast/"))
+        per_task = i.name.startswith(("support/", "query/", "fast/", "outputs/"))
         return self._external(External("leaf", i.name, shape, dtype, per_task))
 
     def _target(self, store: Store, value: Value) -> Array | None:
