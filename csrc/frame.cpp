@@ -1,0 +1,80 @@
+#include "frame.hpp"
+
+namespace metafast {
+namespace {
+
+template <class T>
+void write(std::byte* record, int64_t k, int64_t steps, const void* weights, int64_t t) {
+  T* const values = reinterpret_cast<T*>(record);
+  values[0] = static_cast<T>(k);
+  values[1] = static_cast<T>(steps);
+  values[2] = weights ? static_cast<const T*>(weights)[t] : T{1};
+}
+
+}  // namespace
+
+Layout::Layout(const Program& program, int64_t steps) {
+  int64_t at = 0;
+  const auto place = [&at](int64_t size) {
+    const int64_t start = at;
+    at += aligned(size);
+    return start;
+  };
+  const Sizes& sizes = program.sizes();
+  state_stride = aligned(sizes.state);
+  adjoint_stride = aligned(sizes.adjoint);
+  table = place(static_cast<int64_t>(program.operands().size() * sizeof(void*)));
+  bases = place(static_cast<int64_t>((kExternal + program.n_external()) * sizeof(std::byte*)));
+  call = place(3 * size_of(program.dtype()));
+  scratch = place(program.scratch_bytes());
+  arena = place(sizes.arena);
+  adjoint = place(2 * adjoint_stride);
+  state = place((program.rolls_state() ? 2 : steps + 1) * state_stride);
+  bytes = at;
+}
+
+Frame::Frame(const Program& program, const Call& call, const Layout& layout, std::byte* own,
+             std::byte* shared) noexcept
+    : program_(program),
+      call_(call),
+      layout_(layout),
+      table_(reinterpret_cast<void**>(own + layout.table)),
+      bases_(reinterpret_cast<std::byte**>(own + layout.bases)),
+      scratch_(own + layout.scratch),
+      shared_(shared),
+      rolls_(program.rolls_state()) {
+  bases_[kArena] = shared + layout.arena;
+  bases_[kConstant] = const_cast<std::byte*>(program.constants());  // validated: no kernel writes there
+  bases_[kCall] = shared + layout.call;
+  for (const Operand& operand : program.operands())
+    if (!moves(operand.space)) table_[operand.slot] = bases_[operand.space] + operand.offset;
+}
+
+std::byte* Frame::state_slot(int64_t k) const noexcept {
+  return shared_ + layout_.state + (rolls_ ? k % 2 : k) * layout_.state_stride;
+}
+
+void Frame::move_to(int s, int64_t t, int64_t k, int64_t adjoints) noexcept {
+  const SectionCode& code = program_.section(s);
+  std::byte* const adjoint = shared_ + layout_.adjoint;
+  bases_[kStateCur] = state_slot(k);
+  bases_[kStateNext] = state_slot(k + 1);
+  bases_[kAdjointCur] = adjoint + adjoints % 2 * layout_.adjoint_stride;
+  bases_[kAdjointNext] = adjoint + (adjoints + 1) % 2 * layout_.adjoint_stride;
+  for (const int j : code.externals) {
+    const External& external = call_.externals[j];
+    bases_[kExternal + j] =
+        reinterpret_cast<std::byte*>(external.pointer + t * external.task_stride + k * external.step_stride);
+  }
+  for (const Operand& operand : code.moving) table_[operand.slot] = bases_[operand.space] + operand.offset;
+}
+
+void Frame::write_record(int64_t t, int64_t k, int64_t steps) noexcept {
+  std::byte* const record = shared_ + layout_.call;
+  if (program_.dtype() == kernels::DType::f32)
+    write<float>(record, k, steps, call_.weights, t);
+  else
+    write<double>(record, k, steps, call_.weights, t);
+}
+
+}  // namespace metafast

@@ -1,0 +1,51 @@
+// What one worker holds while it runs tasks: the pointers of every operand, brought up to date from section
+// to section.
+#pragma once
+#include <cstdint>
+
+#include "program.hpp"
+#include "replay.hpp"
+
+namespace metafast {
+
+// Where the parts of a worker's buffer lie, in bytes from its start.
+struct Layout {
+  Layout(const Program& program, int64_t steps);
+
+  int64_t table, bases, arena, state, adjoint, call, scratch;
+  int64_t state_stride, adjoint_stride;
+  int64_t bytes;
+};
+
+class Frame {
+ public:
+  // `own` is this worker's buffer (its table of pointers and scratch are used), `shared` that of the leader
+  // of its team (arena, state, adjoints, record of the call): the same one for a worker by itself.
+  Frame(const Program& program, const Call& call, const Layout& layout, std::byte* own,
+        std::byte* shared) noexcept;
+
+  void begin_group(std::byte* accumulators) noexcept { bases_[kAccumulator] = accumulators; }
+  // Points every operand of section s at task t, step k. `adjoints` counts the exchanges of the two adjoint
+  // slots.
+  void move_to(int s, int64_t t, int64_t k, int64_t adjoints) noexcept;
+  void write_record(int64_t t, int64_t k, int64_t steps) noexcept;
+
+  int run(const Instruction& instruction, int part, int parts) const noexcept {
+    return instruction.run(
+        {table_ + instruction.first_operand, instruction.ints, instruction.floats, scratch_, part, parts});
+  }
+
+ private:
+  std::byte* state_slot(int64_t k) const noexcept;
+
+  const Program& program_;
+  const Call& call_;
+  const Layout& layout_;
+  void** table_;
+  std::byte** bases_;
+  std::byte* scratch_;
+  std::byte* shared_;
+  bool rolls_;
+};
+
+}  // namespace metafast

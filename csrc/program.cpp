@@ -1,0 +1,188 @@
+#include "program.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+namespace metafast {
+namespace {
+
+using kernels::Isa;
+
+// A barrier between two threads costs some 0.2 µs: a part shorter than this is not worth one.
+constexpr double kShortestPart = 1000;  // nanoseconds
+
+constexpr std::array<std::string_view, kExternal> kSpaceNames = {
+    "arena", "state_cur", "state_next", "adjoint_cur", "adjoint_next", "accumulator", "constant", "call"};
+
+bool allowed(int section, int space) {
+  switch (space) {
+    case kStateNext:
+      return section == kInner || section == kMeta;
+    case kAdjointCur:
+      return section == kQuery || section == kMeta || section == kEpilogue;
+    case kAdjointNext:
+      return section == kMeta;
+    default:
+      return true;
+  }
+}
+
+[[noreturn]] void reject(const std::string& message) { throw std::invalid_argument("Program: " + message); }
+
+void check_size(int64_t bytes, const char* what) {
+  if (bytes < 0) reject(std::string(what) + ": at least 0 expected, got " + std::to_string(bytes));
+}
+
+void check_sizes(const ProgramSpec& spec) {
+  check_size(spec.sizes.arena, "arena_bytes");
+  check_size(spec.sizes.state, "state_bytes");
+  check_size(spec.sizes.adjoint, "adjoint_bytes");
+  check_size(spec.sizes.accumulator, "accumulator_bytes");
+  check_size(spec.n_external, "n_external");
+  if (spec.sizes.accumulator % size_of(spec.dtype) != 0)
+    reject("accumulator_bytes: a multiple of " + std::to_string(size_of(spec.dtype)) + " expected, got " +
+           std::to_string(spec.sizes.accumulator));
+  if (!kernels::isa_available(spec.isa))
+    reject(std::string("isa: this machine or this build has no ") + kernels::isa_name(spec.isa));
+}
+
+std::string position(int section, size_t instruction, const std::string& kernel) {
+  return "section \"" + std::string(kSectionNames[section]) + "\", instruction " +
+         std::to_string(instruction) + " (" + kernel + "): ";
+}
+
+}  // namespace
+
+std::string space_name(int space) {
+  if (space >= kExternal) return "external " + std::to_string(space - kExternal);
+  return space < 0 ? "space " + std::to_string(space) : std::string(kSpaceNames[space]);
+}
+
+Program::Program(ProgramSpec spec)
+    : dtype_(spec.dtype),
+      isa_(spec.isa),
+      sizes_(spec.sizes),
+      n_external_(spec.n_external),
+      constant_bytes_(static_cast<int64_t>(spec.constants.size())) {
+  check_sizes(spec);
+  externals_.resize(n_external_);
+  size_t n_ints = 0, n_floats = 0;
+  for (const auto& section : spec.sections)
+    for (const auto& instruction : section) {
+      n_ints += instruction.ints.size();
+      n_floats += instruction.floats.size();
+    }
+  ints_.reserve(n_ints);  // instructions point into these two: they never move
+  floats_.reserve(n_floats);
+  std::byte* constants = constants_.reserve(std::max<int64_t>(constant_bytes_, 1));
+  std::memcpy(constants, spec.constants.data(), spec.constants.size());
+  for (int s = 0; s < kSections; ++s) add_section(s, spec.sections[s]);
+}
+
+void Program::add_section(int s, const std::vector<InstructionSpec>& specs) {
+  SectionCode& code = sections_[s];
+  for (const InstructionSpec& spec : specs) {
+    try {
+      add_instruction(s, spec);
+    } catch (const std::invalid_argument& error) {
+      reject(position(s, code.instructions.size(), spec.kernel) + error.what());
+    }
+  }
+  std::ranges::sort(code.externals);
+  code.externals.erase(std::unique(code.externals.begin(), code.externals.end()), code.externals.end());
+}
+
+void Program::add_instruction(int s, const InstructionSpec& spec) {
+  const Signature sig = signature(spec.kernel, spec.ints, spec.floats, dtype_);
+  const kernels::Kernel* kernel = kernels::find_kernel(spec.kernel, dtype_, isa_);
+  if (kernel == nullptr)
+    throw std::invalid_argument("this build has no such kernel for the dtype and instruction set");
+  if (sig.operands.size() != spec.operands.size())
+    throw std::invalid_argument(std::to_string(sig.operands.size()) + " operands expected, got " +
+                                std::to_string(spec.operands.size()));
+  const int first_operand = static_cast<int>(operands_.size());
+  for (size_t n = 0; n < spec.operands.size(); ++n) add_operand(s, spec.operands[n], sig.operands[n], n);
+  const int64_t* ints = ints_.data() + ints_.size();
+  const double* floats = floats_.data() + floats_.size();
+  ints_.insert(ints_.end(), spec.ints.begin(), spec.ints.end());
+  floats_.insert(floats_.end(), spec.floats.begin(), spec.floats.end());
+  scratch_bytes_ = std::max(scratch_bytes_, kernel->scratch ? kernel->scratch(ints) : 0);
+
+  SectionCode& code = sections_[s];
+  const double parts = std::clamp(sig.nanoseconds / kShortestPart, 1.0, 1024.0);
+  const int most_parts = kernel->splittable ? static_cast<int>(parts) : 1;
+  code.instructions.push_back({kernel->run, ints, floats, first_operand, most_parts});
+  code.info.push_back({kernel, static_cast<int>(spec.operands.size()), static_cast<int>(spec.ints.size()),
+                       static_cast<int>(spec.floats.size()), sig.nanoseconds});
+  code.nanoseconds += sig.nanoseconds;
+  code.splits |= most_parts > 1;
+}
+
+void Program::add_operand(int s, const OperandSpec& spec, const Access& access, size_t index) {
+  const auto fail = [&](const std::string& what) {
+    throw std::invalid_argument("operand " + std::to_string(index) + " (" + space_name(spec.space) +
+                                " at byte " + std::to_string(spec.offset) + "): " + what);
+  };
+  if (spec.space < 0 || spec.space >= kExternal + n_external_)
+    fail("no such space; 0 to " + std::to_string(kExternal + n_external_ - 1) + " expected");
+  if (!allowed(s, spec.space)) fail("this space may not be used in this section");
+  if (access.writes && (spec.space == kConstant || spec.space == kCall))
+    fail("written to, but the space is read only");
+  if (spec.offset % access.element != 0)
+    fail("a multiple of the element's " + std::to_string(access.element) + " bytes expected");
+  const int64_t first = spec.offset + access.first * access.element,
+                end = spec.offset + access.end * access.element;
+  const int64_t bytes = bytes_of(spec.space);
+  if (access.end > access.first && bytes >= 0 && (first < 0 || end > bytes))
+    fail("bytes " + std::to_string(first) + " to " + std::to_string(end) + " are " +
+         (access.writes ? "written" : "read") + ", but the space has " + std::to_string(bytes));
+
+  const Operand operand{spec.space, static_cast<int>(operands_.size()), spec.offset};
+  operands_.push_back(operand);
+  if (moves(spec.space)) sections_[s].moving.push_back(operand);
+  if (spec.space < kExternal) return;
+  sections_[s].externals.push_back(spec.space - kExternal);
+  ExternalUse& use = externals_[spec.space - kExternal];
+  use.element = std::max(use.element, access.element);
+  use.touched |= access.end > access.first;
+  use.written |= access.writes;
+}
+
+int64_t Program::bytes_of(int space) const {
+  switch (space) {
+    case kArena:
+      return sizes_.arena;
+    case kStateCur:
+    case kStateNext:
+      return sizes_.state;
+    case kAdjointCur:
+    case kAdjointNext:
+      return sizes_.adjoint;
+    case kAccumulator:
+      return sizes_.accumulator;
+    case kConstant:
+      return constant_bytes_;
+    case kCall:
+      return 3 * size_of(dtype_);
+    default:
+      return -1;
+  }
+}
+
+bool Program::splits() const {
+  return std::ranges::any_of(sections_, [](const SectionCode& code) { return code.splits; });
+}
+
+bool Program::rolls_state() const {
+  return sections_[kMeta].instructions.empty() && sections_[kEpilogue].instructions.empty();
+}
+
+double Program::nanoseconds(int64_t tasks, int64_t steps) const {
+  const double once =
+      sections_[kPrologue].nanoseconds + sections_[kQuery].nanoseconds + sections_[kEpilogue].nanoseconds;
+  const double each = sections_[kInner].nanoseconds + sections_[kMeta].nanoseconds;
+  return static_cast<double>(tasks) * (once + static_cast<double>(steps) * each);
+}
+
+}  // namespace metafast

@@ -1,0 +1,162 @@
+// A Program: what is run for one task, as flat lists of kernel calls in five sections. Immutable; shared by
+// threads.
+//
+//   task t:  prologue(k=0) ; for k < K: inner(k) ; query(k=K) ; for k = K-1..0: meta(k) ; epilogue(k=0)
+//
+// An operand is a space and a byte offset in it; where a space lies is known when the program is replayed:
+//
+//   space            what it is                                                        may be used in
+//   0 arena          this worker's buffer; keeps its contents for the task             every section
+//   1 state_cur      state slot k                                                      every section
+//   2 state_next     state slot k+1                                                    inner, meta
+//   3 adjoint_cur    adjoints of the state: query writes it, epilogue reads it         query, meta, epilogue
+//   4 adjoint_next   meta reads adjoint_cur, writes this one; swapped after each step  meta
+//   5 accumulator    sums over the tasks of a group, zeroed at its start               every section
+//   6 constant       bytes the program carries; read only                              every section
+//   7 call           [k, K, weight of the task] in the program's dtype; read only      every section
+//   8+j external j   pointer_j + t * task_stride_j + k * step_stride_j                 every section
+//
+// Every space starts on a multiple of 64 bytes, externals excepted (these need the alignment of their
+// element).
+#pragma once
+#include <array>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "kernels/common/kernels.hpp"
+#include "memory.hpp"
+#include "signature.hpp"
+
+namespace metafast {
+
+enum Section : int { kPrologue, kInner, kQuery, kMeta, kEpilogue };
+inline constexpr int kSections = 5;
+inline constexpr std::array<std::string_view, kSections> kSectionNames = {"prologue", "inner", "query",
+                                                                          "meta", "epilogue"};
+
+enum Space : int {
+  kArena,
+  kStateCur,
+  kStateNext,
+  kAdjointCur,
+  kAdjointNext,
+  kAccumulator,
+  kConstant,
+  kCall,
+  kExternal
+};
+std::string space_name(int space);  // "arena", ..., "external 3"
+// Whether its place changes from one task, step or group to the next.
+constexpr bool moves(int space) { return space != kArena && space != kConstant && space != kCall; }
+
+struct OperandSpec {
+  int space;
+  int64_t offset;  // bytes
+};
+
+struct InstructionSpec {
+  std::string kernel;
+  std::vector<OperandSpec> operands;
+  std::vector<int64_t> ints;
+  std::vector<double> floats;
+};
+
+struct Sizes {  // bytes
+  int64_t arena, state, adjoint, accumulator;
+};
+
+struct ProgramSpec {
+  kernels::DType dtype;
+  kernels::Isa isa;
+  std::array<std::vector<InstructionSpec>, kSections> sections;
+  Sizes sizes;
+  std::string constants;
+  int n_external;
+};
+
+struct Operand {
+  int space;
+  int slot;  // its place in the table of pointers
+  int64_t offset;
+};
+
+struct Instruction {
+  kernels::Run run;
+  const int64_t* ints;
+  const double* floats;
+  int first_operand;  // its pointers stand from here on in the table of pointers
+  int most_parts;     // into how many parts it may be split with profit; 1: not at all
+};
+
+// What dump, error messages and profiles need of an instruction, kept apart from what replay reads.
+struct InstructionInfo {
+  const kernels::Kernel* kernel;
+  int n_operands, n_ints, n_floats;
+  double nanoseconds;
+};
+
+struct SectionCode {
+  std::vector<Instruction> instructions;
+  std::vector<InstructionInfo> info;
+  std::vector<Operand> moving;  // its operands in spaces that move
+  std::vector<int> externals;   // the externals among them
+  double nanoseconds = 0;       // guess for one pass on one thread
+  bool splits = false;          // some instruction is split
+};
+
+struct ExternalUse {
+  int element = 1;  // bytes of its largest element: what its address and strides are multiples of
+  bool touched = false, written = false;
+};
+
+class Program {
+ public:
+  // Throws std::invalid_argument naming section, instruction, kernel, what was expected and what was got: an
+  // unknown kernel, wrong counts, a space the section may not use, an operand that leaves its space, is
+  // misaligned for its element, or writes to a read-only one.
+  explicit Program(ProgramSpec spec);
+  Program(const Program&) = delete;  // instructions point into it
+  Program& operator=(const Program&) = delete;
+
+  kernels::DType dtype() const { return dtype_; }
+  kernels::Isa isa() const { return isa_; }
+  const Sizes& sizes() const { return sizes_; }
+  int n_external() const { return n_external_; }
+  int64_t constant_bytes() const { return constant_bytes_; }
+  int64_t scratch_bytes() const { return scratch_bytes_; }
+  const SectionCode& section(int s) const { return sections_[s]; }
+  std::span<const Operand> operands() const { return operands_; }  // of all instructions, in order of `slot`
+  const std::byte* constants() const { return constants_.data(); }
+  const ExternalUse& external(int j) const { return externals_[j]; }
+  bool splits() const;
+  // Forward-only programs never come back to a state: two slots serve any number of steps.
+  bool rolls_state() const;
+  double nanoseconds(int64_t tasks, int64_t steps) const;  // guess for one thread
+
+  std::string dump() const;     // a listing, one line an instruction
+  std::string summary() const;  // one line
+
+ private:
+  void add_section(int s, const std::vector<InstructionSpec>& specs);
+  void add_instruction(int s, const InstructionSpec& spec);
+  void add_operand(int s, const OperandSpec& spec, const Access& access, size_t index);
+  int64_t bytes_of(int space) const;  // -1: unknown
+
+  kernels::DType dtype_;
+  kernels::Isa isa_;
+  Sizes sizes_;
+  int n_external_;
+  int64_t constant_bytes_;
+  int64_t scratch_bytes_ = 0;
+  Buffer constants_;
+  std::vector<int64_t> ints_;
+  std::vector<double> floats_;
+  std::vector<Operand> operands_;
+  std::vector<ExternalUse> externals_;
+  std::array<SectionCode, kSections> sections_;
+};
+
+}  // namespace metafast

@@ -1,0 +1,61 @@
+// Replaying a Program over tasks and steps.
+//
+// Tasks 0..T-1 are cut into min(T, 16) contiguous groups. A group's tasks run in order, on one worker, into
+// one set of accumulators; the groups' accumulators are summed in a fixed tree. So nothing depends on the
+// number of threads. Where groups are fewer than threads, several threads share a group: instructions are
+// split by output range.
+#pragma once
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "program.hpp"
+
+namespace metafast {
+
+inline constexpr int64_t kMaxGroups = 16;
+
+struct External {  // of task t, step k: pointer + t * task_stride + k * step_stride, in bytes
+  int64_t pointer, task_stride, step_stride;
+};
+
+struct Call {
+  std::span<const External> externals;
+  int64_t tasks = 0;
+  int64_t steps = 0;                         // of every task, or the most any task makes
+  const int64_t* steps_of = nullptr;         // (tasks,), each 0..steps; null: all make `steps`
+  const void* weights = nullptr;             // (tasks,) of the program's dtype; null: all 1
+  void* result = nullptr;                    // accumulators out (accumulator_bytes); null: dropped
+  int threads = 1;                           // the calling thread included
+  const volatile int32_t* cancel = nullptr;  // polled before every section; not 0 stops the replay
+};
+
+inline constexpr int kCancelled = -1;
+
+// Where a replay stopped. Of several failures the one of the lowest task group is reported, whatever the
+// threads did.
+struct Outcome {
+  int status = 0;  // 0 done, kCancelled, or what the kernel returned (kernels::Status)
+  int64_t task = -1, step = -1;
+  int section = -1, instruction = -1;
+};
+
+// Runs the program. `result` is written only where the status is 0. Throws, before anything has run,
+// std::invalid_argument for a call that makes no sense and std::bad_alloc; allocates nothing once running.
+// Calls from several threads run one after the other. Subnormals count as zero while it runs.
+Outcome replay(const Program& program, const Call& call);
+
+struct InstructionTime {
+  int64_t calls = 0;
+  double seconds = 0;
+};
+
+// The same on the calling thread alone, with the time of every instruction, by section; a clock reading costs
+// some 25 ns, so times of shorter instructions are upper bounds.
+Outcome profile(const Program& program, const Call& call,
+                std::array<std::vector<InstructionTime>, kSections>& times);
+
+int64_t arena_bytes();  // held by all workers between calls
+void trim();            // gives that memory back
+
+}  // namespace metafast
