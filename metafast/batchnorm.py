@@ -14,35 +14,44 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from .problem import Problem
-
-__all__ = ["Buffers", "fold", "tracked"]
+__all__ = ["Buffers", "copied", "fold", "tracked"]
 
 
 class Buffers:
-    """Copies of the buffers, written by one pass after the other, and handed back at the end."""
+    """Copies of the buffers, written by one pass after the other, and handed back at the end.
 
-    def __init__(self, problem: Problem) -> None:
-        self._problem = problem
-        self.values = {name: value.detach().clone() for name, value in problem.buffers.items()}
+    A buffer that requires grad is no running statistic: it is read where it lies, and receives its meta-gradient.
+    """
+
+    def __init__(self, buffers: Mapping[str, Tensor], aliases: Mapping[str, tuple[str, ...]]) -> None:
+        self._own = buffers
+        self._aliases = aliases
+        self.values = copied(buffers)
 
     def named(self) -> dict[str, Tensor]:
         """The current values under every name of each buffer."""
-        aliases = self._problem.aliases
-        return {alias: value for name, value in self.values.items() for alias in aliases.get(name, (name,))}
+        return {alias: value for name, value in self.values.items() for alias in self._aliases.get(name, (name,))}
 
     def update(self, named: Mapping[str, Tensor]) -> None:
         """Note what a pass left: a buffer may have been written in place or replaced."""
-        for name in self.values:
-            self.values[name] = named[name].detach()
+        for name, value in self.values.items():
+            if not value.requires_grad:
+                self.values[name] = named[name].detach()
 
     def write_back(self) -> None:
         """Give the model what the passes left; buffers that did not change keep their version."""
         with torch.no_grad():
             for name, value in self.values.items():
-                own = self._problem.buffers[name]
+                own = self._own[name]
+                if own is value:
+                    continue
                 if own.shape != value.shape or not torch.equal(own, value):
                     own.copy_(value)
+
+
+def copied(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of the buffers, except of those that require grad."""
+    return {name: b if b.requires_grad else b.detach().clone() for name, b in buffers.items()}
 
 
 def tracked(model: nn.Module) -> dict[str, _NormBase]:

@@ -6,6 +6,10 @@ A message reads: place, got, expected, way out; within a replay the position com
 
 from __future__ import annotations
 
+import os
+import sys
+import warnings
+
 __all__ = [
     "BackendError",
     "DoubleBackwardError",
@@ -20,7 +24,10 @@ __all__ = [
     "TransformError",
     "message",
     "position",
+    "warn",
 ]
+
+_HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
 class MetafastError(Exception):
@@ -81,3 +88,15 @@ def position(task: int, step: int, steps: int) -> str:
     'task 3, query loss'
     """
     return f"task {task}, inner step {step}" if step < steps else f"task {task}, query loss"
+
+
+def warn(text: str, category: type[Warning]) -> None:
+    """Warn at the line of the user's that called, not at one of ours or of torch's."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and _inside(frame.f_code.co_filename):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, category, stacklevel=level - 1)
+
+
+def _inside(filename: str) -> bool:
+    return filename.startswith(_HERE) or f"{os.sep}torch{os.sep}" in filename

@@ -59,19 +59,27 @@ class UpdateRule(nn.Module):
         self._init = init
         self._update = update
         self._hyper_names = tuple(hyper)
+        self._changes = 0  # how often a hyper-parameter was set: layouts cached elsewhere look at it
         self._cache: dict[Any, Tensor] = {}
         for name, value in hyper.items():
-            self._declare(name, value)
+            setattr(self, name, value)
 
-    def _declare(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         """Register a hyper-parameter so that `parameters()`, `.to()` and `state_dict()` see it."""
+        if name not in self.__dict__.get("_hyper_names", ()):
+            super().__setattr__(name, value)
+            return
+        if not isinstance(value, (Mapping, _PerParameter)):
+            _require_value(f"{type(self).__name__}({name}=...)", value)
+        self._changes += not isinstance(value, float)
         if isinstance(value, Mapping):
-            setattr(self, name, _PerParameter(name, value))
-        elif isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            value = _PerParameter(name, value)
+        for store in (self.__dict__, self._parameters, self._buffers, self._modules):
+            store.pop(name, None)
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
             self.register_buffer(name, value)
         else:
-            _require_value(f"{type(self).__name__}({name}=...)", value)
-            setattr(self, name, value)
+            super().__setattr__(name, value)
 
     def init(self, params: Params, hyper: Hyper) -> State:
         """The state before the first step: a dict of any nesting of tensors."""
@@ -111,6 +119,11 @@ class UpdateRule(nn.Module):
                 self._cache.clear()
             self._cache[key] = torch.tensor(float(value), dtype=like.dtype, device=like.device)
         return self._cache[key]
+
+    @property
+    def changes(self) -> int:
+        """A number that differs once a hyper-parameter was replaced by anything but a number."""
+        return self._changes
 
     def check(self, shapes: Mapping[str, torch.Size], aliases: Mapping[str, tuple[str, ...]]) -> None:
         """Validate the hyper-parameters against the parameters that adapt, and bring tied names to the first one.

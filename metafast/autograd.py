@@ -1,0 +1,485 @@
+"""One pair of registered operations, and the autograd functions around them, for every way out of the inner loop.
+
+A `Call` knows how to compute its results and, later, its gradients. It takes one of three ways into autograd:
+
+- nothing wants a gradient: it just runs;
+- eagerly: `_Eager`, an autograd function around it;
+- under a torch.func transform: `_Transformed`, a function with a vmap rule around the registered operation
+  `metafast::replay`, which in turn has autograd, vmap and fake rules of its own. No order of transforms is then silently
+  wrong: each is right or raises.
+
+The registered operations take the leaves as a list and the call as a number; numbers are looked up in a weak registry, and
+the graph holds the call, so a call lives exactly as long as something may still ask for its gradient.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
+
+from .batchnorm import copied
+from .errors import BackendError, DoubleBackwardError, InputChangedError, TransformError
+from .problem import Backend, Outcome, Problem
+
+__all__ = ["AdaptCall", "Call", "FusedCall", "launch", "tracing"]
+
+
+class Surroundings:
+    """What a replay needs to see as the first pass saw it: random state, autocast, buffers."""
+
+    def __init__(self, problem: Problem, *, for_replay: bool) -> None:
+        device = problem.parameter.device
+        self._cuda = [device] if device.type == "cuda" else []
+        kind = device.type
+        self._autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        if for_replay:
+            self._cpu_state = torch.get_rng_state()
+            self._cuda_states = [torch.cuda.get_rng_state(d) for d in self._cuda]
+            self.buffers = copied(problem.buffers)
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """Draw the same random numbers as the first pass, leave the generators as they are."""
+        with torch.random.fork_rng(self._cuda), self.precision():
+            self.rewind()
+            yield
+
+    def rewind(self) -> None:
+        """Set the generators to where the first pass began."""
+        torch.set_rng_state(self._cpu_state)
+        for device, state in zip(self._cuda, self._cuda_states):
+            torch.cuda.set_rng_state(state, device)
+
+    def precision(self) -> torch.autocast:
+        """The autocast setting of the first pass."""
+        kind, dtype, enabled = self._autocast
+        return torch.autocast(kind, dtype=dtype, enabled=enabled)
+
+
+class Call(ABC):
+    """One call: a problem, its backend, and what its backward pass needs.
+
+    The first `differentiable` results of `forward` carry a graph. A call that is `ready` appends the gradients of its first
+    result, which backward only scales; otherwise backward replays with the true cotangents.
+    """
+
+    def __init__(self, problem: Problem, backend: Backend, *, ready: bool, nonfinite: Any = None) -> None:
+        self.problem = problem
+        self.backend = backend
+        self.ready = ready
+        self.check = nonfinite
+        self.differentiable = 1
+        self.surroundings: Surroundings | None = None
+
+    def remember(self) -> None:
+        """Note what a replay must find again; to be called before the first pass."""
+        if self.surroundings is None:
+            self.surroundings = Surroundings(self.problem, for_replay=True)
+
+    @abstractmethod
+    def forward(self, problem: Problem) -> list[Tensor]:
+        """The results: differentiable ones, then, where `ready`, gradients in the order of `problem.wrt` (None as zeros)."""
+
+    @abstractmethod
+    def replay(self, problem: Problem, cotangents: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
+        """The gradients for the given cotangents of the differentiable results."""
+
+    @abstractmethod
+    def fake(self, leaves: Sequence[Tensor]) -> list[Tensor]:
+        """Empty tensors in the shapes of the results."""
+
+    def backward(self, problem: Problem, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Replay under the surroundings of the first pass; parallel to `problem.wrt`."""
+        if all(cotangent is None for cotangent in cotangents):
+            return [None] * len(problem.wrt)
+        assert self.surroundings is not None
+        with self.surroundings.again(), torch.no_grad():
+            gradients = self.replay(replace(problem, buffers=self.surroundings.buffers), cotangents)
+        return [gradients[key] for key in problem.wrt]
+
+    def wanted(self, leaves: Sequence[Tensor]) -> list[Tensor]:
+        """The leaves whose gradient is wanted, out of all of them."""
+        wrt = frozenset(self.problem.wrt)
+        return [leaf for key, leaf in zip(self.problem.leaves, leaves) if key in wrt]
+
+
+class FusedCall(Call):
+    """The meta-loss: inner loop, query loss and, for "mean" and "sum", the meta-gradient in one pass over the tasks.
+
+    Results: the loss, then the flattened outputs if the problem returns them.
+    """
+
+    def __init__(
+        self, problem: Problem, backend: Backend, *, reduction: str, ready: bool, weights: Tensor, nonfinite: Any = None
+    ) -> None:
+        super().__init__(problem, backend, ready=ready, nonfinite=nonfinite)
+        self.reduction = reduction
+        self.weights = weights
+        self.outputs_spec: pytree.TreeSpec | None = None
+        self._outputs_like: list[Tensor] = []
+
+    def forward(self, problem: Problem) -> list[Tensor]:
+        if self.ready:
+            outcome = self.backend.meta_gradient(problem, self.weights, fold=True)
+        else:
+            outcome = self.backend.losses(problem, fold=True)
+        if self.check is not None:
+            self.check(outcome, problem)
+        assert outcome.losses is not None
+        results = [outcome.losses if self.reduction == "none" else self.reduced(outcome.losses)]
+        if problem.return_outputs:
+            outputs, self.outputs_spec = pytree.tree_flatten(outcome.outputs)
+            self._outputs_like = outputs
+            self.differentiable = 1 + len(outputs)
+            results += outputs
+        return results + (self.gradients(outcome) if self.ready else [])
+
+    def reduced(self, losses: Tensor) -> Tensor:
+        """The losses `(T,)` as one number."""
+        return losses.mean() if self.reduction == "mean" else losses.sum()
+
+    def gradients(self, outcome: Outcome) -> list[Tensor]:
+        """The gradients of an outcome in the order of `wrt`, zeros where nothing depends on a leaf."""
+        assert outcome.gradients is not None
+        grads = outcome.gradients
+        return [_filled(grads[key], self.problem.leaves[key]) for key in self.problem.wrt]
+
+    def replay(self, problem: Problem, cotangents: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
+        seed, *outputs = cotangents
+        if seed is None:
+            weights = torch.zeros_like(self.weights)
+        else:
+            weights = seed.detach().clone() if self.reduction == "none" else self.weights * seed
+        outcome = self.backend.meta_gradient(problem, weights, outputs or None, fold=False)
+        assert outcome.gradients is not None
+        return outcome.gradients
+
+    def fake(self, leaves: Sequence[Tensor]) -> list[Tensor]:
+        like = leaves[0]
+        results = [like.new_empty((self.problem.tasks,) if self.reduction == "none" else ())]
+        results += [like.new_empty(t.shape, dtype=t.dtype) for t in self._outputs_like]
+        return results + ([t.new_empty(t.shape) for t in self.wanted(leaves)] if self.ready else [])
+
+
+class AdaptCall(Call):
+    """The adapted parameters of all tasks, one result each, `(T, *shape)`, in the order of `problem.adapted`."""
+
+    def __init__(self, problem: Problem, backend: Backend, *, nonfinite: Any = None) -> None:
+        super().__init__(problem, backend, ready=False, nonfinite=nonfinite)
+        self.differentiable = len(problem.adapted)
+
+    def forward(self, problem: Problem) -> list[Tensor]:
+        outcome = self.backend.adapt(problem, fold=True)
+        if self.check is not None:
+            self.check(outcome, problem)
+        assert outcome.fast is not None
+        return [outcome.fast[name] for name in problem.adapted]
+
+    def replay(self, problem: Problem, cotangents: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
+        given = {name: c for name, c in zip(problem.adapted, cotangents) if c is not None}
+        return self.backend.adapt_vjp(problem, given)
+
+    def fake(self, leaves: Sequence[Tensor]) -> list[Tensor]:
+        own = dict(zip(self.problem.leaves, leaves))
+        params = [own["param/" + name] for name in self.problem.adapted]
+        return [p.new_empty((self.problem.tasks, *p.shape)) for p in params]
+
+
+def transformed() -> bool:
+    """Whether a torch.func transform (grad, vmap, jvp, functionalize) is active."""
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return True if active is None else bool(active())
+
+
+def tracing() -> bool:
+    """Whether gradients may be wanted that `requires_grad` does not show: a transform, or forward-mode autograd."""
+    return transformed() or getattr(forward_ad, "_current_level", 0) >= 0
+
+
+def _wrapped(tensor: Tensor) -> bool:
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def launch(call: Call) -> list[Tensor]:
+    """Run a call on the way that autograd needs here; returns its differentiable results."""
+    problem = call.problem
+    if transformed():
+        for key, leaf in problem.leaves.items():
+            if key.startswith("extern/") and _wrapped(leaf):
+                raise TransformError(
+                    f"{key}: a tensor under a torch.func transform is read from a closure or an attribute, which "
+                    "metafast cannot follow; pass it as a parameter, a hyper-parameter or in the batch"
+                )
+        call.remember()
+        number = _register(call)
+        return list(_Transformed.apply(number, *problem.leaves.values()))[: call.differentiable]
+    if not (problem.wrt and torch.is_grad_enabled()) and not tracing():
+        return call.forward(problem)
+    if not call.ready:
+        call.remember()
+    return list(_Eager.apply(call, *[problem.leaves[key] for key in problem.wrt]))
+
+
+# Eager
+
+
+class _Eager(torch.autograd.Function):
+    """The quick way: no registered operation between autograd and the backend."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, *wanted: Tensor) -> tuple[Tensor, ...]:
+        results = call.forward(call.problem)
+        n = call.differentiable
+        ctx.call = call
+        # All leaves are saved, also those that take no gradient: autograd notices if one is changed in place.
+        ctx.save_for_backward(*call.problem.leaves.values(), *results[n:])
+        ctx.set_materialize_grads(False)
+        return tuple(results[:n])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        call: Call = ctx.call
+        count = len(call.problem.leaves)
+        saved = _saved(ctx)
+        with torch.no_grad():
+            if call.ready:
+                grads = _scaled(saved[count:], cotangents[0])
+            else:
+                grads = call.backward(call.problem, cotangents)
+        if torch.is_grad_enabled():  # create_graph: whoever differentiates these shall hear of it
+            grads = _once(grads, call.wanted(saved[:count]))
+        return (None, *grads)
+
+
+class _Once(torch.autograd.Function):
+    """Passes gradients on; its own backward raises."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        raise DoubleBackwardError(
+            "backward of InnerLoop: got a second differentiation of the meta-gradient, expected one; it is a plain value "
+            "(the support gradient is differentiated with order=2, that needs no create_graph); for higher orders write the "
+            "loop in PyTorch"
+        )
+
+
+def _once(grads: Sequence[Tensor | None], leaves: Sequence[Tensor]) -> list[Tensor | None]:
+    given = [g for g in grads if g is not None]
+    passed = iter(_Once.apply(len(given), *given, *leaves) if given else ())
+    return [None if g is None else next(passed) for g in grads]
+
+
+def _scaled(grads: Sequence[Tensor], seed: Tensor | None) -> list[Tensor | None]:
+    """The gradients of a ready call for the true cotangent of its loss."""
+    if seed is None:
+        return [None] * len(grads)
+    return [g * seed for g in grads]
+
+
+def _saved(ctx: Any) -> tuple[Tensor, ...]:
+    try:
+        saved: tuple[Tensor, ...] = ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace" not in str(error):
+            raise
+        raise InputChangedError(
+            "backward of InnerLoop: a parameter, hyper-parameter or batch tensor was changed in place after the forward "
+            f"pass, expected it unchanged; call backward first, or change a clone ({error})"
+        ) from error
+    return saved
+
+
+# Registered
+
+
+_calls: weakref.WeakValueDictionary[int, Call] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def _register(call: Call) -> int:
+    number = next(_numbers)
+    _calls[number] = call
+    return number
+
+
+def _call(number: int) -> Call:
+    try:
+        return _calls[number]
+    except KeyError:
+        raise BackendError(
+            f"metafast::replay: call {number} is gone, expected one whose graph is alive; a traced or exported graph cannot "
+            "outlive the call it was made from"
+        ) from None
+
+
+@contextlib.contextmanager
+def _autograd_inside() -> Iterator[None]:
+    """Registered operations run below autograd; the reference needs it back."""
+    key = torch._C.DispatchKey
+    exclude = torch._C._dispatch_tls_local_exclude_set()
+    for name in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView"):
+        exclude = exclude.remove(getattr(key, name))
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), exclude):
+        yield
+
+
+@torch.library.custom_op("metafast::replay", mutates_args=())
+def _replay(leaves: list[Tensor], call: int) -> list[Tensor]:
+    known = _call(call)
+    known.remember()
+    assert known.surroundings is not None
+    known.surroundings.rewind()  # every slice of a vmap draws the same
+    with _autograd_inside(), known.surroundings.precision(), torch.no_grad():
+        return [t.contiguous() for t in known.forward(known.problem.with_leaves(leaves))]
+
+
+@_replay.register_fake
+def _(leaves: list[Tensor], call: int) -> list[Tensor]:
+    return _call(call).fake(leaves)
+
+
+@torch.library.custom_op("metafast::replay_vjp", mutates_args=())
+def _replay_vjp(leaves: list[Tensor], cotangents: list[Tensor], call: int) -> list[Tensor]:
+    known = _call(call)
+    with _autograd_inside():
+        grads = known.backward(known.problem.with_leaves(leaves), cotangents)
+    return [_filled(g, leaf).contiguous() for g, leaf in zip(grads, known.wanted(leaves))]
+
+
+@_replay_vjp.register_fake
+def _(leaves: list[Tensor], cotangents: list[Tensor], call: int) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in _call(call).wanted(leaves)]
+
+
+def _filled(grad: Tensor | None, leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if grad is None else grad
+
+
+def _spread(call: Call, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Gradients of the wanted leaves at their places among all leaves."""
+    by_key = dict(zip(call.problem.wrt, grads))
+    return [by_key.get(key) for key in call.problem.leaves]
+
+
+def _op_setup(ctx: Any, inputs: Any, output: list[Tensor]) -> None:
+    leaves, number = inputs
+    ctx.call, ctx.number = _call(number), number
+    ctx.save_for_backward(*leaves, *output[ctx.call.differentiable :])
+
+
+def _op_backward(ctx: Any, cotangents: list[Tensor | None]) -> Any:
+    call: Call = ctx.call
+    count = len(call.problem.leaves)
+    saved = _saved(ctx)
+    leaves, given = list(saved[:count]), cotangents[: call.differentiable]
+    if call.ready:
+        grads = _scaled(saved[count:], given[0])
+    else:
+        shapes = call.fake(leaves) if any(c is None for c in given) else []
+        whole = [torch.zeros_like(s) if c is None else c for c, s in zip(given, shapes)] if shapes else list(given)
+        grads = list(torch.ops.metafast.replay_vjp(leaves, whole, ctx.number))
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        grads = _once(grads, call.wanted(leaves))
+    return _spread(call, grads), None
+
+
+def _never(ctx: Any, *cotangents: Any) -> Any:
+    return _Once.backward(ctx)
+
+
+_replay.register_autograd(_op_backward, setup_context=_op_setup)
+_replay_vjp.register_autograd(_never)
+
+
+def _op_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    *lists, number = args
+    flat = [t for tensors in lists for t in tensors]
+    dims = [d for dims in in_dims[: len(lists)] for d in dims]
+    op = _Transformed if len(lists) == 1 else _TransformedVjp
+    runs = [op.apply(number, *one) for one in _slices(info, dims, flat)]
+    return [torch.stack(column) for column in zip(*runs)], [0] * len(runs[0])
+
+
+_replay.register_vmap(_op_vmap)
+_replay_vjp.register_vmap(_op_vmap)
+
+
+def _slices(info: Any, in_dims: Sequence[Any], tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The arguments of each slice of a vmap."""
+    for i in range(info.batch_size):
+        yield [t if d is None else t.select(d, i) for t, d in zip(tensors, in_dims)]
+
+
+class _Transformed(torch.autograd.Function):
+    """`metafast::replay` under torch.func transforms."""
+
+    @staticmethod
+    def forward(number: int, *leaves: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.ops.metafast.replay(list(leaves), number))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
+        number, *leaves = inputs
+        ctx.call, ctx.number = _call(number), number
+        rest = output[ctx.call.differentiable :]
+        ctx.mark_non_differentiable(*rest)
+        ctx.save_for_backward(*leaves, *rest)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        call: Call = ctx.call
+        count = len(call.problem.leaves)
+        saved = _saved(ctx)
+        leaves = saved[:count]
+        if call.ready:
+            grads = _once(_scaled(saved[count:], cotangents[0]), call.wanted(leaves))
+        else:
+            grads = list(_TransformedVjp.apply(ctx.number, *leaves, *cotangents[: call.differentiable]))
+        return (None, *_spread(call, grads))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, number: int, *leaves: Tensor) -> Any:
+        runs = [_Transformed.apply(number, *one) for one in _slices(info, in_dims[1:], leaves)]
+        return tuple(torch.stack(column) for column in zip(*runs)), (0,) * len(runs[0])
+
+
+class _TransformedVjp(torch.autograd.Function):
+    """`metafast::replay_vjp` under torch.func transforms; differentiating it raises."""
+
+    @staticmethod
+    def forward(number: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        count = len(_call(number).problem.leaves)
+        return tuple(torch.ops.metafast.replay_vjp(list(tensors[:count]), list(tensors[count:]), number))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        return _Once.backward(ctx)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, number: int, *tensors: Tensor) -> Any:
+        runs = [_TransformedVjp.apply(number, *one) for one in _slices(info, in_dims[1:], tensors)]
+        return tuple(torch.stack(column) for column in zip(*runs)), (0,) * len(runs[0])
