@@ -18,6 +18,12 @@ struct Args {
   int part, parts;     // this call computes share `part` of `parts` of the output (1 unless splittable)
 };
 
+// The largest program of one `pointwise` call; kernel_arity refuses larger ones.
+inline constexpr int kPointwiseOperands = 32;   // inputs and outputs together
+inline constexpr int kPointwiseRegisters = 96;  // and immediates
+inline constexpr int kPointwiseOps = 96;
+inline constexpr int kPointwiseRank = 8;
+
 enum Status : int { kOk = 0, kLabelOutOfRange = 1 };
 
 using Run = int (*)(const Args&) noexcept;               // a Status

@@ -74,6 +74,8 @@ bool pointwise_arity(const int64_t* ints, int64_t n, Arity* arity) noexcept {
   if (n < 5) return false;
   const int64_t rank = ints[0], n_in = ints[1], n_out = ints[2], n_ops = ints[3], n_regs = ints[4];
   if (rank < 0 || n_in < 0 || n_out < 1 || n_ops < 0 || n_regs < n_in) return false;
+  if (rank > kPointwiseRank || n_in + n_out > kPointwiseOperands || n_ops > kPointwiseOps || n_regs > kPointwiseRegisters)
+    return false;
   const int64_t before_ops = 5 + rank + (n_in + n_out) * rank + 2 * n_out;
   *arity = {n_in + n_out, before_ops + 5 * n_ops, 0};
   if (n < arity->ints) return true;  // too few: the caller compares
@@ -89,7 +91,7 @@ bool pointwise_arity(const int64_t* ints, int64_t n, Arity* arity) noexcept {
       if (op[2 + j] < 0 && -op[2 + j] > arity->floats) arity->floats = -op[2 + j];
     }
   }
-  return true;
+  return arity->floats <= kPointwiseRegisters;
 }
 
 }  // namespace
