@@ -167,6 +167,8 @@ def freeze(value: Any) -> Any:
         return tuple((freeze(k), freeze(v)) for k, v in value.items()) if value else ()
     if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
         return tuple(freeze(v) for v in value)
+    if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
+        return function_key(value)
     return id(value)
 
 
@@ -190,10 +192,9 @@ def _attributes(owner: Any) -> Any:
 def _cells(f: types.FunctionType) -> Any:
     def content(cell: Any) -> Any:
         try:
-            value = cell.cell_contents
+            return freeze(cell.cell_contents)
         except ValueError:
             return None
-        return function_key(value) if callable(value) and not isinstance(value, type) else freeze(value)
 
     return tuple(content(c) for c in f.__closure__ or ())
 
