@@ -108,7 +108,7 @@ def demo(options: argparse.Namespace) -> int:
     """`metafast demo`: check the options and the places to write, then train, test, write."""
     missing = missing_packages()
     if missing:
-        return fail(f"needs {', '.join(missing)}; pip install 'metafast[demo]'")
+        return fail(f"needs {', '.join(missing)}; pip install {' '.join(missing)}")
     problem = check_outputs(options.out, options.json)
     if problem:
         return fail(problem)

@@ -20,9 +20,9 @@ class Track(Protocol):
 
 
 class Console:
-    """Plain lines: at most `lines` for each piece of work, evenly spread, the last one always."""
+    """Plain lines for each piece of work: the first, then `lines` evenly spread."""
 
-    def __init__(self, file: TextIO | None = None, lines: int = 10) -> None:
+    def __init__(self, file: TextIO | None = None, lines: int = 5) -> None:
         self.file = file or sys.stdout
         self.lines = lines
 
@@ -33,12 +33,12 @@ class Console:
     @contextmanager
     def track(self, title: str) -> Iterator[Track]:
         """Follow one piece of work: `with console.track("train") as at: at(step, steps, "loss 0.3")`."""
-        printed = 0
+        printed = -1
 
         def at(done: int, total: int, note: str = "") -> None:
             nonlocal printed
             share = done * self.lines // max(total, 1)
-            if share > printed or (done == total and printed < self.lines):
+            if share > printed:
                 printed = share
                 self.say(f"{title:<10} {done:>6}/{total}  {note}".rstrip())
 

@@ -251,7 +251,8 @@ def _write_checked(path: Path, content: bytes) -> None:
 
 def _pack(arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
     buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+    named: dict[str, Any] = dict(arrays)
+    np.savez(buffer, **named)
     return buffer.getvalue()
 
 
@@ -432,7 +433,7 @@ def _jitter(clean: Pictures, variants: int, generator: torch.Generator) -> Pictu
     Rotation ±12°, shear ±0.15, scale 0.85 to 1.05, shift ±1.5 pixels, all uniform.
     """
     out = []
-    for part in torch.from_numpy(clean).split(2048):
+    for part in torch.split(torch.from_numpy(clean), 2048):
         maps = _affine_maps(len(part) * variants, generator)
         smooth = torch.nn.functional.avg_pool2d(part[:, None].float(), 3, stride=1, padding=1)
         grid = torch.nn.functional.affine_grid(maps, [len(maps), 1, SIZE, SIZE], align_corners=False)

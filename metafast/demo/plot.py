@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import textwrap
 import unicodedata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from .glyphs import SIZE, TEST_ALPHABETS
 from .job import Results
 from .train import Accuracy, Example, Training
 
@@ -39,15 +41,18 @@ def save(results: Results, path: Path) -> None:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(11, 7.4), dpi=150, layout="constrained")
+    with matplotlib.rc_context(cast(Any, STYLE)):
+        figure = Figure(figsize=(11, 7.4), dpi=150, layout=ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.08, hspace=0.06))
         FigureCanvasAgg(figure)
-        figure.get_layout_engine().set(h_pad=0.08, w_pad=0.08, hspace=0.06)  # type: ignore[union-attr]
-        grid = figure.add_gridspec(2, 2, height_ratios=[1.15, 1])
-        draw_task(figure.add_subplot(grid[0, :]), results.example)
-        draw_adaptation(figure.add_subplot(grid[1, 0]), results)
-        draw_training(figure.add_subplot(grid[1, 1]), results)
+        grid = figure.add_gridspec(2, 1, height_ratios=[1.15, 1])
+        top = grid[0].subgridspec(1, 2, width_ratios=[2.1, 1])
+        bottom = grid[1].subgridspec(1, 2)
+        draw_task(figure.add_subplot(top[0]), results.example)
+        draw_numbers(figure.add_subplot(top[1]), results)
+        draw_adaptation(figure.add_subplot(bottom[0]), results)
+        draw_training(figure.add_subplot(bottom[1]), results)
         figure.suptitle(headline(results), x=0.012, ha="left", fontsize=13, fontweight="bold")
         figure.savefig(path)
 
@@ -61,29 +66,28 @@ def headline(results: Results) -> str:
 
 def draw_task(axes: Axes, example: Example) -> None:
     """Support on the left, query on the right; a frame says whether the adapted net names the letter."""
-    from matplotlib.patches import Rectangle
-
     ways = min(len(example.letters), MOST_WAYS)
     shots, queries = min(example.support.shape[1], MOST_SHOTS), min(example.query.shape[1], MOST_QUERIES)
-    pitch = example.query.shape[-1] + GAP
+    pitch = SIZE + GAP
     start = shots + 0.6  # columns; a gap between support and query
     for row in range(ways):
+        top = float(row * pitch)
         for column in range(shots):
-            place(axes, example.support[row, column].numpy(), column * pitch, row * pitch)
+            place(axes, example.support[row, column].numpy(), column * pitch, top)
+            frame(axes, column * pitch, top, "#D0D0D0")
         for column in range(queries):
-            left, top = (start + column) * pitch, row * pitch
+            left = (start + column) * pitch
             place(axes, example.query[row, column].numpy(), left, top)
-            color = GREEN if example.after[row, column] else RED
-            side = pitch - GAP + 2
-            axes.add_patch(Rectangle((left - 1, top - 1), side, side, fill=False, ec=color, lw=1.6))
-        axes.text(-GAP, (row + 0.45) * pitch, letter_name(example.letters[row]), ha="right", va="center", fontsize=8.5)
-    axes.set_xlim(-5.2 * pitch, (start + queries) * pitch + GAP)
-    axes.set_ylim(ways * pitch, -0.75 * pitch)
+            frame(axes, left, top, GREEN if example.after[row, column] else RED)
+        axes.text(-GAP, (row + 0.43) * pitch, letter_name(example.letters[row]), ha="right", va="center", fontsize=8.5)
+    axes.set_xlim(-4.3 * pitch, (start + queries) * pitch + GAP)
+    axes.set_ylim(ways * pitch, -0.6 * pitch)
+    axes.set_anchor("W")
     axes.set_aspect("equal")
     axes.axis("off")
     axes.text(0, -0.2 * pitch, "support", fontweight="bold", va="bottom")
     before, after = float(example.before.float().mean()), float(example.after.float().mean())
-    note = f"query: {100 * before:.0f} % right before adaptation, {100 * after:.0f} % after"
+    note = f"query: {100 * before:.0f} % right before, {100 * after:.0f} % after"
     axes.text(start * pitch, -0.2 * pitch, note, fontweight="bold", va="bottom")
 
 
@@ -94,11 +98,39 @@ def place(axes: Axes, picture: npt.NDArray[np.float32], left: float, top: float)
     axes.imshow(picture, cmap="gray_r", vmin=0, vmax=1, extent=extent, interpolation="bilinear")
 
 
+def frame(axes: Axes, left: float, top: float, color: str) -> None:
+    """A frame around the image at (left, top)."""
+    from matplotlib.patches import Rectangle
+
+    axes.add_patch(Rectangle((left - 1, top - 1), SIZE + 2, SIZE + 2, fill=False, ec=color, lw=1.6))
+
+
 def letter_name(letter: str) -> str:
-    """The letter's Unicode name on two lines, with the alphabet first."""
-    alphabet, *rest = unicodedata.name(letter, "unnamed").lower().replace(" letter", "").split()
-    name = " ".join(rest)
-    return f"{alphabet.capitalize()}\n{name if len(name) <= 30 else name[:29] + '…'}"
+    """The letter's Unicode name, on at most two lines."""
+    name = unicodedata.name(letter, "unnamed").replace(" LETTER", "").capitalize()
+    return "\n".join(textwrap.wrap(name, 26, max_lines=2, placeholder=" …"))
+
+
+def draw_numbers(axes: Axes, results: Results) -> None:
+    """The main numbers, large enough to be read first."""
+    axes.axis("off")
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    entries = [
+        (f"{100 * results.after.mean:.1f} %", f"right after adaptation (± {100 * results.after.interval:.1f})"),
+        (f"{100 * results.before.mean:.1f} %", f"right before it (± {100 * results.before.interval:.1f})"),
+    ]
+    if results.reference_curve:
+        after = results.reference_curve[-1]
+        entries += [(f"{100 * after.mean:.1f} %", f"reference, same seed (± {100 * after.interval:.1f})")]
+    entries += [(f"{results.tasks_per_second:.0f}", "tasks a second in training")]
+    if results.race:
+        entries += [(f"{results.race.ratio:.1f}×", "as fast as a plain PyTorch loop")]
+    for row, (number, meaning) in enumerate(entries):
+        height = 0.9 - row * 0.185
+        axes.text(0.26, height, number, ha="right", va="baseline", fontsize=15, fontweight="bold", color=BLUE)
+        axes.text(0.31, height, meaning, ha="left", va="baseline", fontsize=9.5)
+    note = f"{results.after.tasks} tasks from {', '.join(map(str.capitalize, TEST_ALPHABETS))}"
+    axes.text(0.31, 0.9 - len(entries) * 0.185 + 0.05, note, fontsize=8.5, color=GREY)
 
 
 def draw_adaptation(axes: Axes, results: Results) -> None:

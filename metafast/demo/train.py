@@ -146,7 +146,8 @@ def hits(inner: metafast.InnerLoop, support: eager.Batch, query: eager.Batch) ->
     """Share of the query that each task gets right after adaptation: (tasks,) float32."""
     with torch.no_grad():
         _, logits = inner(support, query)
-    return (logits.argmax(-1) == query[1]).float().mean(-1)
+    right: Tensor = logits.argmax(-1) == query[1]
+    return right.float().mean(-1)
 
 
 def train(settings: Settings, glyphs: Glyphs, backend: str, at: Track, stop: Stop) -> Training:
