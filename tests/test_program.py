@@ -117,7 +117,9 @@ def test_states_adjoints_and_weights(dtype, threads):
     )  # fmt: skip
     tolerance = 1e-6 if dtype == "f32" else 1e-14
     np.testing.assert_allclose(out, s * x**steps, rtol=tolerance)
-    np.testing.assert_allclose(result, [(weights * s).sum() * steps * x[0] ** (steps - 1), weights.sum() * x[0] ** steps], rtol=tolerance)
+    np.testing.assert_allclose(
+        result, [(weights * s).sum() * steps * x[0] ** (steps - 1), weights.sum() * x[0] ** steps], rtol=tolerance
+    )
 
 
 def record_program():
@@ -201,7 +203,10 @@ def chain_program(dtype="f32", sections=("inner",)):
         {
             "prologue": [copy(x, (STATE, 0), **whole)],
             "inner": step,
-            "query": [copy((STATE, 0), (ACCUMULATOR, 0), add=True, **whole), copy((STATE, 0), (EXTERNAL + 2, 0), **whole)],
+            "query": [
+                copy((STATE, 0), (ACCUMULATOR, 0), add=True, **whole),
+                copy((STATE, 0), (EXTERNAL + 2, 0), **whole),
+            ],
         },
         arena_bytes=2 * cells * size,
         state_bytes=cells * size,
@@ -247,14 +252,16 @@ def test_same_bits_for_any_threads(dtype, tasks):
             np.testing.assert_array_equal(again[3], result)
 
 
-def label_program(rows, classes, extra=()):
+def label_program(rows, classes):
     """One-hot of the labels in the inner section, behind a small instruction."""
+    one_hot = ("one_hot", [(EXTERNAL, 0), (ARENA, 0)], [rows, classes, -100, 1], [])
     return _C.Program(
         "f32",
-        {"inner": [fill((ARENA, 0), 1, 0.0), *extra, ("one_hot", [(EXTERNAL, 0), (ARENA, 0)], [rows, classes, -100, 1], [])],
-         "query": [fill((ACCUMULATOR, 0), 1, 1.0)]},
-        arena_bytes=4 * rows * classes, accumulator_bytes=4, n_external=1,
-    )  # fmt: skip
+        {"inner": [fill((ARENA, 0), 1, 0.0), one_hot], "query": [fill((ACCUMULATOR, 0), 1, 1.0)]},
+        arena_bytes=4 * rows * classes,
+        accumulator_bytes=4,
+        n_external=1,
+    )
 
 
 @pytest.mark.parametrize("rows", [4, 4096])
@@ -369,7 +376,9 @@ def test_forward_only_programs_keep_two_states():
 def test_subnormals_count_as_zero_in_replay_alone():
     tiny = np.full(1, 1e-40, np.float32)
     program = _C.Program(
-        "f32", {"query": [pointwise([(EXTERNAL, 0), (EXTERNAL + 1, 0)], [("mul", 1, 0, -1)], floats=[2.0])]}, n_external=2
+        "f32",
+        {"query": [pointwise([(EXTERNAL, 0), (EXTERNAL + 1, 0)], [("mul", 1, 0, -1)], floats=[2.0])]},
+        n_external=2,
     )
     out = np.ones(1, np.float32)
     done(_C.run(program, external((tiny, 0, 0), (out, 0, 0)), 1, 0))
@@ -433,7 +442,9 @@ ILL_FORMED = {
 def test_ill_formed_instructions_are_refused(case):
     instruction, message = ILL_FORMED[case]
     with pytest.raises(ValueError) as error:
-        _C.Program("f32", {"inner": [fill((ARENA, 0), 1, 0.0), instruction]}, arena_bytes=64, constants=b"1234", n_external=1)
+        _C.Program(
+            "f32", {"inner": [fill((ARENA, 0), 1, 0.0), instruction]}, arena_bytes=64, constants=b"1234", n_external=1
+        )
     assert f'Program: section "inner", instruction 1 ({instruction[0]}): ' in str(error.value)
     assert message in str(error.value)
 
