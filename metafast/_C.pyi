@@ -39,7 +39,7 @@ class Program:
 def run(
     program: Program,
     externals: npt.NDArray[np.int64],
-    tasks: int,
+    T: int,
     steps: int,
     steps_ptr: int = 0,
     weights_ptr: int = 0,
@@ -52,8 +52,8 @@ def run(
 
     **Arguments:**
     - `externals`: (n_external, 3) int64, C-contiguous: pointer, task stride, step stride, in bytes.
-    - `steps`: of every task; with `steps_ptr` (tasks,) int64 the most any task makes.
-    - `weights_ptr`: (tasks,) of the program's dtype; 0: all ones.
+    - `steps`: of every task; with `steps_ptr` (T,) int64 the most any task makes.
+    - `weights_ptr`: (T,) of the program's dtype; 0: all ones.
     - `result_ptr`: accumulator_bytes, written only where the status is 0; 0: dropped.
     - `threads`: the calling one included. No result depends on it.
     - `seed`: reserved; no kernel draws random numbers yet.
@@ -67,7 +67,7 @@ def run(
 def profile(
     program: Program,
     externals: npt.NDArray[np.int64],
-    tasks: int,
+    T: int,
     steps: int,
     steps_ptr: int = 0,
     weights_ptr: int = 0,

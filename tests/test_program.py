@@ -73,7 +73,7 @@ def test_sections_run_in_order(steps):
         n_external=1,
     )
     out = np.zeros(3)
-    done(_C.run(program, external((out, 8, 0)), tasks=3, steps=steps))
+    done(_C.run(program, external((out, 8, 0)), T=3, steps=steps))
     assert [str(int(x)) for x in out] == ["1" + "2" * steps + "3" + "4" * steps + "5"] * 3
 
 
@@ -470,7 +470,7 @@ def test_ill_formed_programs_are_refused(options, message):
     [
         (dict(externals=np.zeros((2, 3), np.int64)), "3 externals expected, got 2"),
         (dict(externals=np.zeros((3, 2), np.int64)), r"shape \(n_external, 3\) expected"),
-        (dict(tasks=-1), "tasks: at least 0 expected, got -1"),
+        (dict(T=-1), "tasks: at least 0 expected, got -1"),
         (dict(steps=-1), "steps: at least 0 expected, got -1"),
         (dict(threads=0), "threads: 1 to 256 expected, got 0"),
         (dict(row=(0, 0)), "external 0: null pointer"),
@@ -480,7 +480,7 @@ def test_ill_formed_programs_are_refused(options, message):
 )
 def test_calls_that_make_no_sense_are_refused(change, message):
     arrays = [np.zeros(2) for _ in range(3)]
-    call = dict(externals=external(*((a, 8, 0) for a in arrays)), tasks=2, steps=1)
+    call = dict(externals=external(*((a, 8, 0) for a in arrays)), T=2, steps=1)
     if "row" in change:
         j, pointer = change["row"]
         call["externals"][j, 0 if pointer is not None else 1] = pointer or 0

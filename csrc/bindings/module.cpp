@@ -184,10 +184,10 @@ PYBIND11_MODULE(_C, m) {
       .def("dump", &Program::dump)
       .def("__repr__", [](const Program& p) { return "<" + p.summary() + ">"; });
 
-  m.def("run", &run, py::arg("program"), py::arg("externals").noconvert(), py::arg("tasks"), py::arg("steps"),
+  m.def("run", &run, py::arg("program"), py::arg("externals").noconvert(), py::arg("T"), py::arg("steps"),
         py::arg("steps_ptr") = 0, py::arg("weights_ptr") = 0, py::arg("result_ptr") = 0,
         py::arg("threads") = 1, py::arg("seed") = 0, py::arg("cancel_ptr") = 0);
-  m.def("profile", &run_profile, py::arg("program"), py::arg("externals").noconvert(), py::arg("tasks"),
+  m.def("profile", &run_profile, py::arg("program"), py::arg("externals").noconvert(), py::arg("T"),
         py::arg("steps"), py::arg("steps_ptr") = 0, py::arg("weights_ptr") = 0, py::arg("result_ptr") = 0);
   m.def("run_kernel", &run_kernel, py::arg("name"), py::arg("dtype"), py::arg("isa"), py::arg("ptrs"),
         py::arg("ints"), py::arg("floats"), py::arg("parts") = 1);
