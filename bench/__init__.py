@@ -1,0 +1,1 @@
+"""The benchmark: metafast and its peers on the same tasks, answers checked first (`python -m bench -h`)."""

@@ -1,0 +1,235 @@
+"""How a workload is measured: answers first, then warm calls, then rounds of turns.
+
+A sample is the mean of as many calls as fill `sample` seconds. Contenders take turns within a round, and
+the order rotates from round to round, so that a drift of the machine hits all alike. A contender whose call
+takes longer than `slow` seconds gets fewer rounds, which the record says (`samples`).
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+from bench import flops, trial
+from bench.answers import Verdict, as_answer, judge, reference
+from bench.machine import spread
+from bench.peers import Call, Peer
+from bench.workloads import Case, Goal, Workload, make_case
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure: rounds, seconds a sample and a contender in all, and from how many on it is slow.
+
+    `limit` bounds, in seconds, the trial of a contender that is only run on demand. `pause` lets spinning
+    thread pools fall asleep before another contender starts.
+    """
+
+    rounds: int = 15
+    sample: float = 0.05
+    budget: float = 20.0
+    slow: float = 5.0
+    limit: float = 300.0
+    pause: float = 0.02
+
+    def rounds_for(self, seconds: float) -> int:
+        """Rounds for a contender that needs so many seconds a call: at least 2, at most `rounds`."""
+        if seconds > self.slow:
+            return 2
+        return max(3, min(self.rounds, math.ceil(self.budget / max(seconds, self.sample))))
+
+    def calls_for(self, seconds: float) -> int:
+        """Calls a sample."""
+        return max(1, math.ceil(self.sample / max(seconds, 1e-6)))
+
+
+QUICK = Effort(rounds=3, sample=0.005, budget=1.0, limit=30.0, pause=0.0)
+
+
+@dataclass
+class Record:
+    """What one contender did on one workload. Seconds are of one call; `skipped` says why there are none."""
+
+    peer: str
+    family: str
+    skipped: str | None = None
+    verdict: Verdict | None = None
+    notes: list[str] = field(default_factory=list)
+    first_call: float | None = None
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def ran(self) -> bool:
+        """Whether there are times, which takes a right answer."""
+        return bool(self.seconds)
+
+    def as_json(self, work: int) -> dict:
+        """The record as plain data, with median, spread and rate."""
+        plain = asdict(self)
+        if self.ran:
+            median, iqr = spread(self.seconds)
+            plain |= {
+                "median": median,
+                "iqr": iqr,
+                "samples": len(self.seconds),
+                "gflops": work / median / 1e9,
+            }
+        return plain
+
+
+@dataclass
+class Contender:
+    """A peer at work on a case: its record, its call and a rough time of one call."""
+
+    record: Record
+    call: Call | None = None
+    estimate: float = 0.0
+
+
+def enter(peer: Peer, w: Workload, effort: Effort, hard: bool) -> Contender:
+    """A contender; skipped if it is missing, can't compute the workload, or compiles for minutes."""
+    reason = peer.missing() or peer.declines(w)
+    if reason is None and peer.compiles and w.hard_to_compile:
+        reason = (
+            trial.attempt(w.name, peer.name, effort.limit)
+            if hard
+            else "compiles for minutes: run with --hard"
+        )
+    return Contender(Record(peer.name, peer.family, skipped=reason))
+
+
+def _first_call(peer: Peer, contender: Contender, case: Case, answer: tuple) -> None:
+    """Prepare and call once; keep the time, the warnings and the verdict on the answer."""
+    record = contender.record
+    start = time.perf_counter()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        contender.call = peer.prepare(case)
+        raw = contender.call()
+    record.first_call = time.perf_counter() - start
+    record.notes += sorted(
+        {str(w.message).splitlines()[0] for w in caught if "Fallback" in w.category.__name__}
+    )
+    record.verdict = judge(as_answer(raw), *answer, case.workload.dtype)
+    if record.verdict.fault:
+        record.skipped = f"wrong answer: {record.verdict.fault}"
+
+
+def check(peer: Peer, contender: Contender, case: Case, answer: tuple, effort: Effort) -> None:
+    """First call, verdict and a rough time; a contender that fails or is wrong goes no further."""
+    try:
+        _first_call(peer, contender, case, answer)
+        if contender.record.skipped is None:
+            contender.estimate = _sample(contender.call, 1)
+            if contender.estimate < effort.slow:
+                contender.estimate = min(contender.estimate, _sample(contender.call, 1))
+    except (Exception, SystemExit) as error:
+        line = (str(error).strip().splitlines() or [""])[0]
+        contender.record.skipped = f"{type(error).__name__}: {line}"[:300]
+
+
+def _sample(call: Call, calls: int) -> float:
+    """Mean seconds of some calls in a row."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - start) / calls
+
+
+def _turn(contender: Contender, effort: Effort) -> None:
+    """One sample, after one call that warms caches where calls are short."""
+    calls = effort.calls_for(contender.estimate)
+    time.sleep(effort.pause)
+    if contender.estimate < 1.0:
+        contender.call()
+    contender.record.seconds.append(_sample(contender.call, calls))
+
+
+def take_turns(contenders: Sequence[Contender], effort: Effort) -> None:
+    """The rounds. Who needs fewer of them drops out early; order rotates."""
+    rounds = {c.record.peer: effort.rounds_for(c.estimate) for c in contenders}
+    for turn in range(max(rounds.values(), default=0)):
+        gc.collect()
+        shift = turn % len(contenders)
+        for contender in [*contenders[shift:], *contenders[:shift]]:
+            if turn < rounds[contender.record.peer]:
+                _turn(contender, effort)
+
+
+def medians_in_turns(calls: Sequence[Call], effort: Effort) -> list[float]:
+    """Median seconds of calls that are known to be right, in turns like contenders."""
+    contenders = []
+    for at, call in enumerate(calls):
+        call()
+        contenders.append(Contender(Record(str(at), "metafast"), call, _sample(call, 1)))
+    take_turns(contenders, effort)
+    return [spread(c.record.seconds)[0] for c in contenders]
+
+
+def measure(
+    w: Workload,
+    peers: Mapping[str, Peer],
+    effort: Effort,
+    hard: bool = False,
+    report: Report = print,
+    case: Case | None = None,
+) -> dict:
+    """Measure one workload: its JSON entry. `hard` lets compilers try that take minutes."""
+    case = case or make_case(w)
+    answer = reference(case)
+    contenders = [enter(peer, w, effort, hard) for peer in peers.values()]
+    for peer, contender in zip(peers.values(), contenders, strict=True):
+        if contender.record.skipped is None:
+            check(peer, contender, case, answer, effort)
+        report(_line(contender))
+    take_turns([c for c in contenders if c.record.skipped is None], effort)
+    return summary(w, [c.record for c in contenders], answer[1].l2)
+
+
+def _line(contender: Contender) -> str:
+    record = contender.record
+    if record.skipped is not None:
+        return f"  {record.peer:12} {record.skipped}"
+    found = record.verdict.deviation if record.verdict else None
+    error = f"rel. L2 {found.l2:.1e}, cosine {found.cosine:.6f}" if found else ""
+    return f"  {record.peer:12} right: {error}; first call {record.first_call:.2f} s"
+
+
+def summary(w: Workload, records: Sequence[Record], reference_l2: float) -> dict:
+    """The workload's JSON entry: its records, its work, ratios to metafast and what became of its goals."""
+    work = flops.count(w)
+    entries = {r.peer: r.as_json(work) for r in records}
+    return {
+        "title": w.title,
+        "tasks": w.tasks,
+        "steps": w.steps,
+        "order": w.order,
+        "gflop": work / 1e9,
+        "reference_l2": reference_l2,
+        "peers": entries,
+        "ratios": ratios(entries),
+        "goal": {kind: list(pair) for kind, pair in asdict(w.goal).items() if pair}
+        if w.goal != Goal()
+        else {},
+    }
+
+
+def ratios(entries: Mapping[str, dict]) -> dict[str, dict]:
+    """Fastest PyTorch peer, eager loop and fastest JAX form against metafast: name and ratio of medians."""
+    ours = next((e["median"] for e in entries.values() if e["family"] == "metafast" and "median" in e), None)
+    if ours is None:
+        return {}
+    timed = {name: e for name, e in entries.items() if "median" in e}
+    groups = {
+        "pytorch": [name for name, e in timed.items() if e["family"] == "pytorch"],
+        "eager": [name for name in timed if name == "eager"],
+        "jax": [name for name, e in timed.items() if e["family"] == "jax"],
+    }
+    fastest = {kind: min(names, key=lambda n: timed[n]["median"]) for kind, names in groups.items() if names}
+    return {kind: {"peer": name, "ratio": timed[name]["median"] / ours} for kind, name in fastest.items()}

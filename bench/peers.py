@@ -1,0 +1,396 @@
+"""The contenders: metafast and, for each peer, an adapter to its own way of writing one meta-gradient.
+
+Every contender is given the same case and is timed to its *raw gradients*: the mean query loss over tasks
+and its gradient with respect to every parameter, in the module's order. What can be done once (tracing,
+compiling, converting the data) is done in `prepare`; the callable that it returns is what is timed, and
+returns only when the numbers are there.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import sys
+import time
+import types
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bench.architectures import composed_norm, forward
+from bench.workloads import Case, Workload
+
+Raw = tuple[Any, Sequence[Any]]  # mean loss, gradients; tensors or arrays
+Call = Callable[[], Raw]
+
+
+class Peer(Protocol):
+    """One contender. `family` is metafast, pytorch or jax; ratios are formed by family.
+
+    `compiles` marks those whose compiler takes minutes on some nets (`Workload.hard_to_compile`).
+    """
+
+    name: str
+    family: str
+    compiles: bool
+
+    def missing(self) -> str | None:
+        """Why it can't run on this machine (a package that is not there), or None."""
+
+    def declines(self, w: Workload) -> str | None:
+        """Why it can't compute this workload, or None."""
+
+    def prepare(self, case: Case) -> Call:
+        """A callable that computes one meta-gradient; it may compile at its first call."""
+
+
+def not_importable(*modules: str) -> str | None:
+    """ "<modules> not installed", or None if they all are."""
+    absent = [m for m in modules if importlib.util.find_spec(m) is None]
+    return f"{', '.join(absent)} not installed" if absent else None
+
+
+def _scaled(total: Sequence[Tensor], tasks: int) -> list[Tensor]:
+    return [g / tasks for g in total]
+
+
+# ---- metafast
+
+
+class Metafast:
+    """metafast itself, through its public call to raw gradients. `backend` is what InnerLoop takes."""
+
+    family, compiles = "metafast", False
+
+    def __init__(self, backend: str = "auto") -> None:
+        self.backend = backend
+        self.name = "metafast" if backend == "auto" else f"metafast-{backend}"
+
+    def missing(self) -> str | None:
+        return not_importable("metafast")
+
+    def declines(self, w: Workload) -> str | None:
+        return None
+
+    def loop(self, case: Case) -> nn.Module:
+        """The `InnerLoop` of the workload."""
+        import metafast
+
+        w = case.workload
+        which = {} if w.adapted == "*" else {"params": w.adapted}
+        update = metafast.SGD(lr=w.lr)
+        return metafast.InnerLoop(
+            case.module, w.loss, update=update, steps=w.steps, order=w.order, backend=self.backend, **which
+        )
+
+    def prepare(self, case: Case) -> Call:
+        inner, names = self.loop(case), list(case.params)
+
+        def call() -> Raw:
+            loss, gradients = inner.meta_gradient(case.support, case.query)
+            return loss, [_named(gradients, name) for name in names]
+
+        return call
+
+
+def _named(gradients: Mapping[str, Tensor], name: str) -> Tensor:
+    """The gradient of a parameter, whatever prefix the mapping puts before the module's own name."""
+    if name in gradients:
+        return gradients[name]
+    ends = [key for key in gradients if key.endswith(f".{name}")]
+    if len(ends) != 1:
+        raise KeyError(
+            f"meta-gradient of '{name}': got keys {list(gradients)}, expected the parameter's name"
+        )
+    return gradients[ends[0]]
+
+
+# ---- PyTorch, by hand
+
+
+def task_loss(
+    w: Workload,
+    params: Mapping[str, Tensor],
+    support: Sequence[Tensor],
+    query: Sequence[Tensor],
+    gradient: Callable[..., Sequence[Tensor]],
+) -> Tensor:
+    """Query loss of one task after `steps` of SGD along `gradient(support loss, adapted)`."""
+    x, y = support
+    fast = dict(params)
+    adapted = [name for name in params if w.adapts(name)]
+    for _ in range(w.steps):
+        loss = w.loss(forward(w.layers, fast, x), y)
+        grads = gradient(loss, [fast[name] for name in adapted])
+        fast.update({name: fast[name] - w.lr * g for name, g in zip(adapted, grads, strict=True)})
+    return w.loss(forward(w.layers, fast, query[0]), query[1])
+
+
+class Eager:
+    """A loop over tasks, steps and `torch.autograd.grad`, written by hand over plain functional calls."""
+
+    name, family, compiles = "eager", "pytorch", False
+
+    def missing(self) -> str | None:
+        return None
+
+    def declines(self, w: Workload) -> str | None:
+        return None
+
+    def prepare(self, case: Case) -> Call:
+        w, params = case.workload, case.params
+
+        def support_gradient(loss: Tensor, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+            return torch.autograd.grad(loss, inputs, create_graph=w.order == 2)
+
+        def call() -> Raw:
+            total, mean = [torch.zeros_like(p) for p in params.values()], torch.zeros((), dtype=w.dtype)
+            for support, query in _by_task(case):
+                loss = task_loss(w, params, support, query, support_gradient)
+                for t, g in zip(total, torch.autograd.grad(loss, list(params.values())), strict=True):
+                    t += g
+                mean += loss.detach()
+            return mean / w.tasks, _scaled(total, w.tasks)
+
+        return call
+
+
+def _by_task(case: Case) -> list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
+    """(support, query) of each task."""
+    pairs = zip(zip(*case.support, strict=True), zip(*case.query, strict=True), strict=True)
+    return list(pairs)
+
+
+# ---- torch.func
+
+
+def functional_task(w: Workload) -> Callable[..., Tensor]:
+    """`f(params, support, query) -> loss` of one task for torch.func."""
+
+    def support_loss(fast: dict, fixed: dict, batch: Sequence[Tensor]) -> Tensor:
+        return w.loss(forward(w.layers, {**fixed, **fast}, batch[0], composed_norm), batch[1])
+
+    def task(params: dict, support: Sequence[Tensor], query: Sequence[Tensor]) -> Tensor:
+        fast = {name: p for name, p in params.items() if w.adapts(name)}
+        fixed = {name: p for name, p in params.items() if name not in fast}
+        for _ in range(w.steps):
+            grads = torch.func.grad(support_loss)(fast, fixed, support)
+            if w.order == 1:
+                grads = {name: g.detach() for name, g in grads.items()}
+            fast = {name: p - w.lr * grads[name] for name, p in fast.items()}
+        return support_loss(fast, fixed, query)
+
+    return task
+
+
+Mapped = Callable[[dict, Sequence[Tensor], Sequence[Tensor]], tuple[dict, Tensor]]
+
+
+def map_of_gradients(w: Workload) -> Mapped:
+    """`vmap(grad(task))`, then the mean over tasks."""
+    mapped = torch.func.vmap(
+        torch.func.grad_and_value(functional_task(w)), in_dims=(None, 0, 0), chunk_size=w.chunk
+    )
+
+    def call(params: dict, support: Sequence[Tensor], query: Sequence[Tensor]) -> tuple[dict, Tensor]:
+        grads, losses = mapped(params, support, query)
+        return {name: g.mean(0) for name, g in grads.items()}, losses.mean()
+
+    return call
+
+
+def gradient_of_map(w: Workload) -> Mapped:
+    """`grad(mean(vmap(task)))`: the sum over tasks is left to the products; chunks are added up."""
+    mapped = torch.func.vmap(functional_task(w), in_dims=(None, 0, 0))
+    whole = torch.func.grad_and_value(lambda params, s, q: mapped(params, s, q).sum())
+    chunk = w.chunk or w.tasks
+
+    def call(params: dict, support: Sequence[Tensor], query: Sequence[Tensor]) -> tuple[dict, Tensor]:
+        total: dict = {}
+        loss = 0
+        for at in range(0, w.tasks, chunk):
+            part = slice(at, at + chunk)
+            grads, value = whole(params, tuple(s[part] for s in support), tuple(q[part] for q in query))
+            total = {name: g + total[name] for name, g in grads.items()} if total else grads
+            loss = loss + value
+        return {name: g / w.tasks for name, g in total.items()}, loss / w.tasks
+
+    return call
+
+
+def _over(case: Case, mapped: Mapped) -> Call:
+    params = {name: p.detach() for name, p in case.params.items()}
+
+    def call() -> Raw:
+        grads, loss = mapped(params, case.support, case.query)
+        return loss, list(grads.values())
+
+    return call
+
+
+class Vmap:
+    """torch.func over all tasks; `vmap(grad)` and `grad(vmap)` are both tried, the faster one counts."""
+
+    name, family, compiles = "vmap", "pytorch", False
+    forms: tuple[Callable[[Workload], Mapped], ...] = (map_of_gradients, gradient_of_map)
+
+    def missing(self) -> str | None:
+        return None
+
+    def declines(self, w: Workload) -> str | None:
+        return None
+
+    def build(self, case: Case, form: Callable[[Workload], Mapped]) -> Call:
+        """The call for one of the two forms."""
+        return _over(case, form(case.workload))
+
+    def prepare(self, case: Case) -> Call:
+        return _fastest([self.build(case, form) for form in self.forms])
+
+
+class Compiled(Vmap):
+    """torch.compile (inductor, defaults) of the torch.func form; whole graphs only."""
+
+    name, compiles = "compile", True
+
+    def build(self, case: Case, form: Callable[[Workload], Mapped]) -> Call:
+        return _over(case, torch.compile(form(case.workload), fullgraph=True))
+
+
+def _fastest(calls: Sequence[Call]) -> Call:
+    """The quickest of several calls that do the same: each runs until warm, the better of two runs counts."""
+    if len(calls) == 1:
+        return calls[0]
+    seconds = []
+    for call in calls:
+        call()
+        seconds.append(min(_seconds(call), _seconds(call)))
+    return calls[seconds.index(min(seconds))]
+
+
+def _seconds(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+# ---- libraries
+
+
+def import_learn2learn_maml() -> types.ModuleType:
+    """`learn2learn.algorithms.maml` without the package's own imports.
+
+    learn2learn imports gym, torchvision and C extensions that do not build on newer Pythons; its MAML is
+    plain Python and needs none of them. So empty modules that know their folder stand in for the packages.
+    Where pip can't build it: unpack the folder `learn2learn` of its source archive into site-packages.
+    """
+    if "learn2learn.algorithms.maml" in sys.modules:
+        return sys.modules["learn2learn.algorithms.maml"]
+    spec = importlib.util.find_spec("learn2learn")
+    if spec is None or spec.origin is None:
+        raise ImportError("learn2learn: not installed")
+    root = Path(spec.origin).parent
+    for name, folder in (("learn2learn", root), ("learn2learn.algorithms", root / "algorithms")):
+        empty = importlib.machinery.ModuleSpec(name, loader=None, is_package=True)
+        empty.submodule_search_locations = [str(folder)]
+        sys.modules.setdefault(name, importlib.util.module_from_spec(empty))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return importlib.import_module("learn2learn.algorithms.maml")
+
+
+class Learn2learn:
+    """learn2learn's `MAML`: clone, adapt, loss; task by task (Arnold et al. 2020)."""
+
+    name, family, compiles = "learn2learn", "pytorch", False
+
+    def missing(self) -> str | None:
+        return not_importable("learn2learn")
+
+    def declines(self, w: Workload) -> str | None:
+        return None if w.adapted == "*" else "its MAML adapts every parameter"
+
+    def prepare(self, case: Case) -> Call:
+        w = case.workload
+        maml = import_learn2learn_maml().MAML(case.module, lr=w.lr, first_order=w.order == 1)
+
+        def task(support: Sequence[Tensor], query: Sequence[Tensor]) -> Tensor:
+            learner = maml.clone()
+            for _ in range(w.steps):
+                learner.adapt(w.loss(learner(support[0]), support[1]))
+            return w.loss(learner(query[0]), query[1])
+
+        return _task_by_task(case, task)
+
+
+class Higher:
+    """higher's `innerloop_ctx` around `torch.optim.SGD`, task by task (Grefenstette et al. 2019)."""
+
+    name, family, compiles = "higher", "pytorch", False
+
+    def missing(self) -> str | None:
+        return not_importable("higher")
+
+    def declines(self, w: Workload) -> str | None:
+        return None if w.adapted == "*" else "its loop adapts every parameter"
+
+    def prepare(self, case: Case) -> Call:
+        import higher
+
+        w = case.workload
+        optimizer = torch.optim.SGD(case.module.parameters(), lr=w.lr)
+        second = w.order == 2
+
+        def first_order_gradients(grads: Sequence[Tensor]) -> list[Tensor]:
+            return [g.detach() for g in grads]
+
+        def task(support: Sequence[Tensor], query: Sequence[Tensor]) -> Tensor:
+            with higher.innerloop_ctx(case.module, optimizer, copy_initial_weights=False) as (fast, inner):
+                for _ in range(w.steps):
+                    loss = w.loss(fast(support[0]), support[1])
+                    inner.step(loss, grad_callback=None if second else first_order_gradients)
+                return w.loss(fast(query[0]), query[1])
+
+        return _task_by_task(case, task)
+
+
+def _task_by_task(case: Case, task: Callable[..., Tensor]) -> Call:
+    """Mean loss and gradients of a library that builds the graph of one task at a time."""
+    params, tasks = list(case.module.parameters()), case.workload.tasks
+
+    def call() -> Raw:
+        total, mean = [torch.zeros_like(p) for p in params], torch.zeros((), dtype=case.workload.dtype)
+        for support, query in _by_task(case):
+            loss = task(support, query)
+            for t, g in zip(total, torch.autograd.grad(loss, params), strict=True):
+                t += g
+            mean += loss.detach()
+        return mean / tasks, _scaled(total, tasks)
+
+    return call
+
+
+def all_peers() -> dict[str, Peer]:
+    """Every contender by name, those that can't run here included; metafast first."""
+    from bench.jax_peers import JaxScan, JaxVmap
+
+    peers: list[Peer] = [
+        Metafast(),
+        Eager(),
+        Vmap(),
+        Compiled(),
+        Learn2learn(),
+        Higher(),
+        JaxVmap(),
+        JaxScan(),
+    ]
+    extra: list[Peer] = [Metafast("native"), Metafast("torch")]
+    return {peer.name: peer for peer in (*peers, *extra)}
+
+
+DEFAULT = ("metafast", "eager", "vmap", "compile", "learn2learn", "higher", "jax-vmap", "jax-scan")
+QUICK = ("metafast", "eager", "vmap")

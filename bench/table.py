@@ -1,0 +1,149 @@
+"""Tables of results: on the terminal after each workload, and in the README between two markers.
+
+`python -m bench.table RESULTS.json [README.md]` prints the README's table, or puts it into the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
+HEAD = (
+    "workload",
+    "metafast",
+    "fastest PyTorch peer",
+    "eager loop",
+    "JAX",
+    "GFLOP/s (of roof)",
+    "printed by",
+)
+
+
+def duration(seconds: float) -> str:
+    """Three digits and a unit: 0.000412 → '412 µs'."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}" if seconds < 1000 * size else f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 1e-9:.0f} ns"
+
+
+def times(ratio: float) -> str:
+    """A ratio with as many digits as it deserves: '3.4×', '180×'."""
+    return f"{ratio:.0f}×" if ratio >= 20 else f"{ratio:.1f}×"
+
+
+def report(entry: Mapping) -> str:
+    """One workload for the terminal: a line a contender, then the goals."""
+    return "\n".join([*(_line(entry, name) for name in entry["peers"]), *goals(entry), ""])
+
+
+def _line(entry: Mapping, name: str) -> str:
+    record, ours = entry["peers"][name], _ours(entry)
+    if "median" not in record:
+        return f"  {name:12} {'–':>10}   {record['skipped']}"
+    ratio = times(record["median"] / ours["median"]) if ours else ""
+    iqr = 100 * record["iqr"] / record["median"]
+    roof = 100 * record["gflops"] / entry["roof"]["sgemm_gflops"]
+    rate = f"{record['gflops']:8.2f} GFLOP/s {roof:4.0f} %"
+    time = f"{duration(record['median']):>10}  ± {iqr:4.1f} %  n={record['samples']:<3}"
+    return f"  {name:12} {time} {ratio:>7}  {rate}"
+
+
+def _ours(entry: Mapping) -> Mapping | None:
+    """metafast's record, if it was timed."""
+    found = [r for r in entry["peers"].values() if r["family"] == "metafast" and "median" in r]
+    return found[0] if found else None
+
+
+def measured(entry: Mapping) -> dict[str, float]:
+    """What the goals speak of: ratios by family and percent of the roof."""
+    ours = _ours(entry)
+    if ours is None:
+        return {}
+    found = {kind: ratio["ratio"] for kind, ratio in entry["ratios"].items()}
+    return found | {"roof": 100 * ours["gflops"] / entry["roof"]["sgemm_gflops"]}
+
+
+def goals(entry: Mapping) -> list[str]:
+    """A line a goal: what must be, what was aimed at, what was measured."""
+    found = measured(entry)
+    lines = []
+    for kind, (must, aim) in entry["goal"].items():
+        if kind in found:
+            sign = " %" if kind == "roof" else "×"
+            state = "aim reached" if found[kind] >= aim else "reached" if found[kind] >= must else "MISSED"
+            lines.append(
+                f"  goal {kind:8} must {must:g}{sign}, aim {aim:g}{sign}: {found[kind]:.1f}{sign} {state}"
+            )
+    return lines
+
+
+def _versus(entry: Mapping, kind: str, named: bool) -> str:
+    ratio = entry["ratios"].get(kind)
+    if ratio is None:
+        return "–"
+    time = duration(entry["peers"][ratio["peer"]]["median"])
+    return f"**{times(ratio['ratio'])}** ({ratio['peer'] + ', ' if named else ''}{time})"
+
+
+def row(name: str, entry: Mapping) -> list[str]:
+    """The README's row of one workload."""
+    ours = _ours(entry)
+    if ours is None:
+        return [entry["title"], "–", "–", "–", "–", "–", f"`python -m bench {name}`"]
+    roof = measured(entry)["roof"]
+    return [
+        entry["title"],
+        duration(ours["median"]),
+        _versus(entry, "pytorch", named=True),
+        _versus(entry, "eager", named=False),
+        _versus(entry, "jax", named=True),
+        f"{ours['gflops']:.0f} ({roof:.0f} %)",
+        f"`python -m bench {name}`",
+    ]
+
+
+def markdown(results: Mapping) -> str:
+    """The README's table with a line on the machine above it."""
+    here = results["machine"]
+    versions = ", ".join(
+        f"{name} {version}" for name, version in here["versions"].items() if name != "metafast"
+    )
+    where = f"{here['threads']} threads on {here['processor']} ({', '.join(here['vector_sets'])})"
+    lead = (
+        "One meta-gradient, median; in brackets the peer's time. "
+        f"{where}, Python {here['python']}, {versions}; subnormals flushed for all."
+    )
+    rows = [row(name, entry) for name, entry in results["workloads"].items()]
+    lines = [f"| {' | '.join(cells)} |" for cells in (HEAD, ["---"] * len(HEAD), *rows)]
+    return "\n".join([lead, "", *lines])
+
+
+def replace_between(text: str, table: str) -> str:
+    """`text` with the table between the markers; text without them raises."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(
+            f"document: got no one pair of markers, expected {BEGIN} once and {END} once after it"
+        )
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+
+
+def main() -> None:
+    """Print the table, or put it into a file."""
+    parser = argparse.ArgumentParser(prog="python -m bench.table", description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path)
+    parser.add_argument("document", type=Path, nargs="?")
+    given = parser.parse_args()
+    table = markdown(json.loads(given.results.read_text()))
+    if given.document is None:
+        print(table)
+    else:
+        given.document.write_text(replace_between(given.document.read_text(), table))
+
+
+if __name__ == "__main__":
+    main()
