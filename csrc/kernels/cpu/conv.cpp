@@ -1,0 +1,276 @@
+// Forward and backward-data are one thing: a correlation of a channels-last source with taps at given offsets. The
+// forward pass correlates x; backward-data correlates dy, once for each residue of the output position modulo the
+// stride, with those taps that meet it. Rows of the source are copied with their zeros into scratch, so that a run of
+// taps and channels lies together and the register tile reads pixels in place, without a patch matrix.
+#include "conv.hpp"
+
+#include "conv_window.hpp"
+#include "pack.hpp"
+#include "tile.hpp"
+
+namespace metafast::kernels::METAFAST_ISA {
+namespace {
+
+constexpr int64_t kWindowBytes = 131072;
+
+// Along one axis: output position i reads source position i * step + offset(t) for its tap t of weight index(t).
+struct Axis {
+  int64_t outputs, step, taps;
+  int64_t low, offset_step;  // offset_step > 0: offsets ascend
+  int64_t first_index, index_step;
+  int64_t offset(int64_t t) const { return low + t * offset_step; }
+  int64_t index(int64_t t) const { return first_index + t * index_step; }
+  int64_t span() const { return (taps - 1) * offset_step + 1; }
+  bool together() const { return span() == taps; }
+};
+
+template <class T>
+struct Correlation {
+  const T* source;  // (images, height, width, channels)
+  int64_t images, height, width, channels;
+  T* out;  // columns together
+  int64_t out_image, out_row, out_pixel, columns;
+  const T* w;
+  int64_t w_column, w_channel, w_row_tap, w_column_tap;
+  const T* bias;
+  bool add;
+  Axis v, h;  // down and across
+};
+
+template <class T>
+struct Plan {
+  int64_t vectors, strip;       // of the columns
+  int64_t depth;                // taps × channels
+  int64_t rows;                 // output rows a window serves
+  int64_t window_elements;
+  T *packed, *window, *unused;  // unused: where rows of taps that take no part are packed
+  int64_t *segments, *slots;
+
+  Plan(const Correlation<T>& c, int64_t most_taps, Carver& scratch) {
+    constexpr int L = kLanes<T>;
+    const int64_t total = (c.columns + L - 1) / L;
+    vectors = total == 1 ? 1 : (total == 3 ? 3 : (c.h.outputs <= max_tile_rows(4) && total >= 4 ? 4 : 2));
+    strip = vectors * L;
+    depth = c.v.taps * c.h.taps * c.channels;
+    const int64_t line = window_columns(c) * c.channels * static_cast<int64_t>(sizeof(T));
+    rows = max64(1, min64(c.v.outputs, (kWindowBytes / max64(line, 1) - c.v.span()) / c.v.step + 1));
+    window_elements = window_rows(c, rows) * window_columns(c) * c.channels;
+    packed = scratch.take<T>(round_up(c.columns, strip) * depth);
+    window = scratch.take<T>(window_elements);
+    unused = scratch.take<T>(strip);
+    segments = scratch.take<int64_t>(most_taps);
+    slots = scratch.take<int64_t>(most_taps);
+  }
+
+  static int64_t window_rows(const Correlation<T>& c, int64_t rows) { return (rows - 1) * c.v.step + c.v.span(); }
+  static int64_t window_columns(const Correlation<T>& c) { return (c.h.outputs - 1) * c.h.step + c.h.span(); }
+};
+
+// Weights into strips of columns, rows in the order (vertical tap, horizontal tap, channel).
+template <class T>
+void pack_weights(const Correlation<T>& c, const Plan<T>& plan, int64_t KH, int64_t KW) {
+  const int64_t taps = KH * KW, C = c.channels, strip = plan.strip;
+  const bool taps_together = c.w_column_tap == 1 && c.w_row_tap == KW && taps > 1;
+  const bool channels_then_taps = taps_together && c.w_channel == taps && c.w_column != 1;
+  const bool columns_then_taps = taps_together && c.w_column == taps && c.w_channel != 1;
+  for (int64_t t = 0; t < taps; ++t) plan.slots[t] = -1;
+  for (int64_t a = 0; a < c.v.taps; ++a)
+    for (int64_t b = 0; b < c.h.taps; ++b) plan.slots[c.v.index(a) * KW + c.h.index(b)] = a * c.h.taps + b;
+  for (int64_t n = 0; n < c.columns; n += strip) {
+    T* packed = plan.packed + n * plan.depth;
+    const int64_t columns = min64(strip, c.columns - n);
+    const T* w = c.w + n * c.w_column;
+    auto place = [&](int64_t tap, int64_t channel) {
+      const int64_t slot = plan.slots[tap];
+      return slot < 0 ? plan.unused : packed + (slot * C + channel) * strip;
+    };
+    if (channels_then_taps) {
+      pack_rows<T>(w, 1, c.w_column, C * taps, columns, strip, [&](int64_t k) { return place(k % taps, k / taps); });
+    } else if (columns_then_taps) {
+      for (int64_t k = 0; k < C; ++k)
+        pack_rows<T>(w + k * c.w_channel, 1, taps, taps, columns, strip, [&](int64_t tap) { return place(tap, k); });
+    } else {
+      for (int64_t tap = 0; tap < taps; ++tap)
+        if (plan.slots[tap] >= 0)
+          pack_rows<T>(w + tap / KW * c.w_row_tap + tap % KW * c.w_column_tap, c.w_channel, c.w_column, C, columns,
+                       strip, [&](int64_t k) { return place(tap, k); });
+    }
+  }
+}
+
+// Offsets of the runs that the tile reads for one pixel, in a source of the given line length; returns their number.
+template <class T>
+int64_t find_segments(const Correlation<T>& c, const Plan<T>& plan, int64_t line) {
+  const bool together = c.h.together();
+  int64_t count = 0;
+  for (int64_t a = 0; a < c.v.taps; ++a)
+    for (int64_t b = 0; b < (together ? 1 : c.h.taps); ++b)
+      plan.segments[count++] = a * c.v.offset_step * line + b * c.h.offset_step * c.channels;
+  return count;
+}
+
+// Output rows [first, first + rows) of one image, from the source as the tile reads it.
+template <class T>
+void run_rows(const Correlation<T>& c, const Plan<T>& plan, const T* source, int64_t line, T* out, int64_t rows) {
+  constexpr int L = kLanes<T>;
+  TileCall<T> call{};
+  call.a_rs = c.h.step * c.channels, call.a_cs = 1;
+  call.segment = plan.segments, call.segments = find_segments(c, plan, line);
+  call.length = c.h.together() ? c.h.taps * c.channels : c.channels;
+  call.b_rs = plan.strip, call.c_rs = c.out_pixel, call.add = c.add;
+  int64_t pixels = c.h.outputs;
+  if (c.v.step * line == pixels * call.a_rs && c.out_row == pixels * c.out_pixel) pixels *= rows, rows = 1;
+  for (int64_t n = 0; n < c.columns; n += plan.strip) {
+    const int64_t columns = min64(plan.strip, c.columns - n), vectors = (columns + L - 1) / L;
+    call.last = columns - (vectors - 1) * L;
+    call.b = plan.packed + n * plan.depth;
+    call.bias = c.bias ? c.bias + n : nullptr;
+    for (int64_t r = 0; r < rows; ++r) {
+      call.a = source + r * c.v.step * line, call.c = out + r * c.out_row + n;
+      run_strip<T>(call, pixels, vectors);
+    }
+  }
+}
+
+template <class T>
+void correlate(const Correlation<T>& c, const Plan<T>& plan, int part, int parts) {
+  const Range mine = share(c.images * c.v.outputs, part, parts);
+  for (int64_t at = mine.begin; at < mine.end;) {
+    const int64_t image = at / c.v.outputs, first = at % c.v.outputs;
+    const int64_t rows = min64(min64(plan.rows, c.v.outputs - first), mine.end - at);
+    const Window window{first * c.v.step + c.v.low, c.h.low, plan.window_rows(c, rows), plan.window_columns(c)};
+    const T* picture = c.source + image * c.height * c.width * c.channels;
+    T* out = c.out + image * c.out_image + first * c.out_row;
+    if (window.inside(c.height, c.width)) {
+      run_rows(c, plan, picture + (window.top * c.width + window.left) * c.channels, c.width * c.channels, out, rows);
+    } else {
+      copy_window(plan.window, picture, c.height, c.width, c.channels, window);
+      run_rows(c, plan, plan.window, window.columns * c.channels, out, rows);
+    }
+    at += rows;
+  }
+}
+
+Axis forward_axis(int64_t outputs, int64_t stride, int64_t pad, int64_t dilation, int64_t taps) {
+  return {outputs, stride, taps, -pad, dilation, 0, 1};
+}
+
+// Input positions residue, residue + stride, ... and the taps that meet them, those for which
+// residue + pad - tap * dilation is a multiple of the stride: every period-th one, taken from the last to the first.
+Axis adjoint_axis(int64_t inputs, int64_t residue, int64_t stride, int64_t pad, int64_t dilation, int64_t taps) {
+  int64_t period = 1, last = taps - 1;
+  while (period * dilation % stride != 0) ++period;
+  while (last >= 0 && last > taps - 1 - period && (residue + pad - last * dilation) % stride != 0) --last;
+  const int64_t met = last < 0 || last == taps - 1 - period ? 0 : last / period + 1;
+  return {(inputs - residue + stride - 1) / stride, 1, met,    (residue + pad - last * dilation) / stride,
+          period * dilation / stride,               last, -period};
+}
+
+template <class T>
+Correlation<T> forward(const ConvInts& i, void* const* ptr) {
+  Correlation<T> c{};
+  c.images = i.N, c.height = i.H, c.width = i.W, c.channels = i.C;
+  c.columns = i.O, c.out_pixel = i.O, c.out_row = i.OW * i.O, c.out_image = i.OH * i.OW * i.O;
+  c.w_column = i.w_so, c.w_channel = i.w_sc, c.w_row_tap = i.w_skh, c.w_column_tap = i.w_skw;
+  c.add = i.mode != 0;
+  c.v = forward_axis(i.OH, i.sh, i.ph, i.dh, i.KH);
+  c.h = forward_axis(i.OW, i.sw, i.pw, i.dw, i.KW);
+  if (ptr) {
+    c.source = static_cast<const T*>(ptr[0]), c.w = static_cast<const T*>(ptr[1]), c.out = static_cast<T*>(ptr[2]);
+    c.bias = i.has_bias ? static_cast<const T*>(ptr[3]) : nullptr;
+  }
+  return c;
+}
+
+template <class T>
+Correlation<T> adjoint(const ConvInts& i, void* const* ptr, int64_t down, int64_t across) {
+  Correlation<T> c{};
+  c.images = i.N, c.height = i.OH, c.width = i.OW, c.channels = i.O;
+  c.columns = i.C, c.out_pixel = i.sw * i.C, c.out_row = i.sh * i.W * i.C, c.out_image = i.H * i.W * i.C;
+  c.w_column = i.w_sc, c.w_channel = i.w_so, c.w_row_tap = i.w_skh, c.w_column_tap = i.w_skw;
+  c.add = i.mode != 0;
+  c.v = adjoint_axis(i.H, down, i.sh, i.ph, i.dh, i.KH);
+  c.h = adjoint_axis(i.W, across, i.sw, i.pw, i.dw, i.KW);
+  if (ptr) {
+    c.source = static_cast<const T*>(ptr[0]), c.w = static_cast<const T*>(ptr[1]);
+    c.out = static_cast<T*>(ptr[2]) + (down * i.W + across) * i.C;
+  }
+  return c;
+}
+
+// Positions no tap meets: nothing is added, or zero assigned.
+template <class T>
+void clear_unmet(const Correlation<T>& c, int part, int parts) {
+  if (c.add) return;
+  const Range mine = share(c.images * c.v.outputs, part, parts);
+  for (int64_t at = mine.begin; at < mine.end; ++at) {
+    T* row = c.out + at / c.v.outputs * c.out_image + at % c.v.outputs * c.out_row;
+    for (int64_t p = 0; p < c.h.outputs; ++p) zero_run(row + p * c.out_pixel, c.columns);
+  }
+}
+
+}  // namespace
+
+template <class T>
+int conv_fwd(const Args& a) noexcept {
+  const ConvInts& i = ConvInts::of(a.i);
+  if (i.N * i.OH * i.OW * i.O == 0) return kOk;
+  Carver scratch(a.scratch);
+  const Correlation<T> c = forward<T>(i, a.ptr);
+  const Plan<T> plan(c, i.KH * i.KW, scratch);
+  pack_weights(c, plan, i.KH, i.KW);
+  correlate(c, plan, a.part, a.parts);
+  return kOk;
+}
+
+template <class T>
+int64_t conv_fwd_scratch(const int64_t* ints) noexcept {
+  const ConvInts& i = ConvInts::of(ints);
+  Carver counter(nullptr);
+  Plan<T>(forward<T>(i, nullptr), i.KH * i.KW, counter);
+  return counter.used();
+}
+
+template <class T>
+int conv_dx(const Args& a) noexcept {
+  const ConvInts& i = ConvInts::of(a.i);
+  if (i.N * i.H * i.W * i.C == 0) return kOk;
+  for (int64_t down = 0; down < min64(i.sh, i.H); ++down)
+    for (int64_t across = 0; across < min64(i.sw, i.W); ++across) {
+      Carver scratch(a.scratch);
+      const Correlation<T> c = adjoint<T>(i, a.ptr, down, across);
+      if (c.v.taps * c.h.taps == 0 || i.OH * i.OW * i.O == 0) {
+        clear_unmet(c, a.part, a.parts);
+        continue;
+      }
+      const Plan<T> plan(c, i.KH * i.KW, scratch);
+      pack_weights(c, plan, i.KH, i.KW);
+      correlate(c, plan, a.part, a.parts);
+    }
+  return kOk;
+}
+
+template <class T>
+int64_t conv_dx_scratch(const int64_t* ints) noexcept {
+  const ConvInts& i = ConvInts::of(ints);
+  int64_t most = 0;
+  for (int64_t down = 0; down < min64(i.sh, i.H); ++down)
+    for (int64_t across = 0; across < min64(i.sw, i.W); ++across) {
+      const Correlation<T> c = adjoint<T>(i, nullptr, down, across);
+      if (c.v.taps * c.h.taps == 0) continue;
+      Carver counter(nullptr);
+      Plan<T>(c, i.KH * i.KW, counter);
+      most = max64(most, counter.used());
+    }
+  return most;
+}
+
+#define METAFAST_INSTANTIATE(name)                        \
+  template int name<float>(const Args&) noexcept;         \
+  template int name<double>(const Args&) noexcept;        \
+  template int64_t name##_scratch<float>(const int64_t*) noexcept; \
+  template int64_t name##_scratch<double>(const int64_t*) noexcept;
+METAFAST_INSTANTIATE(conv_fwd)
+METAFAST_INSTANTIATE(conv_dx)
+
+}  // namespace metafast::kernels::METAFAST_ISA

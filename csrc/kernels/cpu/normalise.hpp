@@ -1,0 +1,30 @@
+// Normalisation over the middle of (outer, reduce, inner), dense: BatchNorm of channels-last images is (1, N H W, C),
+// LayerNorm (rows, features, 1). mean_r is the mean over `reduce`.
+//
+//   standardize      ptr x, xhat, rstd, mean, var             ints outer, reduce, inner        float eps
+//     mean = mean_r(x), var = mean_r((x - mean)^2), rstd = 1 / sqrt(var + eps), xhat = (x - mean) rstd
+//   project          ptr v, xhat, rstd, out, corr             ints outer, reduce, inner, mode
+//     corr = mean_r(v xhat),  out (+)= p,  p = rstd (v - mean_r(v) - xhat corr)
+//     (the derivative of xhat in x, which is symmetric, applied to v)
+//   project_tangent  ptr v, xhat, xhat_dot, rstd, corr_dot, out   ints outer, reduce, inner, mode
+//     out (+)= -rstd corr_dot p - rstd (xhat_dot mean_r(v xhat) + xhat mean_r(v xhat_dot))
+//     (the derivative of p along xdot for fixed v, where xhat_dot = project(xdot) and corr_dot = mean_r(xdot xhat))
+//
+// x, v, xhat, xhat_dot, out (outer, reduce, inner); rstd, mean, var, corr, corr_dot (outer, inner).
+// xhat may be x, and out may be v. Sums as in sums.hpp; the variance is taken about the mean (two passes).
+#pragma once
+#include "vec.hpp"
+
+namespace metafast::kernels::METAFAST_ISA {
+
+#define METAFAST_DECLARE(name)                           \
+  template <class T>                                     \
+  int name(const Args&) noexcept;                        \
+  extern template int name<float>(const Args&) noexcept; \
+  extern template int name<double>(const Args&) noexcept;
+METAFAST_DECLARE(standardize)
+METAFAST_DECLARE(project)
+METAFAST_DECLARE(project_tangent)
+#undef METAFAST_DECLARE
+
+}  // namespace metafast::kernels::METAFAST_ISA

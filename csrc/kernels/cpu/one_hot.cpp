@@ -1,0 +1,40 @@
+#include "one_hot.hpp"
+
+#include "sums.hpp"
+
+namespace metafast::kernels::METAFAST_ISA {
+
+template <class T>
+int one_hot(const Args& a) noexcept {
+  const int64_t N = a.i[0], C = a.i[1], ignore = a.i[2], stride = a.i[3];
+  const int64_t* labels = static_cast<const int64_t*>(a.ptr[0]);
+  T* out = static_cast<T*>(a.ptr[1]);
+  int status = kOk;
+  const Range mine = share(N, a.part, a.parts);
+  for (int64_t n = mine.begin; n < mine.end; ++n) {
+    const int64_t label = labels[n * stride];
+    for (int64_t c = 0; c < C; ++c) out[n * C + c] = T(0);
+    if (label == ignore) continue;
+    if (label >= 0 && label < C)
+      out[n * C + label] = T(1);
+    else
+      status = kLabelOutOfRange;
+  }
+  return status;
+}
+
+template <class T>
+int fill(const Args& a) noexcept {
+  const Range mine = share(a.i[0], a.part, a.parts, 64);
+  const Vec<T> value = splat(static_cast<T>(a.f[0]));
+  T* out = static_cast<T*>(a.ptr[0]) + mine.begin;
+  for_run<T>(mine.end - mine.begin, [&](auto, auto put) { put(out, value); });
+  return kOk;
+}
+
+template int one_hot<float>(const Args&) noexcept;
+template int one_hot<double>(const Args&) noexcept;
+template int fill<float>(const Args&) noexcept;
+template int fill<double>(const Args&) noexcept;
+
+}  // namespace metafast::kernels::METAFAST_ISA

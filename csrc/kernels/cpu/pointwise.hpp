@@ -1,0 +1,23 @@
+// pointwise: a program of elementwise operations over one index space, in one pass over memory.
+//
+// ptr   in[0..n_in), out[0..n_out)
+// ints  rank, n_in, n_out, n_ops, n_regs, dims[rank] (outermost first), in_strides[n_in][rank],
+//       out_strides[n_out][rank], out_reg[n_out], out_mode[n_out] (0 assigns, 1 adds), ops[n_ops][5] =
+//       opcode, dst, a, b, c; a source r < 0 is the immediate f[-1-r]; registers 0..n_in-1 are the inputs
+// Any strides, 0 to broadcast an input; sizes within the kPointwise* limits of kernel.hpp. An output may be an input with the same strides; outputs do not
+// overlap each other. Blocks of some hundred elements run through all operations while they lie in L1.
+// Accuracy: one rounding an arithmetic operation (fma: one in all where the set has it); functions as in math.hpp.
+#pragma once
+#include "vec.hpp"
+
+namespace metafast::kernels::METAFAST_ISA {
+
+template <class T>
+int pointwise(const Args&) noexcept;
+template <class T>
+int64_t pointwise_scratch(const int64_t* ints) noexcept;
+
+extern template int pointwise<float>(const Args&) noexcept;
+extern template int pointwise<double>(const Args&) noexcept;
+
+}  // namespace metafast::kernels::METAFAST_ISA

@@ -1,0 +1,178 @@
+#include "pool.hpp"
+
+#include "sums.hpp"
+
+namespace metafast::kernels::METAFAST_ISA {
+namespace {
+
+// The part of a window that lies inside 0..size: positions begin, begin + dilation, ... < end.
+struct Taps {
+  int64_t begin, end;
+  static Taps of(int64_t output, int64_t stride, int64_t pad, int64_t dilation, int64_t taps, int64_t size) {
+    const int64_t start = output * stride - pad;
+    const int64_t skipped = start < 0 ? (-start + dilation - 1) / dilation : 0;
+    return {start + skipped * dilation, min64(size, start + (taps - 1) * dilation + 1)};
+  }
+};
+
+template <class T>
+METAFAST_INLINE void store_indices(int32_t* p, Bits<T> v, int64_t n) {
+  if constexpr (sizeof(T) == 4) {
+    const Vec<float> as_float = from_bits<float>(v);
+    n == kLanes<T> ? __builtin_memcpy(p, &v, sizeof v)
+                   : (store(reinterpret_cast<float*>(p), as_float, Mask<float>(n)), nullptr);
+  } else {
+    for (int j = 0; j < kLanes<T>; ++j)
+      if (j < n) p[j] = static_cast<int32_t>(v[j]);
+  }
+}
+
+}  // namespace
+
+template <class T>
+int max_pool(const Args& a) noexcept {
+  constexpr int L = kLanes<T>;
+  const int64_t* i = a.i;
+  const int64_t N = i[0], H = i[1], W = i[2], C = i[3], KH = i[4], KW = i[5], sh = i[6], sw = i[7], ph = i[8], pw = i[9],
+                dh = i[10], dw = i[11], OH = i[12], OW = i[13];
+  const T* x = static_cast<const T*>(a.ptr[0]);
+  T* y = static_cast<T*>(a.ptr[1]);
+  int32_t* idx = static_cast<int32_t*>(a.ptr[2]);
+  const Range mine = share(N * OH, a.part, a.parts);
+  for (int64_t row = mine.begin; row < mine.end; ++row) {
+    const T* image = x + row / OH * H * W * C;
+    const Taps down = Taps::of(row % OH, sh, ph, dh, KH, H);
+    for (int64_t ow = 0; ow < OW; ++ow) {
+      const Taps across = Taps::of(ow, sw, pw, dw, KW, W);
+      const int64_t out = (row * OW + ow) * C;
+      for (int64_t c = 0; c < C; c += L) {
+        const int64_t n = min64(L, C - c);
+        const Mask<T> mask(n);
+        using Word = decltype(Bits<T>{}[0] + 0);
+        Vec<T> best = splat(static_cast<T>(-__builtin_inf()));
+        Bits<T> winner = static_cast<Word>(down.begin * W + across.begin) - Bits<T>{};
+        for (int64_t h = down.begin; h < down.end; h += dh)
+          for (int64_t w = across.begin; w < across.end; w += dw) {
+            const T* p = image + (h * W + w) * C + c;
+            const Vec<T> v = n == L ? load(p) : load(p, mask);
+            const Bits<T> wins = (v > best) | (v != v);
+            best = wins ? v : best;
+            winner = wins ? static_cast<Word>(h * W + w) - Bits<T>{} : winner;
+          }
+        if (n == L)
+          store(y + out + c, best);
+        else
+          store(y + out + c, best, mask);
+        store_indices<T>(idx + out + c, winner, n);
+      }
+    }
+  }
+  return kOk;
+}
+
+template <class T>
+int pool_gather(const Args& a) noexcept {
+  const int64_t N = a.i[0], HW = a.i[1] * a.i[2], C = a.i[3], P = a.i[4] * a.i[5];
+  const T* x = static_cast<const T*>(a.ptr[0]);
+  const int32_t* idx = static_cast<const int32_t*>(a.ptr[1]);
+  T* y = static_cast<T*>(a.ptr[2]);
+  const Range mine = share(N * P, a.part, a.parts);
+  for (int64_t k = mine.begin; k < mine.end; ++k) {
+    const T* image = x + k / P * HW * C;
+    for (int64_t c = 0; c < C; ++c) y[k * C + c] = image[idx[k * C + c] * C + c];
+  }
+  return kOk;
+}
+
+template <class T>
+int pool_scatter(const Args& a) noexcept {
+  const int64_t N = a.i[0], HW = a.i[1] * a.i[2], C = a.i[3], P = a.i[4] * a.i[5];
+  const T* dy = static_cast<const T*>(a.ptr[0]);
+  const int32_t* idx = static_cast<const int32_t*>(a.ptr[1]);
+  T* dx = static_cast<T*>(a.ptr[2]);
+  const Range mine = share(N, a.part, a.parts);
+  for (int64_t n = mine.begin; n < mine.end; ++n) {
+    T* image = dx + n * HW * C;
+    if (a.i[6] == 0) __builtin_memset(image, 0, static_cast<size_t>(HW * C) * sizeof(T));
+    for (int64_t k = n * P; k < (n + 1) * P; ++k)
+      for (int64_t c = 0; c < C; ++c) image[idx[k * C + c] * C + c] += dy[k * C + c];
+  }
+  return kOk;
+}
+
+namespace {
+
+struct AvgInts {
+  int64_t N, H, W, C, KH, KW, sh, sw, ph, pw, OH, OW, count_include_pad, divisor_override, mode;
+  static const AvgInts& of(const int64_t* i) { return *reinterpret_cast<const AvgInts*>(i); }
+
+  int64_t divisor(int64_t oh, int64_t ow) const {
+    if (divisor_override) return divisor_override;
+    const int64_t top = oh * sh - ph, left = ow * sw - pw;
+    if (count_include_pad) return (min64(top + KH, H + ph) - top) * (min64(left + KW, W + pw) - left);
+    return (min64(top + KH, H) - max64(top, 0)) * (min64(left + KW, W) - max64(left, 0));
+  }
+};
+
+}  // namespace
+
+template <class T>
+int avg_pool(const Args& a) noexcept {
+  const AvgInts& i = AvgInts::of(a.i);
+  const T* x = static_cast<const T*>(a.ptr[0]);
+  T* y = static_cast<T*>(a.ptr[1]);
+  const Range mine = share(i.N * i.OH, a.part, a.parts);
+  for (int64_t row = mine.begin; row < mine.end; ++row) {
+    const int64_t oh = row % i.OH;
+    const T* image = x + row / i.OH * i.H * i.W * i.C;
+    const Taps down = Taps::of(oh, i.sh, i.ph, 1, i.KH, i.H);
+    for (int64_t ow = 0; ow < i.OW; ++ow) {
+      const Taps across = Taps::of(ow, i.sw, i.pw, 1, i.KW, i.W);
+      const Vec<T> divisor = splat(static_cast<T>(i.divisor(oh, ow)));
+      T* out = y + (row * i.OW + ow) * i.C;
+      for_run<T>(i.C, [&](auto get, auto put) {
+        Vec<T> sum{};
+        for (int64_t h = down.begin; h < down.end; ++h)
+          for (int64_t w = across.begin; w < across.end; ++w) sum += get(image + (h * i.W + w) * i.C);
+        sum /= divisor;
+        put(out, i.mode ? get(out) + sum : sum);
+      });
+    }
+  }
+  return kOk;
+}
+
+template <class T>
+int avg_pool_adj(const Args& a) noexcept {
+  const AvgInts& i = AvgInts::of(a.i);
+  const T* dy = static_cast<const T*>(a.ptr[0]);
+  T* dx = static_cast<T*>(a.ptr[1]);
+  const Range mine = share(i.N, a.part, a.parts);
+  for (int64_t n = mine.begin; n < mine.end; ++n) {
+    T* image = dx + n * i.H * i.W * i.C;
+    if (!i.mode) __builtin_memset(image, 0, static_cast<size_t>(i.H * i.W * i.C) * sizeof(T));
+    for (int64_t oh = 0; oh < i.OH; ++oh)
+      for (int64_t ow = 0; ow < i.OW; ++ow) {
+        const Taps down = Taps::of(oh, i.sh, i.ph, 1, i.KH, i.H), across = Taps::of(ow, i.sw, i.pw, 1, i.KW, i.W);
+        const Vec<T> divisor = splat(static_cast<T>(i.divisor(oh, ow)));
+        const T* in = dy + ((n * i.OH + oh) * i.OW + ow) * i.C;
+        for (int64_t h = down.begin; h < down.end; ++h)
+          for (int64_t w = across.begin; w < across.end; ++w) {
+            T* out = image + (h * i.W + w) * i.C;
+            for_run<T>(i.C, [&](auto get, auto put) { put(out, get(out) + get(in) / divisor); });
+          }
+      }
+  }
+  return kOk;
+}
+
+#define METAFAST_INSTANTIATE(name)                \
+  template int name<float>(const Args&) noexcept; \
+  template int name<double>(const Args&) noexcept;
+METAFAST_INSTANTIATE(max_pool)
+METAFAST_INSTANTIATE(pool_gather)
+METAFAST_INSTANTIATE(pool_scatter)
+METAFAST_INSTANTIATE(avg_pool)
+METAFAST_INSTANTIATE(avg_pool_adj)
+
+}  // namespace metafast::kernels::METAFAST_ISA

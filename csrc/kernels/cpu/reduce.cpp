@@ -1,0 +1,179 @@
+#include "reduce.hpp"
+
+#include "sums.hpp"
+
+namespace metafast::kernels::METAFAST_ISA {
+namespace {
+
+// Dimensions with unit ones dropped, the longest stride first and neighbours merged; strides of one or two operands.
+struct Dims {
+  int rank = 0;
+  int64_t size[8], in[8], out[8];
+  int64_t count = 1;
+
+  Dims(int64_t n, const int64_t* dims, const int64_t* in_strides, const int64_t* out_strides) {
+    int order[8];
+    int used = 0;
+    for (int d = 0; d < n; ++d) {
+      count *= dims[d];
+      if (dims[d] == 1) continue;
+      int at = used++;
+      for (; at > 0 && in_strides[order[at - 1]] < in_strides[d]; --at) order[at] = order[at - 1];
+      order[at] = d;
+    }
+    for (int k = 0; k < used; ++k) {
+      const int d = order[k];
+      const int64_t out_stride = out_strides ? out_strides[d] : 0;
+      const bool merges = rank > 0 && in[rank - 1] == in_strides[d] * dims[d] && out[rank - 1] == out_stride * dims[d];
+      if (!merges) size[rank++] = 1;
+      size[rank - 1] *= dims[d], in[rank - 1] = in_strides[d], out[rank - 1] = out_stride;
+    }
+    if (rank == 0) rank = 1, size[0] = 1, in[0] = 0, out[0] = 0;
+  }
+
+  int64_t inner() const { return size[rank - 1]; }
+  int64_t inner_in() const { return in[rank - 1]; }
+  int64_t inner_out() const { return out[rank - 1]; }
+  int64_t outer() const { return count / inner(); }
+  int64_t offset(int64_t row, const int64_t* strides) const {  // of a row: all dimensions but the last
+    int64_t at = 0;
+    for (int d = rank - 2; d >= 0; --d) at += row % size[d] * strides[d], row /= size[d];
+    return at;
+  }
+};
+
+template <class T>
+METAFAST_INLINE Vec<T> load_strided(const T* p, int64_t stride, int64_t n) {
+  Vec<T> v{};
+  for (int i = 0; i < kLanes<T>; ++i)
+    if (i < n) v[i] = p[i * stride];
+  return v;
+}
+
+template <class T, class Join>
+struct Reduction {
+  static constexpr int L = kLanes<T>;
+  const T* in;
+  T* out;
+  const Dims kept, reduced;
+  T scale;
+  bool add;
+
+  void write(T* y, T value) const { *y = add ? *y + scale * value : scale * value; }
+
+  // Up to a vector of kept elements at once, over all that is reduced.
+  template <class Load>
+  METAFAST_INLINE Vec<T> columns(const T* p, Load load_at) const {
+    const int64_t rows = reduced.inner(), stride = reduced.inner_in(), outer = reduced.outer();
+    Vec<T> total[1];
+    if (outer == 1) {
+      join_rows<T, 1, Join>(total, rows, [&](int64_t r, Vec<T>* q) { q[0] = load_at(p + r * stride); });
+      return total[0];
+    }
+    Pairwise<T, 1, Join> pairwise;
+    for (int64_t o = 0; o < outer; ++o) {
+      const T* base = p + reduced.offset(o, reduced.in);
+      Vec<T> part[1];
+      join_rows<T, 1, Join>(part, rows, [&](int64_t r, Vec<T>* q) { q[0] = load_at(base + r * stride); });
+      pairwise.push(part);
+    }
+    pairwise.finish(total, Join::empty);
+    return total[0];
+  }
+
+  void keep_inner(int part, int parts) const {
+    const int64_t inner = kept.inner(), in_stride = kept.inner_in(), out_stride = kept.inner_out();
+    const int64_t vectors = (inner + L - 1) / L;
+    const Range mine = share(kept.outer() * vectors, part, parts);
+    for (int64_t k = mine.begin; k < mine.end; ++k) {
+      const int64_t row = k / vectors, at = k % vectors * L, n = min64(L, inner - at);
+      const T* p = in + kept.offset(row, kept.in) + at * in_stride;
+      const Mask<T> mask(n);
+      Vec<T> v;
+      if (in_stride == 1 && n == L)
+        v = columns(p, [](const T* x) { return load(x); });
+      else if (in_stride == 1)
+        v = columns(p, [&](const T* x) { return load(x, mask); });
+      else
+        v = columns(p, [&](const T* x) { return load_strided(x, in_stride, n); });
+      T* y = out + kept.offset(row, kept.out) + at * out_stride;
+      if (out_stride == 1) {
+        v *= splat(scale);
+        store(y, add ? v + load(y, mask) : v, mask);
+      } else {
+        for (int64_t j = 0; j < n; ++j) write(y + j * out_stride, v[j]);
+      }
+    }
+  }
+
+  // One kept element at a time, vectors along what is reduced.
+  T run(const T* p) const {
+    const int64_t n = reduced.inner(), stride = reduced.inner_in(), whole = n / L;
+    Pairwise<T, 1, Join> pairwise;
+    for (int64_t o = 0; o < reduced.outer(); ++o) {
+      const T* base = p + reduced.offset(o, reduced.in);
+      Vec<T> part[1];
+      if (stride == 1)
+        join_rows<T, 1, Join>(part, whole, [&](int64_t r, Vec<T>* q) { q[0] = load(base + r * L); });
+      else
+        join_rows<T, 1, Join>(part, whole, [&](int64_t r, Vec<T>* q) { q[0] = load_strided(base + r * L * stride, stride, L); });
+      if (n % L) {
+        Vec<T> rest = load_strided(base + whole * L * stride, stride, n % L);
+        for (int j = static_cast<int>(n % L); j < L; ++j) rest[j] = Join::empty;
+        part[0] = Join::of(part[0], rest);
+      }
+      pairwise.push(part);
+    }
+    Vec<T> total[1];
+    pairwise.finish(total, Join::empty);
+    if constexpr (Join::empty == T(0))
+      return sum_lanes<T>(total[0]);
+    else
+      return max_lanes<T>(total[0]);
+  }
+
+  void reduce_inner(int part, int parts) const {
+    const Range mine = share(kept.count, part, parts);
+    for (int64_t k = mine.begin; k < mine.end; ++k) {
+      const int64_t row = k / kept.inner(), at = k % kept.inner();
+      write(out + kept.offset(row, kept.out) + at * kept.inner_out(),
+            run(in + kept.offset(row, kept.in) + at * kept.inner_in()));
+    }
+  }
+
+  void write_empty(int part, int parts) const {
+    const Range mine = share(kept.count, part, parts);
+    for (int64_t k = mine.begin; k < mine.end; ++k)
+      write(out + kept.offset(k / kept.inner(), kept.out) + k % kept.inner() * kept.inner_out(), Join::empty);
+  }
+
+  void go(int part, int parts) const {
+    if (kept.count == 0) return;
+    if (reduced.count == 0) return write_empty(part, parts);
+    const bool along_reduced = reduced.inner_in() == 1 && reduced.inner() > 1;
+    const bool along_kept = kept.inner_in() == 1 || (!along_reduced && kept.inner() >= reduced.inner());
+    along_kept && !(kept.inner() == 1) ? keep_inner(part, parts) : reduce_inner(part, parts);
+  }
+};
+
+}  // namespace
+
+template <class T>
+int reduce(const Args& a) noexcept {
+  const int64_t nk = a.i[0], nr = a.i[1];
+  const int64_t *kdims = a.i + 2, *rdims = kdims + nk, *in_k = rdims + nr, *in_r = in_k + nk, *out_k = in_r + nr;
+  const Dims kept(nk, kdims, in_k, out_k), reduced(nr, rdims, in_r, nullptr);
+  const T* in = static_cast<const T*>(a.ptr[0]);
+  T* out = static_cast<T*>(a.ptr[1]);
+  const bool add = out_k[nk] != 0;
+  if (out_k[nk + 1] == 0)
+    Reduction<T, Add<T>>{in, out, kept, reduced, static_cast<T>(a.f[0]), add}.go(a.part, a.parts);
+  else
+    Reduction<T, Max<T>>{in, out, kept, reduced, static_cast<T>(a.f[0]), add}.go(a.part, a.parts);
+  return kOk;
+}
+
+template int reduce<float>(const Args&) noexcept;
+template int reduce<double>(const Args&) noexcept;
+
+}  // namespace metafast::kernels::METAFAST_ISA

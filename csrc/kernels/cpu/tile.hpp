@@ -1,0 +1,64 @@
+// The register tile under gemm and the convolutions: `rows` × `vectors` accumulators that stay in registers over the
+// whole inner dimension.
+//
+// C(m, n) (+)= sum over segments s and steps j of A(m, s, j) * B(s * length + j, n) (+ bias[n])
+//   A(m, s, j) = a[m * a_rs + segment[s] + j * a_cs]   any strides; read one element at a time (broadcast)
+//   B(k, n)    = b[k * b_rs + n]                       n lies together
+//   C(m, n)    = c[m * c_rs + n]
+// Columns beyond `last` in the last vector are neither read nor written. Each element is one chain of fma over k in
+// order, whatever the tile.
+#pragma once
+#include "vec.hpp"
+
+namespace metafast::kernels::METAFAST_ISA {
+
+template <class T>
+struct TileCall {
+  const T* a;
+  int64_t a_rs, a_cs;
+  const int64_t* segment;  // offsets into a
+  int64_t segments, length;
+  const T* b;
+  int64_t b_rs;
+  T* c;
+  int64_t c_rs;
+  const T* bias;  // or null
+  bool add;       // C += instead of C =
+  int64_t last;   // columns of the last vector, 1..kLanes
+};
+
+template <class T>
+using Tile = void (*)(const TileCall<T>&) noexcept;
+
+inline constexpr int kMaxTileVectors = 4;
+
+// Most rows of a tile of `vectors` columns: accumulators, one row of B and one broadcast fill the registers.
+constexpr int max_tile_rows(int vectors) {
+  const int rows = (kVecRegisters - 1 - vectors) / vectors;
+  return rows < 14 ? rows : 14;
+}
+
+// Rows of the next tile where m remain: full tiles and then two even ones rather than a full one and a thin one.
+constexpr int64_t next_tile_rows(int64_t m, int64_t most) {
+  return m <= most ? m : (m < 2 * most ? (m + 1) / 2 : most);
+}
+
+// The tile of rows × vectors, 1 <= vectors <= kMaxTileVectors, 1 <= rows <= max_tile_rows(vectors).
+template <class T>
+Tile<T> find_tile(int64_t rows, int64_t vectors) noexcept;
+
+extern template Tile<float> find_tile<float>(int64_t, int64_t) noexcept;
+extern template Tile<double> find_tile<double>(int64_t, int64_t) noexcept;
+
+// Runs tiles down the M rows of one strip of `vectors` vectors.
+template <class T>
+METAFAST_INLINE void run_strip(TileCall<T> call, int64_t m_rows, int64_t vectors) {
+  const int64_t most = max_tile_rows(static_cast<int>(vectors));
+  while (m_rows > 0) {
+    const int64_t rows = next_tile_rows(m_rows, most);
+    find_tile<T>(rows, vectors)(call);
+    call.a += rows * call.a_rs, call.c += rows * call.c_rs, m_rows -= rows;
+  }
+}
+
+}  // namespace metafast::kernels::METAFAST_ISA
