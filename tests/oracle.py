@@ -70,8 +70,9 @@ def meta_gradient(
     update: Update = sgd,
     externs: Sequence[Tensor] = (),
     data: bool = False,
+    weights: Tensor | None = None,
 ) -> Answer:
-    """The gradient of the mean over tasks of the query loss after `steps` updates.
+    """The gradient of the mean over tasks (or the sum weighted by `weights`) of the adapted query loss.
 
     `hyper` is a dict of tensors, or of dicts of tensors; every one gets its gradient. `adapted` are names of
     parameters, all if None; `data` asks for the gradient of the batches too.
@@ -109,7 +110,7 @@ def meta_gradient(
         losses.append(loss_of(query_objective or objective, params, there))
         fast.append(params)
 
-    meta = torch.stack(losses).mean()
+    meta = torch.stack(losses).mean() if weights is None else (torch.stack(losses) * weights).sum()
     flat = pytree.tree_leaves(hyper)
     wanted = [*leaves.values(), *flat, *externs, *batches]
     found = torch.autograd.grad(meta, wanted, allow_unused=True)
