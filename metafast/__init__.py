@@ -1,4 +1,4 @@
-"""metafast compiles the inner loop of gradient-based meta-learning once and replays it natively for all tasks and steps."""
+"""The inner loop of gradient-based meta-learning, compiled once and replayed natively for all tasks and steps."""
 
 from .errors import FallbackWarning, MetafastError, NonFiniteError, NonFiniteWarning
 from .fast_weights import FastWeights

@@ -5,11 +5,11 @@ A `Call` knows how to compute its results and, later, its gradients. It takes on
 - nothing wants a gradient: it just runs;
 - eagerly: `_Eager`, an autograd function around it;
 - under a torch.func transform: `_Transformed`, a function with a vmap rule around the registered operation
-  `metafast::replay`, which in turn has autograd, vmap and fake rules of its own. No order of transforms is then silently
-  wrong: each is right or raises.
+  `metafast::replay`, which in turn has autograd, vmap and fake rules of its own. No order of transforms is then
+  silently wrong: each is right or raises.
 
-The registered operations take the leaves as a list and the call as a number; numbers are looked up in a weak registry, and
-the graph holds the call, so a call lives exactly as long as something may still ask for its gradient.
+The registered operations take the leaves as a list and the call as a number; numbers are looked up in a weak registry,
+and the graph holds the call, so a call lives exactly as long as something may still ask for its gradient.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Surroundings:
     def rewind(self) -> None:
         """Set the generators to where the first pass began."""
         torch.set_rng_state(self._cpu_state)
-        for device, state in zip(self._cuda, self._cuda_states):
+        for device, state in zip(self._cuda, self._cuda_states, strict=True):
             torch.cuda.set_rng_state(state, device)
 
     def precision(self) -> torch.autocast:
@@ -69,8 +69,8 @@ class Surroundings:
 class Call(ABC):
     """One call: a problem, its backend, and what its backward pass needs.
 
-    The first `differentiable` results of `forward` carry a graph. A call that is `ready` appends the gradients of its first
-    result, which backward only scales; otherwise backward replays with the true cotangents.
+    The first `differentiable` results of `forward` carry a graph. A call that is `ready` appends the gradients of its
+    first result, which backward only scales; otherwise backward replays with the true cotangents.
     """
 
     def __init__(self, problem: Problem, backend: Backend, *, ready: bool, nonfinite: Any = None) -> None:
@@ -88,7 +88,7 @@ class Call(ABC):
 
     @abstractmethod
     def forward(self, problem: Problem) -> list[Tensor]:
-        """The results: differentiable ones, then, where `ready`, gradients in the order of `problem.wrt` (None as zeros)."""
+        """The results: differentiable ones, then, where `ready`, gradients in the order of `problem.wrt`."""
 
     @abstractmethod
     def replay(self, problem: Problem, cotangents: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
@@ -110,7 +110,7 @@ class Call(ABC):
     def wanted(self, leaves: Sequence[Tensor]) -> list[Tensor]:
         """The leaves whose gradient is wanted, out of all of them."""
         wrt = frozenset(self.problem.wrt)
-        return [leaf for key, leaf in zip(self.problem.leaves, leaves) if key in wrt]
+        return [leaf for key, leaf in zip(self.problem.leaves, leaves, strict=True) if key in wrt]
 
 
 class FusedCall(Call):
@@ -186,13 +186,18 @@ class AdaptCall(Call):
         return [outcome.fast[name] for name in problem.adapted]
 
     def replay(self, problem: Problem, cotangents: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
-        given = {name: c for name, c in zip(problem.adapted, cotangents) if c is not None}
+        given = {name: c for name, c in zip(problem.adapted, cotangents, strict=True) if c is not None}
         return self.backend.adapt_vjp(problem, given)
 
     def fake(self, leaves: Sequence[Tensor]) -> list[Tensor]:
-        own = dict(zip(self.problem.leaves, leaves))
+        own = dict(zip(self.problem.leaves, leaves, strict=True))
         params = [own["param/" + name] for name in self.problem.adapted]
         return [p.new_empty((self.problem.tasks, *p.shape)) for p in params]
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> tuple[Any, ...]:
+    results: tuple[Any, ...] = function.apply(*args)  # type: ignore[no-untyped-call]
+    return results
 
 
 def transformed() -> bool:
@@ -222,12 +227,12 @@ def launch(call: Call) -> list[Tensor]:
                 )
         call.remember()
         number = _register(call)
-        return list(_Transformed.apply(number, *problem.leaves.values()))[: call.differentiable]
+        return list(_apply(_Transformed, number, *problem.leaves.values()))[: call.differentiable]
     if not (problem.wrt and torch.is_grad_enabled()) and not tracing():
         return call.forward(problem)
     if not call.ready:
         call.remember()
-    return list(_Eager.apply(call, *[problem.leaves[key] for key in problem.wrt]))
+    return list(_apply(_Eager, call, *[problem.leaves[key] for key in problem.wrt]))
 
 
 # Eager
@@ -277,15 +282,14 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:
         raise DoubleBackwardError(
-            "backward of InnerLoop: got a second differentiation of the meta-gradient, expected one; it is a plain value "
-            "(the support gradient is differentiated with order=2, that needs no create_graph); for higher orders write the "
-            "loop in PyTorch"
+            "backward of InnerLoop: got a second differentiation of the meta-gradient, expected one; order=2 needs no "
+            "create_graph (the support gradient is differentiated anyway), for higher orders write the loop in PyTorch"
         )
 
 
 def _once(grads: Sequence[Tensor | None], leaves: Sequence[Tensor]) -> list[Tensor | None]:
     given = [g for g in grads if g is not None]
-    passed = iter(_Once.apply(len(given), *given, *leaves) if given else ())
+    passed = iter(_apply(_Once, len(given), *given, *leaves) if given else ())
     return [None if g is None else next(passed) for g in grads]
 
 
@@ -303,8 +307,8 @@ def _saved(ctx: Any) -> tuple[Tensor, ...]:
         if "inplace" not in str(error):
             raise
         raise InputChangedError(
-            "backward of InnerLoop: a parameter, hyper-parameter or batch tensor was changed in place after the forward "
-            f"pass, expected it unchanged; call backward first, or change a clone ({error})"
+            "backward of InnerLoop: got a parameter, hyper-parameter or batch tensor that was changed in place after "
+            f"the forward pass, expected it unchanged; call backward first, or change a clone ({error})"
         ) from error
     return saved
 
@@ -327,8 +331,8 @@ def _call(number: int) -> Call:
         return _calls[number]
     except KeyError:
         raise BackendError(
-            f"metafast::replay: call {number} is gone, expected one whose graph is alive; a traced or exported graph cannot "
-            "outlive the call it was made from"
+            f"metafast::replay: got call {number}, which is gone, expected one whose graph is alive; a traced or "
+            "exported graph cannot outlive the call it was made from"
         ) from None
 
 
@@ -363,7 +367,7 @@ def _replay_vjp(leaves: list[Tensor], cotangents: list[Tensor], call: int) -> li
     known = _call(call)
     with _autograd_inside():
         grads = known.backward(known.problem.with_leaves(leaves), cotangents)
-    return [_filled(g, leaf).contiguous() for g, leaf in zip(grads, known.wanted(leaves))]
+    return [_filled(g, leaf).contiguous() for g, leaf in zip(grads, known.wanted(leaves), strict=True)]
 
 
 @_replay_vjp.register_fake
@@ -377,7 +381,7 @@ def _filled(grad: Tensor | None, leaf: Tensor) -> Tensor:
 
 def _spread(call: Call, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Gradients of the wanted leaves at their places among all leaves."""
-    by_key = dict(zip(call.problem.wrt, grads))
+    by_key = dict(zip(call.problem.wrt, grads, strict=True))
     return [by_key.get(key) for key in call.problem.leaves]
 
 
@@ -396,8 +400,9 @@ def _op_backward(ctx: Any, cotangents: list[Tensor | None]) -> Any:
         grads = _scaled(saved[count:], given[0])
     else:
         shapes = call.fake(leaves) if any(c is None for c in given) else []
-        whole = [torch.zeros_like(s) if c is None else c for c, s in zip(given, shapes)] if shapes else list(given)
-        grads = list(torch.ops.metafast.replay_vjp(leaves, whole, ctx.number))
+        if shapes:
+            given = [torch.zeros_like(s) if c is None else c for c, s in zip(given, shapes, strict=False)]
+        grads = list(torch.ops.metafast.replay_vjp(leaves, list(given), ctx.number))
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         grads = _once(grads, call.wanted(leaves))
     return _spread(call, grads), None
@@ -415,9 +420,9 @@ def _op_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
     *lists, number = args
     flat = [t for tensors in lists for t in tensors]
     dims = [d for dims in in_dims[: len(lists)] for d in dims]
-    op = _Transformed if len(lists) == 1 else _TransformedVjp
-    runs = [op.apply(number, *one) for one in _slices(info, dims, flat)]
-    return [torch.stack(column) for column in zip(*runs)], [0] * len(runs[0])
+    op: type[torch.autograd.Function] = _Transformed if len(lists) == 1 else _TransformedVjp
+    runs = [_apply(op, number, *one) for one in _slices(info, dims, flat)]
+    return [torch.stack(column) for column in zip(*runs, strict=True)], [0] * len(runs[0])
 
 
 _replay.register_vmap(_op_vmap)
@@ -427,7 +432,7 @@ _replay_vjp.register_vmap(_op_vmap)
 def _slices(info: Any, in_dims: Sequence[Any], tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """The arguments of each slice of a vmap."""
     for i in range(info.batch_size):
-        yield [t if d is None else t.select(d, i) for t, d in zip(tensors, in_dims)]
+        yield [t if d is None else t.select(d, i) for t, d in zip(tensors, in_dims, strict=True)]
 
 
 class _Transformed(torch.autograd.Function):
@@ -454,13 +459,13 @@ class _Transformed(torch.autograd.Function):
         if call.ready:
             grads = _once(_scaled(saved[count:], cotangents[0]), call.wanted(leaves))
         else:
-            grads = list(_TransformedVjp.apply(ctx.number, *leaves, *cotangents[: call.differentiable]))
+            grads = list(_apply(_TransformedVjp, ctx.number, *leaves, *cotangents[: call.differentiable]))
         return (None, *_spread(call, grads))
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, number: int, *leaves: Tensor) -> Any:
-        runs = [_Transformed.apply(number, *one) for one in _slices(info, in_dims[1:], leaves)]
-        return tuple(torch.stack(column) for column in zip(*runs)), (0,) * len(runs[0])
+        runs = [_apply(_Transformed, number, *one) for one in _slices(info, in_dims[1:], leaves)]
+        return tuple(torch.stack(column) for column in zip(*runs, strict=True)), (0,) * len(runs[0])
 
 
 class _TransformedVjp(torch.autograd.Function):
@@ -481,5 +486,5 @@ class _TransformedVjp(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, number: int, *tensors: Tensor) -> Any:
-        runs = [_TransformedVjp.apply(number, *one) for one in _slices(info, in_dims[1:], tensors)]
-        return tuple(torch.stack(column) for column in zip(*runs)), (0,) * len(runs[0])
+        runs = [_apply(_TransformedVjp, number, *one) for one in _slices(info, in_dims[1:], tensors)]
+        return tuple(torch.stack(column) for column in zip(*runs, strict=True)), (0,) * len(runs[0])

@@ -1,14 +1,13 @@
 """Running statistics and other buffers that a forward pass writes.
 
-The reference threads copies of the buffers through all passes of a call (`Buffers`); a native backend records batch means
-and variances and folds them afterwards (`fold`). Either way the model's own buffers change once, at the end of a call,
-to what the eager loop over the tasks in order would leave, and never in a replayed backward pass.
+The reference threads copies of the buffers through all passes of a call (`Buffers`); a native backend records batch
+means and variances and folds them afterwards (`fold`). Either way the model's own buffers change once, at the end of a
+call, to what the eager loop over the tasks in order would leave, and never in a replayed backward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +25,15 @@ class Buffers:
     def __init__(self, buffers: Mapping[str, Tensor], aliases: Mapping[str, tuple[str, ...]]) -> None:
         self._own = buffers
         self._aliases = aliases
-        self.values = copied(buffers)
+        self.values = dict(buffers)
 
     def named(self) -> dict[str, Tensor]:
-        """The current values under every name of each buffer."""
-        return {alias: value for name, value in self.values.items() for alias in self._aliases.get(name, (name,))}
+        """Copies of the current values under every name of each buffer, for one pass to write.
+
+        A pass of its own copy each: the graph of an earlier one may have saved what a later one would overwrite.
+        """
+        values = copied(self.values)
+        return {alias: value for name, value in values.items() for alias in self._aliases.get(name, (name,))}
 
     def update(self, named: Mapping[str, Tensor]) -> None:
         """Note what a pass left: a buffer may have been written in place or replaced."""
@@ -83,7 +86,7 @@ def fold(module: _NormBase, means: Tensor, variances: Tensor) -> None:
     with torch.no_grad():
         share = torch.tensor(weights, dtype=means.dtype, device=means.device)
         for running, values in ((module.running_mean, means), (module.running_var, variances)):
-            running.mul_(kept).add_(cast(Tensor, share @ values))
+            running.mul_(kept).add_(share @ values)
 
 
 def _weights(momentum: float | None, seen: int, passes: int) -> list[float]:

@@ -1,7 +1,7 @@
 """Tensors that the losses read from outside: closures, attributes, globals.
 
-Those that require grad receive a meta-gradient. They are found by running one task under a dispatch mode that looks at the
-arguments of every operation; the result is kept while the places where such tensors can lie hold the same objects.
+Those that require grad receive a meta-gradient. They are found by running one task under a dispatch mode that looks at
+the arguments of every operation; the result is kept while the places where such tensors can lie hold the same objects.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def find_externs(problem: Problem) -> list[Tensor]:
     seen = _Seen()
     one = replace(
         problem,
-        leaves={k: t.detach()[:1] if k.startswith(("support/", "query/")) else t.detach() for k, t in problem.leaves.items()},
+        leaves={key: _first_task(key, leaf) for key, leaf in problem.leaves.items()},
         tasks=1,
         steps=min(problem.steps, 1),
         wrt=(),
@@ -53,11 +53,15 @@ def find_externs(problem: Problem) -> list[Tensor]:
     return seen.alive()
 
 
-class _Seen(TorchDispatchMode):  # type: ignore[misc]
+def _first_task(key: str, leaf: Tensor) -> Tensor:
+    return leaf.detach()[:1] if key.startswith(("support/", "query/")) else leaf.detach()
+
+
+class _Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes every argument that requires grad and was there before: a leaf, or made by an older autograd node."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         probe = torch.zeros((), requires_grad=True)
         self._start = _age(probe + 0)
         self._found: dict[int, weakref.ref[Tensor]] = {}
@@ -77,14 +81,14 @@ class _Seen(TorchDispatchMode):  # type: ignore[misc]
 
 def _age(tensor: Tensor) -> int:
     """The number of the autograd node that made a tensor; leaves count as oldest."""
-    return -1 if tensor.grad_fn is None else int(tensor.grad_fn._sequence_nr())  # type: ignore[attr-defined]
+    return -1 if tensor.grad_fn is None else int(tensor.grad_fn._sequence_nr())
 
 
 class Places:
     """Where a tensor can lie that no argument names: closure cells, attributes of user modules, containers in them.
 
-    `same()` is cheap and false as soon as one of them holds another object, or a tensor in one of them began or ceased to
-    require grad.
+    `same()` is cheap, and false as soon as one of them holds another object, or a tensor in one of them began or ceased
+    to require grad.
     """
 
     def __init__(self, model: nn.Module, *roots: Any) -> None:
@@ -163,10 +167,11 @@ class Places:
             self._readers.append(functools.partial(_content, cell))
             for content in _content(cell):
                 self._look(content, depth + 1)
-        names = [n for n in value.__code__.co_names if isinstance(value.__globals__.get(n), (Tensor, dict, list, tuple))]
+        scope = value.__globals__
+        names = [n for n in value.__code__.co_names if isinstance(scope.get(n), (Tensor, dict, list, tuple))]
         if names:
-            self._readers.append(functools.partial(_named, value.__globals__, names))
-            for content in _named(value.__globals__, names):
+            self._readers.append(functools.partial(_named, scope, names))
+            for content in _named(scope, names):
                 self._look(content, depth + 1)
 
 
@@ -186,8 +191,9 @@ def _parts(value: Any) -> Iterator[Any]:
             yield value.__kwdefaults__
     elif isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, type):
         yield value.__dict__
-        if callable(value) and isinstance(getattr(type(value), "__call__", None), types.FunctionType):
-            yield type(value).__call__
+        called = type(value).__dict__.get("__call__")
+        if isinstance(called, types.FunctionType):
+            yield called
 
 
 def _content(cell: Any) -> tuple[Any, ...]:

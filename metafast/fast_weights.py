@@ -22,7 +22,8 @@ class FastWeights(Mapping[str, Tensor]):
     """What the inner loop adapted: a mapping from parameter name to `(T, *shape)`, differentiable.
 
     Made by `InnerLoop.adapt`. The tensors are ordinary ones: any outer loss written in PyTorch may read them, and its
-    backward pass replays the inner loop for the meta-gradient. A tied parameter is held once; each of its names finds it.
+    backward pass replays the inner loop for the meta-gradient. A tied parameter is held once; each of its names finds
+    it.
 
     >>> fast = inner.adapt(support)             # doctest: +SKIP
     >>> logits = fast(x_query)                  # (T, Q, ways)
@@ -64,8 +65,9 @@ class FastWeights(Mapping[str, Tensor]):
         """Run the model on every task's inputs with that task's weights.
 
         **Arguments**: what the model takes; tensors, in any nesting, each with a leading task dimension `(T, ...)`.
-        **Returns** what the model returns, tensors stacked to `(T, ...)`, differentiable in the weights, in parameters that
-        did not adapt, and in the inputs. Running statistics are folded as the tasks in order would leave them.
+        **Returns** what the model returns, tensors stacked to `(T, ...)`, differentiable in the weights, in
+        parameters that did not adapt, and in the inputs. Running statistics are folded as the tasks in order would
+        leave them.
         **Raises** `InputError` where a tensor has another number of tasks.
         """
         if torch.compiler.is_compiling():
@@ -83,7 +85,7 @@ class FastWeights(Mapping[str, Tensor]):
             way_out = "pass inputs for the tasks that were adapted"
             raise InputError(message(place, f"{count} tasks", f"{self.tasks} tasks", way_out))
         structure = self._structure
-        buffers = Buffers(dict(zip(structure.buffer_names, structure.buffers())), structure.aliases)
+        buffers = Buffers(dict(zip(structure.buffer_names, structure.buffers(), strict=True)), structure.aliases)
         results = []
         with swapping:
             for index in range(self.tasks):

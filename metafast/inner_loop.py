@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import math
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, cast
 
@@ -62,24 +63,25 @@ class InnerLoop(nn.Module):
     **Arguments**
 
     - `model`: any module. `model.training` and the flags below it are respected at each call.
-    - `loss(output, target) -> scalar`, for batches `(x, y)`; or `objective(model, batch) -> scalar` or `(scalar, outputs)`,
-      for batches of any nesting of tuples, lists and dicts of tensors. It sees one task, without the task dimension.
+    - `loss(output, target) -> scalar`, for batches `(x, y)`; or `objective(model, batch) -> scalar` or `(scalar,
+      outputs)`, for batches of any nesting of tuples, lists and dicts of tensors. It sees one task, without the task
+      dimension.
     - `update`: the inner update rule, e.g. `SGD(lr=0.4)`.
     - `steps`: inner steps K, from 0 up.
-    - `order`: 2 differentiates the support gradient too (MAML, Finn et al., arXiv:1703.03400, equation 1); 1 takes it as a
-      constant (FOMAML, section 5.2 there), while state and hyper-parameters still receive their gradients.
+    - `order`: 2 differentiates the support gradient too (MAML, Finn et al., arXiv:1703.03400, equation 1); 1 takes it
+      as a constant (FOMAML, section 5.2 there), while state and hyper-parameters still receive their gradients.
     - `query_loss`, `query_objective`: where the outer loss differs from the inner one.
-    - `params`: what adapts: a name or glob pattern (`"head.*"`), a submodule, a predicate `(name, parameter) -> bool`, or
-      a list of these; all parameters by default. A pattern may match any name of a tied parameter. The others are shared
-      by all tasks. `requires_grad` decides what receives a meta-gradient, adapted or not.
-    - `reduction`: "mean" or "sum" over tasks, or "none" for `(T,)`. `return_outputs`: return the query outputs as well. With
-      "none" or outputs, backward runs the inner loop again with the true cotangents: twice the forward's time, and
-      memory that does not grow with T.
+    - `params`: what adapts: a name or glob pattern (`"head.*"`), a submodule, a predicate `(name, parameter) ->
+      bool`, or a list of these; all parameters by default. A pattern may match any name of a tied parameter. The
+      others are shared by all tasks. `requires_grad` decides what receives a meta-gradient, adapted or not.
+    - `reduction`: "mean" or "sum" over tasks, or "none" for `(T,)`. `return_outputs`: return the query outputs as
+      well. With "none" or outputs, backward runs the inner loop again with the true cotangents: twice the forward's
+      time, and memory that does not grow with T.
     - `backend`: "auto", "native", "cuda" or "torch". `nonfinite`: "warn" or "raise" when a loss is not finite.
 
     `parameters()` yields the model's and the learnable hyper-parameters. Random draws in the losses follow PyTorch's
-    generators; a backward that replays draws the same numbers. Running statistics change as in an eager loop over the tasks
-    in order, once a call.
+    generators; a backward that replays draws the same numbers. Running statistics change as in an eager loop over the
+    tasks in order, once a call.
 
     **Raises** `InputError` (a ValueError) or `InputTypeError` (a TypeError) for options that cannot be used.
     """
@@ -129,6 +131,8 @@ class InnerLoop(nn.Module):
         elif name in _CHOICES:
             _require_choice(name, value)
         super().__setattr__(name, value)
+        if name not in _CHOICES and name != "_layout":
+            self.__dict__["_layout"] = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_layout": None}
@@ -143,15 +147,14 @@ class InnerLoop(nn.Module):
     def forward(self, support: Any, query: Any) -> Any:
         """Adapt every task and return the query loss; `backward()` on it gives the meta-gradient.
 
-        **Arguments**: `support`, `query`: batches, every tensor `(T, ...)`, float32 or float64 (or an integer type) on the
-        model's device, of any strides.
+        **Arguments**: `support`, `query`: batches, every tensor `(T, ...)`, float32 or float64 (or an integer type)
+        on the model's device, of any strides.
         **Returns** the loss, 0-dim for "mean" and "sum", `(T,)` for "none"; with `return_outputs=True` a pair
         `(loss, outputs)`, outputs as the query objective returns them (the model's output for a `loss`), stacked to
         `(T, ...)`. Both are differentiable once; backward of backward raises `DoubleBackwardError`.
-        **Raises** `InputError` and `InputTypeError` for batches that cannot be used, `LabelError` for labels out of range,
-        `TaskError` (both with task and step) for what model or loss raise, `NonFiniteError` if asked for. **Warns**
-        `NonFiniteWarning`.
-        Under `torch.no_grad()` only the forward runs.
+        **Raises** `InputError` and `InputTypeError` for batches that cannot be used, `LabelError` for labels out of
+        range, `TaskError` (both with task and step) for what model or loss raise, `NonFiniteError` if asked for.
+        **Warns** `NonFiniteWarning`. Under `torch.no_grad()` only the forward runs.
         """
         problem = self._problem(support, query, gradient=torch.is_grad_enabled())
         ready = bool(problem.wrt) and self.reduction != "none" and not self.return_outputs
@@ -173,11 +176,11 @@ class InnerLoop(nn.Module):
         """The loss and the meta-gradient, without autograd around them; `.grad` is left alone.
 
         **Arguments**: as for the call itself.
-        **Returns** `(loss, gradients)`: the loss (reduced as `reduction` says; the gradient for "none" is that of the sum),
-        and a mapping from name to gradient. Names are the model's own for its parameters, "update.<name>" for learnable
-        hyper-parameters, "support/<i>" and "query/<i>" for the i-th tensor of a batch that requires grad, and the name among
-        `named_parameters()`, else "extern/<i>", for a tensor found in a closure or attribute. Zeros where nothing depends on it.
-        Also inside `torch.no_grad()`. **Raises** as the call does.
+        **Returns** `(loss, gradients)`: the loss (reduced as `reduction` says; the gradient for "none" is that of the
+        sum), and a mapping from name to gradient. Names are the model's own for its parameters, "update.<name>" for
+        learnable hyper-parameters, "support/<i>" and "query/<i>" for the i-th tensor of a batch that requires grad,
+        and the name among `named_parameters()`, else "extern/<i>", for a tensor found in a closure or attribute.
+        Zeros where nothing depends on it. Also inside `torch.no_grad()`. **Raises** as the call does.
         """
         problem = self._problem(support, query, gradient=True)
         backend = dispatch.choose(problem, self.backend)
@@ -190,14 +193,15 @@ class InnerLoop(nn.Module):
     def adapt(self, support: Any) -> FastWeights:
         """Adapt every task and return the adapted parameters, differentiable.
 
-        **Arguments**: `support`, as for the call. **Returns** a `FastWeights`: a mapping from name to `(T, *shape)`; any loss
-        on it may be differentiated, its backward runs the inner loop again. **Raises** as the call does.
+        **Arguments**: `support`, as for the call. **Returns** a `FastWeights`: a mapping from name to `(T, *shape)`;
+        any loss on it may be differentiated, its backward runs the inner loop again. **Raises** as the call does.
         """
         problem = self._problem(support, None, gradient=torch.is_grad_enabled())
         call = AdaptCall(problem, dispatch.choose(problem, self.backend), nonfinite=self._checked)
         tensors = self._guarded(launch, call, problem)
         layout = self._layout_now()
-        return FastWeights(self.model, layout.structure, dict(zip(problem.adapted, tensors)), problem.tasks)
+        adapted = dict(zip(problem.adapted, tensors, strict=True))
+        return FastWeights(self.model, layout.structure, adapted, problem.tasks)
 
     @_outside_compile
     def explain(self, support: Any, query: Any) -> Any:
@@ -212,7 +216,7 @@ class InnerLoop(nn.Module):
         batches, specs = self._batches(support, query)
         parameters = layout.structure.parameters()
         count = tasks.count_tasks(batches, parameters[0].device)
-        leaves: dict[str, Tensor] = dict(zip(layout.parameter_keys, parameters))
+        leaves: dict[str, Tensor] = dict(zip(layout.parameter_keys, parameters, strict=True))
         for name, value in self.update.hyper(parameters[layout.first_adapted]).items():
             leaves["hyper/" + name] = value
         for place, _, tensors in batches:
@@ -220,8 +224,8 @@ class InnerLoop(nn.Module):
                 leaves[f"{place}/{index}"] = tensor
         problem = Problem(
             model=self.model,
-            inner_objective=self._objectives()[0],
-            query_objective=self._objectives()[1],
+            inner_objective=layout.objectives[0],
+            query_objective=layout.objectives[1],
             update=self.update,
             steps=self.steps,
             order=self.order,
@@ -232,7 +236,7 @@ class InnerLoop(nn.Module):
             tasks=count,
             wrt=(),
             return_outputs=self.return_outputs and query is not None,
-            buffers=dict(zip(layout.structure.buffer_names, layout.structure.buffers())),
+            buffers=dict(zip(layout.structure.buffer_names, layout.structure.buffers(), strict=True)),
             aliases=layout.structure.aliases,
         )
         if gradient or tracing():
@@ -279,7 +283,7 @@ class InnerLoop(nn.Module):
         layout = self._layout
         if layout is None or not layout.current(self):
             layout = _Layout(self)
-            object.__setattr__(self, "_layout", layout)
+            self.__dict__["_layout"] = layout
         return layout
 
     # Running it
@@ -370,14 +374,14 @@ class _Layout:
         self.parameter_keys = ["param/" + name for name in names]
         self.adapted = _select(inner.model, inner._params[0], names, tensors, self.structure.aliases)
         self.first_adapted = names.index(self.adapted[0])
-        shapes = {name: tensor.shape for name, tensor in zip(names, tensors) if name in set(self.adapted)}
-        for name, tensor in zip(names, tensors):
+        shapes = {name: tensor.shape for name, tensor in zip(names, tensors, strict=True) if name in set(self.adapted)}
+        for name, tensor in zip(names, tensors, strict=True):
             if name in shapes and tensor.dtype not in (torch.float32, torch.float64):
                 way_out = "use model.float(), or leave it out of params="
                 raise InputTypeError(message(f"parameter {name}", tensor.dtype, "float32 or float64", way_out))
         inner.update.check(shapes, self.structure.aliases)
         self._changes = inner.update.changes
-        self._objectives = inner._objectives()
+        self.objectives = inner._objectives()
         self._places: Places | None = None
         self._externs: dict[Any, list[Any]] = {}
         self._weights: dict[Any, Tensor] = {}
@@ -401,13 +405,12 @@ class _Layout:
             roots = (problem.inner_objective, problem.query_objective, problem.update)
             self._places = Places(problem.model, *roots)
             self._externs.clear()
-        key = (self.structure.training(), problem.steps > 0, problem.query_spec is None, problem.return_outputs)
+        key: tuple[Any, ...] = (self.structure.training(), problem.steps > 0)
+        key += (problem.query_spec is None, problem.return_outputs)
         key += tuple((leaf.shape[1:], leaf.dtype, leaf.requires_grad) for leaf in problem.leaves.values())
         refs = self._externs.get(key)
         found = None if refs is None else [ref() for ref in refs]
         if found is None or any(tensor is None for tensor in found):
-            import weakref
-
             found = list(find_externs(problem))
             self._externs[key] = [weakref.ref(tensor) for tensor in found]
         return cast("list[Tensor]", found)
@@ -435,19 +438,21 @@ def _matches(
     place = "InnerLoop(params=...)"
     if isinstance(item, str):
         found = {name for name in names if any(fnmatch.fnmatchcase(alias, item) for alias in aliases[name])}
-        way_out = f"the model has {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}; a module is matched by 'name.*'"
         if not found:
-            raise InputError(message(place, f"{item!r}, which matches nothing", "a name or pattern that matches", way_out))
+            known = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+            way_out = f"the model has {known}; a module's parameters are matched by 'name.*'"
+            raise InputError(message(place, f"{item!r}", "a name or pattern that matches something", way_out))
         return found
     if isinstance(item, nn.Module):
         own = {id(p) for p in item.parameters()}
-        found = {name for name, tensor in zip(names, tensors) if id(tensor) in own}
+        found = {name for name, tensor in zip(names, tensors, strict=True) if id(tensor) in own}
         if not found:
             got = f"a {type(item).__name__} that shares no parameter with the model"
             raise InputError(message(place, got, "a submodule with parameters", "pass a part of this model"))
         return found
     if callable(item):
-        return {name for name, tensor in zip(names, tensors) if any(item(alias, tensor) for alias in aliases[name])}
+        pairs = zip(names, tensors, strict=True)
+        return {name for name, tensor in pairs if any(item(alias, tensor) for alias in aliases[name])}
     expected = "names, glob patterns, a submodule, or a predicate (name, parameter) -> bool"
     raise InputTypeError(message(place, type(item).__name__, expected, 'pass e.g. "head.*"'))
 
@@ -489,7 +494,8 @@ def _require_one(name: str, value: Any, other: str, other_value: Any, *, needed:
     """At most one of two arguments, exactly one where it is needed; each callable."""
     place = f"InnerLoop({name}, {other})"
     if value is not None and other_value is not None:
-        raise InputError(message(place, "both", "one of them", f"a {name} reads (output, target), an {other} (model, batch)"))
+        way_out = f"{name} reads (output, target), {other} reads (model, batch)"
+        raise InputError(message(place, "both", "one of them", way_out))
     if needed and value is None and other_value is None:
         raise InputError(message(place, "neither", "one of them", "pass e.g. F.cross_entropy"))
     for given in (value, other_value):

@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -56,7 +55,7 @@ class Problem:
 
     def with_leaves(self, tensors: Sequence[Tensor]) -> Problem:
         """The same problem over other values of its leaves, in their order."""
-        return replace(self, leaves=dict(zip(self.leaves, tensors)))
+        return replace(self, leaves=dict(zip(self.leaves, tensors, strict=True)))
 
     def group(self, kind: str) -> dict[str, Tensor]:
         """The leaves of one kind ("param", "hyper", "support", "query", "extern"), by name without the kind."""
@@ -90,8 +89,8 @@ class Outcome:
     """What a backend returns: whatever of it the call asked for.
 
     `losses` is `(T,)`, `step_losses` `(T, steps)` the support losses before each update, `outputs` what the query
-    objective returned beside the loss, stacked over tasks. `gradients` maps keys of `Problem.wrt` to tensors shaped like
-    the leaf (`None` where nothing depends on it), `fast` names of adapted parameters to `(T, *shape)`. `finite` is
+    objective returned beside the loss, stacked over tasks. `gradients` maps keys of `Problem.wrt` to tensors shaped
+    like the leaf (`None` where nothing depends on it), `fast` names of adapted parameters to `(T, *shape)`. `finite` is
     False where the backend knows that a loss is not finite, True where it knows that all are, None where nobody looked.
     """
 

@@ -58,7 +58,7 @@ class Reference:
                 pairs = [(task.loss, weights[t])]
                 if output_cotangents is not None:
                     outputs = pytree.tree_leaves(task.outputs)
-                    pairs += [(out, c[t]) for out, c in zip(outputs, output_cotangents) if c is not None]
+                    pairs += [(out, c[t]) for out, c in zip(outputs, output_cotangents, strict=True) if c is not None]
                 replay.accumulate(task, pairs)
                 passed.append(task.without_graph())
             outcome = replay.outcome(passed)
@@ -138,7 +138,7 @@ class _Replay:
             self.hyper = hyper_tree(self.hyper_copies)
             self.support = problem.group("support")
             self.query = problem.group("query")
-            self.externs = {"extern/" + i: t for i, t in problem.group("extern").items() if "extern/" + i in self.wanted}
+            self.externs = {f"extern/{i}": t for i, t in problem.group("extern").items()}
             return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
@@ -189,7 +189,8 @@ class _Replay:
             loss, _ = self._call(self.problem.inner_objective, params, batch)
             task.step_losses.append(loss.detach())
             grads = _grad([loss], list(params.values()), [None], create_graph=self.second_order)
-        return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(params.items(), grads)}
+        pairs = zip(params.items(), grads, strict=True)
+        return {name: torch.zeros_like(p) if g is None else g for (name, p), g in pairs}
 
     def _call(self, objective: Objective, params: Params, batch: Any) -> tuple[Tensor, Any]:
         """Run an objective under the given parameters; the passes' buffers go from one to the next."""
@@ -228,8 +229,8 @@ class _Replay:
         own = {f"support/{i}": t for i, t in enumerate(task.support)}
         own.update({f"query/{i}": t for i, t in enumerate(task.query)})
         own = {key: t for key, t in own.items() if key in self.wanted}
-        values, cotangents = zip(*pairs)
-        grads = dict(zip([*shared, *own], _grad(values, [*shared.values(), *own.values()], cotangents)))
+        values, cotangents = zip(*pairs, strict=True)
+        grads = dict(zip([*shared, *own], _grad(values, [*shared.values(), *own.values()], cotangents), strict=True))
         for key, tensor in shared.items():
             grad = grads[key]
             if grad is not None:
@@ -287,13 +288,17 @@ def _own(leaf: Tensor) -> Tensor:
 
 
 def _grad(
-    values: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None], *, create_graph: bool = False
+    values: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor | None],
+    *,
+    create_graph: bool = False,
 ) -> Sequence[Tensor | None]:
     """`torch.autograd.grad` that takes values and inputs nothing depends on."""
-    kept = [(v, c if c is None else c.to(v.dtype)) for v, c in zip(values, cotangents) if v.requires_grad]
+    kept = [(v, c if c is None else c.to(v.dtype)) for v, c in zip(values, cotangents, strict=True) if v.requires_grad]
     if not kept or not inputs:
         return [None] * len(inputs)
-    outputs, seeds = zip(*kept)
+    outputs, seeds = zip(*kept, strict=True)
     return torch.autograd.grad(outputs, inputs, seeds, create_graph=create_graph, allow_unused=True)
 
 
@@ -329,7 +334,8 @@ def _explained(error: Exception, where: str, batch: list[Tensor]) -> Exception:
         span = ", ".join(f"[{int(t.min())}, {int(t.max())}]" for t in labels) or "unknown"
         got = f"labels in {span} ({text.rstrip('.')})"
         way_out = "number the classes of each task from 0, or widen the model's output"
-        return LabelError(message(f"{where}: label out of range", got, "0 .. classes - 1 of the model's output", way_out))
+        expected = "0 .. classes - 1 of the model's output"
+        return LabelError(message(f"{where}: label out of range", got, expected, way_out))
     got = f"a task's tensors {tasks.describe(batch)}"
     way_out = "each task's part of the batch is what the model and the loss see"
     return TaskError(f"{where}: {type(error).__name__}: {text}; {message('batch', got, 'what they take', way_out)}")

@@ -18,14 +18,15 @@ class Structure:
     """The parameters and buffers of a module by their first names, and where each lies.
 
     `parameter_names` and `buffer_names` hold first names; `aliases` maps each first name to all names of that tensor,
-    itself first. Values are read from the modules at each call, so a swapped tensor (`functional_call`, `.to()`) is seen;
-    `current` tells whether modules, parameters or buffers were added, removed, replaced or tied since.
+    itself first. Values are read from the modules at each call, so a swapped tensor (`functional_call`, `.to()`) is
+    seen; `current` tells whether modules, parameters or buffers were added, removed, replaced or tied since.
     """
 
     def __init__(self, module: nn.Module) -> None:
         modules = list(module.modules())
         self._children = [(m._modules, list(m._modules.values())) for m in modules if m._modules]
-        self._sizes = [(d, len(d)) for m in modules for d in (m._parameters, m._buffers, m._modules)]
+        stores: list[dict[str, Any]] = [d for m in modules for d in (m._parameters, m._buffers, m._modules)]
+        self._sizes = [(store, len(store)) for store in stores]
         self._empty: list[_Slot] = [
             (d, key) for m in modules for d in (m._parameters, m._buffers) for key in d if d[key] is None
         ]

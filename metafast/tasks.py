@@ -56,7 +56,8 @@ def stack(per_task: Sequence[Any], place: str) -> Any:
     for leaf in leaves:
         if not isinstance(leaf, Tensor):
             raise InputTypeError(message(place, type(leaf).__name__, "tensors", "return tensors only, in any nesting"))
-    return pytree.tree_unflatten([torch.stack(column) for column in zip(*(values for values, _ in flat))], spec)
+    columns = zip(*(values for values, _ in flat), strict=True)
+    return pytree.tree_unflatten([torch.stack(column) for column in columns], spec)
 
 
 def count_tasks(batches: Sequence[tuple[str, Any, Sequence[Tensor]]], device: torch.device) -> int:
@@ -114,7 +115,8 @@ def _wrong(place: str, tensor: Tensor, tasks: int, device: torch.device) -> Exce
     if tensor.dtype in _REFUSED:
         return InputTypeError(message(place, tensor.dtype, "float32, float64 or an integer type", "use .float()"))
     if tensor.device != device:
-        return InputTypeError(message(place, f"device {tensor.device}", f"the model's, {device}", f'use .to("{device}")'))
+        got, expected = f"device {tensor.device}", f"the model's, {device}"
+        return InputTypeError(message(place, got, expected, f'use .to("{device}")'))
     shape = tuple(tensor.shape)
     if tensor.shape[0] == 0:
         return InputError(message(place, f"shape {shape}: no task", "T >= 1 tasks", "skip the call for an empty batch"))

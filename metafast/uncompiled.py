@@ -1,4 +1,7 @@
-"""A graph break for torch.compile. Imported only while it traces, for `torch.compiler.disable` loads all of dynamo."""
+"""A graph break for torch.compile.
+
+Imported only while it traces, for `torch.compiler.disable` loads all of dynamo, which takes over a second.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import torch
 __all__ = ["run"]
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call `function` outside of what is compiled."""
     return function(*args, **kwargs)

@@ -29,7 +29,9 @@ def per_parameter(value: Any, name: str) -> Tensor:
 
 
 class UpdateRule(nn.Module):
-    r"""One inner update, \((\phi_{k+1}, s_{k+1}) = U(\phi_k, g_k, s_k; \eta, k, \phi_0)\), with \(s_0 = \mathrm{init}(\phi_0; \eta)\).
+    r"""One inner update, \((\phi_{k+1}, s_{k+1}) = U(\phi_k, g_k, s_k; \eta, k, \phi_0)\).
+
+    The state begins as \(s_0 = \mathrm{init}(\phi_0; \eta)\).
 
     Write one as a subclass with `init` and `update`, or hand the two functions over:
 
@@ -39,12 +41,12 @@ class UpdateRule(nn.Module):
 
     Both are traced and differentiated like the loss: plain torch, no in-place writes, no branches on values.
 
-    **Arguments**: `init(params, hyper) -> state`, a dict of any nesting of tensors, by default empty;
-    `update(params, grads, state, hyper, k, params0) -> (params, state)`: `params`, `grads`, `params0` map each adapted
-    parameter's name to a tensor of its shape, `k` is the step as a 0-dim tensor of their dtype, and `hyper` maps names to
-    tensors. `**hyper`, each a number, a tensor, an `nn.Parameter` (learned: it is among `parameters()` and receives its
-    meta-gradient), or a mapping from parameter name to one of these. Numbers reach the rule as 0-dim tensors of the
-    parameters' dtype and can be set between calls (`rule.lr = 0.1`).
+    **Arguments**: `init(params, hyper) -> state`, a dict of any nesting of tensors, by default empty; `update(params,
+    grads, state, hyper, k, params0) -> (params, state)`: `params`, `grads`, `params0` map each adapted parameter's
+    name to a tensor of its shape, `k` is the step as a 0-dim tensor of their dtype, and `hyper` maps names to
+    tensors. `**hyper`, each a number, a tensor, an `nn.Parameter` (learned: it is among `parameters()` and receives
+    its meta-gradient), or a mapping from parameter name to one of these. Numbers reach the rule as 0-dim tensors of
+    the parameters' dtype and can be set between calls (`rule.lr = 0.1`).
 
     **Raises** `InputTypeError` for a hyper-parameter of another type.
     """
@@ -213,11 +215,8 @@ def _require_value(place: str, value: Any) -> None:
 
 
 def _require_width(place: str, value: Tensor, parameter: str, shape: torch.Size) -> None:
-    try:
-        fits = torch.broadcast_shapes(value.shape, shape) == shape
-    except RuntimeError:
-        fits = False
-    if not fits:
+    sizes = zip(reversed(value.shape), reversed(shape), strict=False)
+    if value.dim() > len(shape) or any(own not in (1, size) for own, size in sizes):
         got = f"shape {tuple(value.shape)} for {parameter}"
         way_out = "use a 0-dim tensor, or a mapping with one tensor per parameter"
         raise InputError(message(place, got, f"() or the parameter's {tuple(shape)}", way_out))
@@ -228,7 +227,7 @@ class SGD(UpdateRule):
 
     **Arguments**: `lr`, the inner learning rate: a number, a tensor, an `nn.Parameter` (learned), or a mapping from
     parameter name to one; a tensor as wide as its parameter gives every weight a rate of its own (Meta-SGD, Li et al.,
-    arXiv:1707.09835, equation 3).
+    arXiv:1707.09835).
 
     **Raises** `InputTypeError` for another type.
     """
