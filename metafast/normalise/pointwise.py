@@ -1,0 +1,316 @@
+"""Rules for arithmetic, comparison and choice, element by element, and for activations.
+
+At a kink each rule picks the side whose derivative PyTorch's backward uses; a branch that was not taken is computed on a
+harmless value, so that it cannot turn a zero cotangent into 0·∞.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from metafast.graph import Value
+from metafast.normalise.table import Context, Rule, rule
+
+_SAME_NAME = ("neg", "exp", "log", "sqrt", "rsqrt", "square", "abs", "sign", "tanh", "sigmoid", "erf", "relu", "expm1")
+_SAME_NAME += ("log1p", "sin", "cos", "floor", "maximum", "minimum")
+
+
+def _enter_direct(aten: str, op: str) -> None:
+    @rule(aten)
+    def direct(c: Context, *x: Any) -> Value:
+        return c(op, *x)
+
+
+for _name in _SAME_NAME:
+    _enter_direct(_name, _name)
+for _aten, _op in {"reciprocal": "recip", "sgn": "sign", "gt": "gt", "ge": "ge", "lt": "lt", "le": "le", "eq": "eq"}.items():
+    _enter_direct(_aten, _op)
+for _aten, _op in {"ne": "ne", "max.other": "maximum", "min.other": "minimum", "fmod": "", "logical_xor": ""}.items():
+    if _op:
+        _enter_direct(_aten, _op)
+
+
+# ---- arithmetic -----------------------------------------------------------------------------------------------
+
+
+@rule("add")
+def _add(c: Context, x: Any, y: Any, *, alpha: float = 1) -> Value:
+    if c.out[0].dtype == torch.bool:
+        return c("maximum", x, y)
+    return c("add", x, c("mul", y, alpha))
+
+
+@rule("sub", "subtract")
+def _sub(c: Context, x: Any, y: Any, *, alpha: float = 1) -> Value:
+    return c("sub", x, c("mul", y, alpha))
+
+
+@rule("rsub")
+def _rsub(c: Context, x: Any, y: Any, alpha: float = 1) -> Value:
+    return c("sub", y, c("mul", x, alpha))
+
+
+@rule("mul", "multiply")
+def _mul(c: Context, x: Any, y: Any) -> Value:
+    return c("mul", x, y)
+
+
+@rule("div", "divide", "true_divide")
+def _div(c: Context, x: Any, y: Any, *, rounding_mode: str | None = None) -> Value:
+    if rounding_mode is not None:
+        raise c.refuse(f"division with rounding_mode={rounding_mode!r} has no native form")
+    return c("div", x, y)
+
+
+@rule("pow")
+def _pow(c: Context, x: Any, y: Any) -> Value:
+    number = y if isinstance(y, (int, float)) else None
+    if number in (0.5, -0.5, -1):
+        return c({0.5: "sqrt", -0.5: "rsqrt", -1: "recip"}[float(number)], x)  # type: ignore[arg-type]
+    if number == 3:
+        return c("mul", c("square", x), x)
+    if number == 4:
+        return c("square", c("square", x))
+    return c("pow", x, y)
+
+
+@rule("ceil")
+def _ceil(c: Context, x: Any) -> Value:
+    return c("neg", c("floor", c("neg", x)))
+
+
+@rule("tan")
+def _tan(c: Context, x: Any) -> Value:
+    return c("div", c("sin", x), c("cos", x))
+
+
+@rule("exp2")
+def _exp2(c: Context, x: Any) -> Value:
+    return c("exp", c("mul", x, math.log(2.0)))
+
+
+@rule("log2")
+def _log2(c: Context, x: Any) -> Value:
+    return c("mul", c("log", x), 1.0 / math.log(2.0))
+
+
+@rule("log10")
+def _log10(c: Context, x: Any) -> Value:
+    return c("mul", c("log", x), 1.0 / math.log(10.0))
+
+
+@rule("erfc")
+def _erfc(c: Context, x: Any) -> Value:
+    return c("sub", 1.0, c("erf", x))
+
+
+@rule("xlogy")
+def _xlogy(c: Context, x: Any, y: Any) -> Value:
+    nought = c("mul", c("eq", x, 0.0), c("le", y, 0.0))
+    return c("mul", x, c("log", c("where", nought, 1.0, y)))
+
+
+@rule("lerp")
+def _lerp(c: Context, start: Any, end: Any, weight: Any) -> Value:
+    return c("add", start, c("mul", weight, c("sub", end, start)))
+
+
+@rule("addcmul")
+def _addcmul(c: Context, x: Any, y: Any, z: Any, *, value: float = 1) -> Value:
+    return c("add", x, c("mul", value, c("mul", y, z)))
+
+
+@rule("addcdiv")
+def _addcdiv(c: Context, x: Any, y: Any, z: Any, *, value: float = 1) -> Value:
+    return c("add", x, c("mul", value, c("div", y, z)))
+
+
+# ---- truth values ---------------------------------------------------------------------------------------------
+
+
+def _truth(c: Context, x: Any) -> Value:
+    return c("ne", x, 0.0)
+
+
+@rule("logical_and")
+def _and(c: Context, x: Any, y: Any) -> Value:
+    return c("mul", _truth(c, x), _truth(c, y))
+
+
+@rule("logical_or")
+def _or(c: Context, x: Any, y: Any) -> Value:
+    return c("maximum", _truth(c, x), _truth(c, y))
+
+
+@rule("logical_xor")
+def _xor(c: Context, x: Any, y: Any) -> Value:
+    return c("ne", _truth(c, x), _truth(c, y))
+
+
+@rule("logical_not")
+def _not(c: Context, x: Any) -> Value:
+    return c("eq", x, 0.0)
+
+
+def _enter_bitwise(name: str, of_bools: Rule) -> None:
+    @rule(name)
+    def bitwise(c: Context, *x: Any) -> Value:
+        if c.out[0].dtype != torch.bool:
+            raise c.refuse("bitwise operations on integers have no native form")
+        return of_bools(c, *x)  # type: ignore[no-any-return]
+
+
+for _name, _rule in {"and": _and, "or": _or, "xor": _xor, "not": _not}.items():
+    _enter_bitwise(f"bitwise_{_name}", _rule)
+    _enter_bitwise(f"__{_name}__", _rule)
+
+
+@rule("isnan")
+def _isnan(c: Context, x: Any) -> Value:
+    return c("ne", x, x)
+
+
+@rule("isinf")
+def _isinf(c: Context, x: Any) -> Value:
+    return c("eq", c("abs", x), math.inf)
+
+
+@rule("isfinite")
+def _isfinite(c: Context, x: Any) -> Value:
+    return c("lt", c("abs", x), math.inf)
+
+
+# ---- choice ---------------------------------------------------------------------------------------------------
+
+
+@rule("where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar")
+def _where(c: Context, condition: Any, x: Any, y: Any) -> Value:
+    return c("where", condition, x, y)
+
+
+@rule("masked_fill")
+def _masked_fill(c: Context, x: Any, mask: Any, value: Any) -> Value:
+    return c("where", mask, value, x)
+
+
+@rule("clamp", "clip")
+def _clamp(c: Context, x: Any, min: Any = None, max: Any = None) -> Value:
+    y = c.real(x)
+    if min is not None:
+        y = c("where", c("lt", y, min), min, y)
+    if max is not None:
+        y = c("where", c("gt", y, max), max, y)
+    return y
+
+
+@rule("clamp_min")
+def _clamp_min(c: Context, x: Any, min: Any) -> Value:
+    return _clamp(c, x, min=min)
+
+
+@rule("clamp_max")
+def _clamp_max(c: Context, x: Any, max: Any) -> Value:
+    return _clamp(c, x, max=max)
+
+
+@rule("threshold")
+def _threshold(c: Context, x: Any, threshold: float, value: float) -> Value:
+    return c("where", c("le", x, threshold), value, x)
+
+
+# ---- activations ----------------------------------------------------------------------------------------------
+
+
+@rule("hardtanh")
+def _hardtanh(c: Context, x: Any, min_val: float = -1, max_val: float = 1) -> Value:
+    y = c("where", c("ge", x, max_val), max_val, x)
+    return c("where", c("le", x, min_val), min_val, y)
+
+
+@rule("relu6")
+def _relu6(c: Context, x: Any) -> Value:
+    return _hardtanh(c, x, 0, 6)
+
+
+@rule("hardsigmoid")
+def _hardsigmoid(c: Context, x: Any) -> Value:
+    return c("mul", _hardtanh(c, c("add", x, 3.0), 0, 6), 1.0 / 6.0)
+
+
+@rule("leaky_relu")
+def _leaky_relu(c: Context, x: Any, negative_slope: float = 0.01) -> Value:
+    return c("where", c("step", x), x, c("mul", x, negative_slope))
+
+
+@rule("_prelu_kernel")
+def _prelu(c: Context, x: Any, weight: Any) -> Value:
+    return c("where", c("step", x), x, c("mul", weight, x))
+
+
+@rule("elu")
+def _elu(c: Context, x: Any, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Value:
+    positive = c("step", x)
+    below = c("expm1", c("mul", c("where", positive, 0.0, x), input_scale))
+    return c("where", positive, c("mul", x, scale), c("mul", below, alpha * scale))
+
+
+@rule("celu")
+def _celu(c: Context, x: Any, alpha: float = 1) -> Value:
+    return _elu(c, x, alpha, 1, 1 / alpha)
+
+
+@rule("selu")
+def _selu(c: Context, x: Any) -> Value:
+    return _elu(c, x, 1.6732632423543772848170429916717, 1.0507009873554804934193349852946)
+
+
+@rule("gelu")
+def _gelu(c: Context, x: Any, *, approximate: str = "none") -> Value:
+    if approximate == "tanh":
+        inner = c("mul", x, c("add", 1.0, c("mul", 0.044715, c("square", x))))
+        bell = c("tanh", c("mul", math.sqrt(2.0 / math.pi), inner))
+    else:
+        bell = c("erf", c("mul", x, math.sqrt(0.5)))
+    return c("mul", c("mul", x, 0.5), c("add", 1.0, bell))
+
+
+@rule("silu")
+def _silu(c: Context, x: Any) -> Value:
+    return c("mul", x, c("sigmoid", x))
+
+
+@rule("mish")
+def _mish(c: Context, x: Any) -> Value:
+    return c("mul", x, c("tanh", c("softplus", x)))
+
+
+@rule("softplus")
+def _softplus(c: Context, x: Any, beta: float = 1, threshold: float = 20) -> Value:
+    scaled = c("mul", x, beta)
+    return c("where", c("gt", scaled, threshold), x, c("div", c("softplus", scaled), beta))
+
+
+@rule("log_sigmoid_forward")
+def _log_sigmoid(c: Context, x: Any) -> tuple[Value, None]:
+    return c("neg", c("softplus", c("neg", x))), None
+
+
+@rule("hardshrink")
+def _hardshrink(c: Context, x: Any, lambd: float = 0.5) -> Value:
+    return c("where", c("le", c("abs", x), lambd), 0.0, x)
+
+
+@rule("softshrink")
+def _softshrink(c: Context, x: Any, lambd: float = 0.5) -> Value:
+    low = c("where", c("lt", x, -lambd), c("add", x, lambd), c("mul", x, 0.0))
+    return c("where", c("gt", x, lambd), c("sub", x, lambd), low)
+
+
+@rule("glu")
+def _glu(c: Context, x: Any, dim: int = -1) -> Value:
+    d = dim % len(c.shape(x))
+    half = c.shape(x)[d] // 2
+    return c("mul", c.piece(x, d, 0, half), c("sigmoid", c.piece(x, d, half, 2 * half)))
