@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,11 +15,11 @@ from torch.utils import _pytree as pytree
 from metafast.batchnorm import fold
 from metafast.capture import Trace, Unsupported, capture, capture_function
 from metafast.errors import LabelError, message, position
-from metafast.graph import Graph
+from metafast.graph import Builder, Graph, copy_into
 from metafast.lower import Lowered, lower
 from metafast.normalise import normalise
 from metafast.problem import Outcome, Problem, hyper_tree
-from metafast.sweep import SECTIONS, Loop, Section, Sweep
+from metafast.sweep import SECTIONS, Loop, Section, Store, Sweep
 
 LABEL_OUT_OF_RANGE = 1  # a kernel's error codes, csrc/kernels/common/kernels.hpp
 
@@ -46,7 +46,7 @@ class Plan:
             sweep = self.sweep()
             made = sweep.fused(outputs=True) if mode == "outputs" else getattr(sweep, mode)()
             self.sections[mode] = made
-            found = self.programs[mode] = lower(sweep, made, self.dtype)
+            found = self.programs[mode] = lower(sweep.state, made, self.dtype)
         return found
 
     def sweep(self) -> Sweep:
@@ -259,9 +259,11 @@ class Call:
         self.table[j] = (t.data_ptr(), task, t.stride(1) * item if per_step else 0)
 
     def _allocate(self, j: int, e: Any) -> None:
-        lead = (self.problem.tasks, self.problem.steps) if e.per_step else (self.problem.tasks,)
+        tasks, steps = self.problem.tasks, self.problem.steps
+        lead = (tasks, max(steps, 1)) if e.per_step else (tasks,)  # an empty tensor has no address
         make = torch.zeros if e.kind == "gradient" else torch.empty
-        t = self.made[e.kind, e.name] = make((*lead, *e.shape), dtype=self.plan.dtype)
+        t = make((*lead, *e.shape), dtype=self.plan.dtype)
+        self.made[e.kind, e.name] = t[:, :steps] if e.per_step else t
         self._bind(j, t, per_task=True, per_step=e.per_step)
 
     def run(self, weights: Tensor | None) -> None:
@@ -379,4 +381,28 @@ def _compare(
     return f"the gradient of the first task differs from PyTorch's by {float((a - b).norm() / b.norm()):.2g} of its norm"
 
 
-Factory = Callable[[Problem], Native]
+def evaluate(graph: Graph, values: Mapping[tuple[str, str], Tensor]) -> dict[str, Tensor]:
+    """Run one graph natively, once: what the tests of single ops call.
+
+    **Arguments:** `values` maps (role, name) to a tensor; floating-point ones share the program's dtype. **Returns** the
+    outputs by name.
+    """
+    from metafast import _C
+
+    b = Builder()
+    env = copy_into(b, graph, lambda i: b.input("leaf", f"{i.role}:{i.name}", i.value.shape, i.value.dtype))
+    outputs = {name: env[v] for name, v in graph.outputs.items()}
+    section = Section(b.finish(outputs), tuple(Store(name, "output", name) for name in outputs))
+    dtype = next((t.dtype for t in values.values() if t.is_floating_point()), torch.float64)
+    lowered = lower({}, {"query": section}, dtype)
+    tensors = {f"{r}:{n}": t.contiguous() for (r, n), t in values.items()}
+    made: dict[str, Tensor] = {}
+    table = np.zeros((len(lowered.externals), 3), dtype=np.int64)
+    for j, e in enumerate(lowered.externals):
+        if e.kind != "leaf":
+            made[e.name] = torch.empty(e.shape, dtype=torch.int32 if e.dtype == "index" else dtype)
+        table[j, 0] = (tensors if e.kind == "leaf" else made)[e.name].data_ptr()
+    status = _C.run(lowered.program, table, T=1, steps=0, threads=1)
+    if status[0]:
+        raise LabelError(f"kernel failed with status {status}")
+    return made

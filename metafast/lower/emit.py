@@ -35,6 +35,7 @@ from metafast.ops.shape import literal_tensor
 from metafast.sweep import Section, Store
 
 NHWC = (0, 2, 3, 1)
+DIRECT = {"matmul", "conv2d", "reduce"}  # kernels that can write, or add, where the caller says
 
 
 @dataclass
@@ -84,14 +85,13 @@ class Emitter:
     def run(self) -> list[Instruction]:
         """All instructions, in order."""
         self.plan = units(self.section)
-        self.unit_of = {v: u for u in self.plan for n in u.nodes for v in n.outputs}
         for unit in self.plan:
             if unit.kind == "pointwise":
                 self._cluster(unit)
             elif unit.kind == "sum":
                 self._sum(unit)
             else:
-                self._node(unit.nodes[0], None)
+                self._node(unit.nodes[0], self._direct(unit.nodes[0], unit.nodes[0].outputs[0]))
         return self.code
 
     def _outside_uses(self) -> dict[Value, list[Node]]:
@@ -166,6 +166,8 @@ class Emitter:
     # ---- pointwise
 
     def _cluster(self, unit: Unit) -> None:
+        if not unit.nodes and not unit.stores:
+            return
         shape = unit.nodes[0].outputs[0].shape if unit.nodes else unit.stores[0][0].shape
         inside = {n.outputs[0] for n in unit.nodes}
         code = _Registers(self, unit, inside)
@@ -273,11 +275,31 @@ class Emitter:
     def _sum(self, unit: Unit) -> None:
         assert unit.result is not None
         first = unit.nodes[0]
-        self._node(first, None)
+        self._node(first, self._direct(first, unit.result))
         out = self.env[first.outputs[0]]
         for node in unit.nodes[1:]:
             self._node(node, (out, True))
         self.env[unit.result] = out
+
+    def _direct(self, node: Node, result: Value) -> tuple[Array, bool] | None:
+        """Where an accumulating kernel may write a section output itself, instead of a store copying it there."""
+        if TABLE[node.op].kernel not in DIRECT:
+            return None
+        for unit in self.plan:
+            if unit.nodes or not unit.stores or unit.stores[0][0] is not result:
+                continue
+            store = unit.stores[0][1]
+            where = self.target(store, result)
+            if where is None or (store.add and self._uses(result) > 1):
+                continue
+            if not lies_in(where, NHWC if node.op in ("conv2d", "conv2d_dx") else range(len(where.shape))):
+                continue
+            unit.stores.clear()
+            return where, store.add
+        return None
+
+    def _uses(self, v: Value) -> int:
+        return len(self.uses.get(v, ())) + sum(o is v for o in self.graph.outputs.values())
 
     def _result(self, node: Node, into: tuple[Array, bool] | None, order: Sequence[int] | None) -> tuple[Array, int]:
         """Where the node's first output goes, and the kernel's mode (1: add to what is there)."""

@@ -27,7 +27,7 @@ from metafast.lower.arrays import (
 from metafast.lower.emit import Constants, Emitter
 from metafast.lower.memory import aligned, place
 from metafast.ops import numel
-from metafast.sweep import SECTIONS, Section, Store, Sweep
+from metafast.sweep import SECTIONS, Section, Store
 
 NAMES = {torch.float32: "f32", torch.float64: "f64"}
 CALL_RECORD = ("k", "steps", "weight")  # the scalars of one task and step, in the order replay writes them
@@ -102,13 +102,15 @@ class _Layout:
 
 
 class _Lowering:
-    def __init__(self, sweep: Sweep, sections: Mapping[str, Section], dtype: torch.dtype, opcodes: Sequence[str]):
+    def __init__(
+        self, state: Mapping[str, Shape], sections: Mapping[str, Section], dtype: torch.dtype, opcodes: Sequence[str]
+    ) -> None:
         self.sections, self.dtype = sections, dtype
         self.item = dtype.itemsize
         self.opcodes = {name: k for k, name in enumerate(opcodes)}
         self.constants = Constants(dtype)
         self.state = _Layout(self.item)
-        for name, shape in sweep.state.items():
+        for name, shape in state.items():
             self.state.add(name, shape)
         self.sums = _Layout(self.item)
         self.externals: list[External] = []
@@ -197,11 +199,11 @@ def _native(code: Sequence[Instruction]) -> list[tuple[str, list[tuple[int, int]
     return out
 
 
-def lower(sweep: Sweep, sections: Mapping[str, Section], dtype: torch.dtype) -> Lowered:
-    """Plan and build the native program of those sections."""
+def lower(state: Mapping[str, Shape], sections: Mapping[str, Section], dtype: torch.dtype) -> Lowered:
+    """Plan and build the native program of those sections; `state` names what one step hands to the next."""
     from metafast import _C
 
-    lowering = _Lowering(sweep, sections, dtype, _C.pointwise_opcodes())
+    lowering = _Lowering(state, sections, dtype, _C.pointwise_opcodes())
     code = lowering.run()
     constants = bytes(lowering.constants.data)
     program = _C.Program(

@@ -94,6 +94,10 @@ def _permute_simplify(b: Builder, x: tuple[Value, ...], a: dict[str, tuple[int, 
     n = b.producer(x[0])
     if n is not None and n.op == "permute":
         return b.op("permute", n.inputs[0], dims=tuple(n.attrs["dims"][d] for d in dims))
+    r = len(dims)
+    if n is not None and n.op == "matmul" and dims == (*range(r - 2), r - 1, r - 2):
+        # (x·y)ᵀ = yᵀ·xᵀ: the gradient of a transposed weight comes out as the weight lies, ready to be stored
+        return b.op("matmul", *(b.op("permute", v, dims=dims) for v in reversed(n.inputs)))
     return None
 
 
