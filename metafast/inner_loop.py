@@ -19,6 +19,7 @@ from .errors import InputError, InputTypeError, NonFiniteError, NonFiniteWarning
 from .externs import Places, find_externs
 from .fast_weights import FastWeights
 from .problem import Backend, Objective, Outcome, Problem
+from .reference import swapping
 from .structure import Structure
 from .updates import UpdateRule
 
@@ -212,6 +213,10 @@ class InnerLoop(nn.Module):
 
     def _problem(self, support: Any, query: Any | None, *, gradient: bool) -> Problem:
         """The problem that a call with these batches poses, validated."""
+        with swapping:  # another thread may have other tensors on the model just now
+            return self._pose(support, query, gradient=gradient)
+
+    def _pose(self, support: Any, query: Any | None, *, gradient: bool) -> Problem:
         layout = self._layout_now()
         batches, specs = self._batches(support, query)
         parameters = layout.structure.parameters()

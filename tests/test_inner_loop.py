@@ -1,0 +1,734 @@
+"""What a user types: values and gradients against the eager oracle, options, and what a call leaves alone."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import metafast
+
+pytestmark = pytest.mark.filterwarnings("ignore::metafast.FallbackWarning")
+
+TASKS, WAYS, LR = 3, 4, 0.3
+backends = pytest.mark.parametrize("backend", ["torch", "auto"])
+
+
+def data(seed: int = 0, examples: int = 5, features: int = 6) -> tuple[Tensor, Tensor]:
+    gen = torch.Generator().manual_seed(seed)
+    x = torch.randn(TASKS, examples, features, dtype=torch.float64, generator=gen)
+    return x, torch.randint(0, WAYS, (TASKS, examples), generator=gen)
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, WAYS)).double()
+
+
+def loop(model: nn.Module, backend: str = "torch", loss: Any = F.cross_entropy, **options: Any) -> metafast.InnerLoop:
+    options.setdefault("update", metafast.SGD(lr=LR))
+    options.setdefault("steps", 2)
+    return metafast.InnerLoop(model, loss, backend=backend, **options)
+
+
+def minimised(loss: Callable[..., Tensor]) -> Callable[[nn.Module, Any], Tensor]:
+    return lambda model, batch: loss(model(batch[0]), batch[1])
+
+
+def expected(model: nn.Module, support: Any, query: Any, objective: Any = None, **options: Any) -> oracle.Answer:
+    options.setdefault("hyper", {"lr": torch.tensor(LR, dtype=torch.float64)})
+    options.setdefault("steps", 2)
+    return oracle.meta_gradient(model, objective or minimised(F.cross_entropy), support, query, **options)
+
+
+def close(got: Tensor | None, want: Tensor) -> None:
+    got = torch.zeros_like(want) if got is None else got
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
+
+
+def check_grads(model: nn.Module, answer: oracle.Answer) -> None:
+    for name, parameter in model.named_parameters():
+        close(parameter.grad, answer.params[name])
+
+
+# ---- the two ways out ----------------------------------------------------------------------------------------
+
+
+@backends
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_fused_adapt_and_meta_gradient_agree_with_the_oracle(backend: str, order: int, steps: int) -> None:
+    model, support, query = mlp(), data(0), data(1, 7)
+    inner = loop(model, backend, steps=steps, order=order)
+    answer = expected(model, support, query, steps=steps, order=order)
+
+    loss = inner(support, query)
+    assert loss.shape == ()
+    close(loss, answer.losses.mean())
+    loss.backward()
+    check_grads(model, answer)
+
+    model.zero_grad()
+    value, grads = inner.meta_gradient(support, query)
+    close(value, answer.losses.mean())
+    assert list(grads) == [name for name, _ in model.named_parameters()]
+    assert all(p.grad is None for p in model.parameters())
+    for name, grad in grads.items():
+        close(grad, answer.params[name])
+
+    fast = inner.adapt(support)
+    for name, tensor in fast.items():
+        close(tensor, answer.fast[name])
+    logits = fast(query[0])
+    assert logits.shape == (TASKS, 7, WAYS)
+    F.cross_entropy(logits.flatten(0, 1), query[1].flatten()).backward()
+    check_grads(model, answer)
+
+
+@backends
+def test_reduction_sum_and_none(backend: str) -> None:
+    model, support, query = mlp(), data(0), data(1)
+    answer = expected(model, support, query)
+    total = loop(model, backend, reduction="sum")(support, query)
+    close(total, answer.losses.sum())
+    total.backward()
+    for name, parameter in model.named_parameters():
+        close(parameter.grad, TASKS * answer.params[name])
+
+    losses = loop(model, backend, reduction="none")(support, query)
+    assert losses.shape == (TASKS,)
+    close(losses, answer.losses)
+    for task in range(TASKS):  # any weights: here one task alone
+        alone = expected(model, *[tuple(t[task : task + 1] for t in batch) for batch in (support, query)])
+        grads = torch.autograd.grad(losses[task], list(model.parameters()), retain_graph=True)
+        for grad, want in zip(grads, alone.params.values(), strict=True):
+            close(grad, want)
+
+
+@backends
+def test_scaling_of_the_upstream_gradient(backend: str) -> None:
+    model, support, query = mlp(), data(0), data(1)
+    answer = expected(model, support, query)
+    (3.0 * loop(model, backend)(support, query)).backward()
+    for name, parameter in model.named_parameters():
+        close(parameter.grad, 3.0 * answer.params[name])
+
+
+@backends
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_outputs_are_returned_and_differentiable(backend: str, reduction: str) -> None:
+    model, support, query = mlp(), data(0), data(1)
+    loss, logits = loop(model, backend, return_outputs=True, reduction=reduction)(support, query)
+    assert logits.shape == (TASKS, 5, WAYS)
+    cotangent = torch.randn_like(logits)
+    (loss.sum() + (logits * cotangent).sum()).backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+
+    plain = loop(model, "torch").adapt(support)
+    model.zero_grad()
+    want = plain(query[0])
+    scale = TASKS if reduction == "none" else 1
+    ce = scale * F.cross_entropy(want.flatten(0, 1), query[1].flatten())
+    (ce + (want * cotangent).sum()).backward()
+    close(logits, want)
+    for grad, parameter in zip(grads, model.parameters(), strict=True):
+        close(grad, parameter.grad)
+
+
+@backends
+def test_outputs_alone_carry_a_gradient(backend: str) -> None:
+    model, support, query = mlp(), data(0), data(1)
+    _, logits = loop(model, backend, return_outputs=True)(support, query)
+    logits.square().sum().backward()
+    got = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    loop(model, "torch").adapt(support)(query[0]).square().sum().backward()
+    for grad, parameter in zip(got, model.parameters(), strict=True):
+        close(grad, parameter.grad)
+
+
+# ---- losses and batches --------------------------------------------------------------------------------------
+
+
+@backends
+def test_objective_over_nested_batches(backend: str) -> None:
+    model = mlp()
+
+    def objective(model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        logits = model(batch["input"])
+        losses = F.cross_entropy(logits, batch["target"][0], reduction="none")
+        return (losses * batch["target"][1]).sum(), {"logits": logits, "losses": losses}
+
+    def batch(seed: int) -> dict[str, Any]:
+        x, y = data(seed)
+        return {"input": x, "target": [y, torch.rand(y.shape, dtype=torch.float64)]}
+
+    support, query = batch(0), batch(1)
+    answer = expected(model, support, query, lambda m, b: objective(m, b)[0])
+    inner = loop(model, backend, None, objective=objective, return_outputs=True)
+    loss, outputs = inner(support, query)
+    close(loss, answer.losses.mean())
+    assert outputs["logits"].shape == (TASKS, 5, WAYS)
+    assert outputs["losses"].shape == (TASKS, 5)
+    loss.backward()
+    check_grads(model, answer)
+
+
+@backends
+def test_query_loss_and_query_objective(backend: str) -> None:
+    model, support, query = mlp(), data(0), data(1)
+
+    def outer(output: Tensor, target: Tensor) -> Tensor:
+        return F.mse_loss(output, F.one_hot(target, WAYS).to(output.dtype))
+
+    answer = expected(model, support, query, query_objective=minimised(outer))
+    for options in ({"query_loss": outer}, {"query_objective": minimised(outer)}):
+        model.zero_grad()
+        loss = loop(model, backend, **options)(support, query)
+        close(loss, answer.losses.mean())
+        loss.backward()
+        check_grads(model, answer)
+
+
+@backends
+@pytest.mark.parametrize("int_type", [torch.int64, torch.int32, torch.uint8])
+def test_strides_and_integer_labels(backend: str, int_type: torch.dtype) -> None:
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(100, WAYS)).double()
+    one_hot = int_type != torch.int64  # PyTorch's cross_entropy wants int64: other types go through one_hot
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        target = target.long() if one_hot else target
+        return F.cross_entropy(output, target)
+
+    x = torch.randn(TASKS, 5, 3, 5, 5, dtype=torch.float64)
+    y = torch.randint(0, WAYS, (TASKS, 5)).to(int_type)
+    model_answer = expected(model, (x, y), (x, y), minimised(loss))
+    last = x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+    odd = torch.stack([x, x], -1)[..., 0]
+    expanded = y.unsqueeze(-1).expand(-1, -1, 3)[..., 1]
+    for inputs in (last, odd):
+        model.zero_grad()
+        value = loop(model, backend, loss)((inputs, expanded), (inputs, y))
+        close(value, model_answer.losses.mean())
+        value.backward()
+        check_grads(model, model_answer)
+
+
+@backends
+@pytest.mark.parametrize("examples", [1, 2])
+def test_one_task_one_shot_one_way(backend: str, examples: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(6, 1).double()
+    support = (torch.randn(1, examples, 6, dtype=torch.float64), torch.zeros(1, examples, dtype=torch.int64))
+    value = loop(model, backend)(support, support)
+    close(value, torch.zeros((), dtype=torch.float64))
+    value.backward()
+    assert all(not p.grad.any() for p in model.parameters())
+
+
+@backends
+def test_float32(backend: str) -> None:
+    model, (x, y) = mlp().float(), data(0)
+    support = (x.float(), y)
+    value, grads = loop(model, backend).meta_gradient(support, support)
+    assert value.dtype == torch.float32
+    answer = expected(model.double(), (x, y), (x, y))
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad.double(), answer.params[name], rtol=2e-4, atol=2e-6)
+
+
+# ---- what receives a gradient --------------------------------------------------------------------------------
+
+
+@backends
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("way", ["fused", "none", "adapt"])
+def test_gradients_of_support_and_query_tensors(backend: str, order: int, way: str) -> None:
+    model = mlp()
+
+    def objective(model: nn.Module, batch: Any) -> Tensor:
+        return F.mse_loss(model(batch[0]), batch[1])
+
+    def batch(seed: int) -> tuple[Tensor, Tensor]:
+        x, _ = data(seed)
+        return x.requires_grad_(), torch.randn(TASKS, 5, WAYS, dtype=torch.float64, requires_grad=True)
+
+    support, query = batch(0), batch(1)
+    answer = expected(model, support, query, objective, order=order, data=True)
+    if way == "adapt":
+        output = loop(model, backend, F.mse_loss, order=order).adapt(support)(query[0])
+        F.mse_loss(output, query[1]).backward()
+    else:
+        reduction = "mean" if way == "fused" else "none"
+        loop(model, backend, F.mse_loss, order=order, reduction=reduction)(support, query).mean().backward()
+    for tensor, want in zip([*support, *query], answer.data, strict=True):
+        close(tensor.grad, want)
+    check_grads(model, answer)
+
+
+@backends
+def test_meta_gradient_names_data_and_hyper_parameters(backend: str) -> None:
+    model, support, (x, y) = mlp(), data(0), data(1)
+    x.requires_grad_()
+    lr = nn.Parameter(torch.tensor(LR, dtype=torch.float64))
+    _, grads = loop(model, backend, update=metafast.SGD(lr=lr)).meta_gradient(support, (x, y))
+    assert set(grads) == {*dict(model.named_parameters()), "update.lr", "query/0"}
+    answer = expected(model, support, (x, y), data=True)
+    close(grads["update.lr"], answer.hyper["lr"])
+    close(grads["query/0"], answer.data[1])
+
+
+class Gated(nn.Module):
+    """Reads a plain attribute and a parameter that a closure of the objective reads as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 7), nn.Linear(7, WAYS)
+        self.gate: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.body(x))
+        return self.head(h if self.gate is None else h * self.gate)
+
+
+@backends
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradients_of_tensors_in_closures_and_attributes(backend: str, order: int, reduction: str) -> None:
+    torch.manual_seed(3)
+    model, support, query = Gated().double(), data(0), data(1)
+    scale = torch.randn((), dtype=torch.float64, requires_grad=True)
+    source = torch.randn(7, dtype=torch.float64, requires_grad=True)
+
+    def objective(model: nn.Module, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch[0]) * scale, batch[1])
+
+    inner = loop(model, backend, None, objective=objective, order=order, reduction=reduction)
+    answers = []
+    for repeat in range(2):  # the second time with a new tensor in the old place
+        gate = model.gate = source.sin() * (repeat + 1)
+        inner(support, query).mean().backward()
+        got = scale.grad.clone(), source.grad.clone()
+        reference = copy.deepcopy(Gated().double())
+        reference.load_state_dict(model.state_dict())
+        free = gate.detach().requires_grad_()
+        reference.gate = free
+        # the oracle copies the model; hand it the attribute through the objective instead
+        answer = expected(
+            reference,
+            support,
+            query,
+            lambda m, b, free=free: (setattr(m, "gate", free), objective(m, b))[1],
+            order=order,
+            externs=[scale, free],
+        )
+        close(got[0], answer.externs[0])
+        (want,) = torch.autograd.grad(source.sin() * (repeat + 1), source, answer.externs[1])
+        close(got[1], want)
+        answers.append(answer)
+        scale.grad = source.grad = None
+    assert not torch.equal(answers[0].externs[1], answers[1].externs[1])
+
+
+@backends
+def test_a_closure_that_reads_a_parameter_past_the_model_reads_its_initial_value(backend: str) -> None:
+    model, support, query = mlp(), data(0), data(1)
+    start = list(model.parameters())
+
+    def proximal(m: nn.Module, batch: Any) -> Tensor:
+        drift = sum((p - q).square().sum() for p, q in zip(m.parameters(), start, strict=True))
+        return F.cross_entropy(m(batch[0]), batch[1]) + 0.5 * drift
+
+    _, grads = loop(model, backend, None, objective=proximal, query_loss=F.cross_entropy).meta_gradient(support, query)
+
+    theta = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
+    total = torch.zeros((), dtype=torch.float64)
+    for t in range(TASKS):
+        phi = dict(theta)
+        for _ in range(2):
+            drift = sum((phi[n] - theta[n]).square().sum() for n in theta)
+            loss = F.cross_entropy(torch.func.functional_call(model, phi, (support[0][t],)), support[1][t]) + 0.5 * drift
+            step = torch.autograd.grad(loss, list(phi.values()), create_graph=True)
+            phi = {n: p - LR * g for (n, p), g in zip(phi.items(), step, strict=True)}
+        total = total + F.cross_entropy(torch.func.functional_call(model, phi, (query[0][t],)), query[1][t]) / TASKS
+    for (name, _), want in zip(theta.items(), torch.autograd.grad(total, list(theta.values())), strict=True):
+        close(grads[name], want)
+
+
+@backends
+@pytest.mark.parametrize("params", ["2.*", ["2.weight", "2.bias"], "module", "predicate"])
+def test_params_selects_what_adapts_and_the_rest_still_receives_its_gradient(backend: str, params: Any) -> None:
+    model, support, query = mlp(), data(0), data(1)
+    if params == "module":
+        params = model[2]
+    if params == "predicate":
+        params = lambda name, p: name.startswith("2.")  # noqa: E731
+    inner = loop(model, backend, params=params)
+    answer = expected(model, support, query, adapted=["2.weight", "2.bias"])
+    inner(support, query).backward()
+    check_grads(model, answer)
+    assert list(inner.adapt(support)) == ["2.weight", "2.bias"]
+    model.zero_grad()
+    logits = inner.adapt(support)(query[0])
+    F.cross_entropy(logits.flatten(0, 1), query[1].flatten()).backward()
+    check_grads(model, answer)
+
+
+@backends
+def test_requires_grad_decides_what_receives_a_gradient_not_what_adapts(backend: str) -> None:
+    model, support, query = mlp(), data(0), data(1)
+    answer = expected(model, support, query)
+    model[2].weight.requires_grad_(False)
+    inner = loop(model, backend)
+    loss = inner(support, query)
+    close(loss, answer.losses.mean())  # it adapted all the same
+    loss.backward()
+    assert model[2].weight.grad is None
+    close(model[0].weight.grad, answer.params["0.weight"])
+    assert "2.weight" not in inner.meta_gradient(support, query)[1]
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, WAYS)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+
+@backends
+@pytest.mark.parametrize("params", [None, "second.*"])
+def test_tied_parameters_stay_tied_and_match_by_any_name(backend: str, params: str | None) -> None:
+    torch.manual_seed(5)
+    model, support, query = Tied().double(), data(0), data(1)
+    inner = loop(model, backend, params=params)
+    adapted = None if params is None else ["first.weight", "second.bias"]
+    answer = expected(model, support, query, adapted=adapted)
+    inner(support, query).backward()
+    check_grads(model, answer)
+    fast = inner.adapt(support)
+    assert fast["second.weight"] is fast["first.weight"]
+    assert len(fast) == (len(list(model.parameters())) if params is None else 2)
+    model.zero_grad()
+    F.cross_entropy(fast(query[0]).flatten(0, 1), query[1].flatten()).backward()
+    check_grads(model, answer)
+
+
+@backends
+def test_a_parameter_nothing_reads(backend: str) -> None:
+    model, support, query = mlp(), data(0), data(1)
+    model.spare = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    model.forward = lambda x: model[2](model[1](model[0](x)))  # Sequential would run a parameter
+    inner = loop(model, backend)
+    assert inner.meta_gradient(support, query)[1]["spare"].count_nonzero() == 0
+    assert torch.equal(inner.adapt(support)["spare"], torch.ones(TASKS, 3, dtype=torch.float64))
+
+
+@backends
+def test_first_order_still_differentiates_the_update(backend: str) -> None:
+    model, support, query = mlp(), data(0), data(1)
+    lr = nn.Parameter(torch.tensor(LR, dtype=torch.float64))
+    loop(model, backend, order=1, update=metafast.SGD(lr=lr))(support, query).backward()
+    close(lr.grad, expected(model, support, query, order=1).hyper["lr"])
+
+
+# ---- FastWeights ---------------------------------------------------------------------------------------------
+
+
+@backends
+def test_fast_weights_is_a_mapping(backend: str) -> None:
+    model, support = mlp(), data(0)
+    fast = loop(model, backend).adapt(support)
+    assert isinstance(fast, metafast.FastWeights)
+    assert list(fast) == [name for name, _ in model.named_parameters()]
+    assert len(fast) == 4
+    assert fast["0.weight"].shape == (TASKS, 7, 6)
+    assert fast.task(1)["0.bias"].shape == (7,)
+    assert torch.equal(fast.task(-1)["0.bias"], fast["0.bias"][TASKS - 1])
+    assert "3 tasks" in repr(fast)
+    with pytest.raises(KeyError, match="no adapted parameter"):
+        fast["nothing"]
+    with pytest.raises(IndexError, match="expected 0"):
+        fast.task(TASKS)
+
+
+@backends
+def test_fast_weights_take_a_loss_on_one_task_alone(backend: str) -> None:
+    model, support, query = mlp(), data(0), data(1)
+    fast = loop(model, backend).adapt(support)
+    logits = torch.func.functional_call(model, fast.task(1), (query[0][1],))
+    F.cross_entropy(logits, query[1][1]).backward()
+    check_grads(model, expected(model, *[tuple(t[1:2] for t in batch) for batch in (support, query)]))
+
+
+def test_fast_weights_take_nested_inputs() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, WAYS)
+
+        def forward(self, batch: Any, *, shift: Tensor) -> dict[str, Tensor]:
+            return {"sum": self.layer(batch["a"] + batch["b"]) + shift}
+
+    model = Two().double()
+    x, y = data(0)
+    inner = metafast.InnerLoop(
+        model,
+        objective=lambda m, b: F.cross_entropy(m({"a": b[0], "b": b[0]}, shift=b[0].new_zeros(()))["sum"], b[1]),
+        update=metafast.SGD(lr=LR),
+        steps=1,
+        backend="torch",
+    )
+    out = inner.adapt((x, y))({"a": x, "b": x}, shift=torch.ones(TASKS, 1, dtype=torch.float64))
+    assert out["sum"].shape == (TASKS, 5, WAYS)
+
+
+# ---- a module ------------------------------------------------------------------------------------------------
+
+
+@backends
+def test_it_is_a_module(backend: str) -> None:
+    model, support, query = mlp(), data(0), data(1)
+    inner = loop(model, backend, update=metafast.SGD(lr=nn.Parameter(torch.tensor(LR, dtype=torch.float64))))
+    names = [name for name, _ in inner.named_parameters()]
+    assert names == [f"model.{n}" for n, _ in model.named_parameters()] + ["update.lr"]
+    optimiser = torch.optim.Adam(inner.parameters(), lr=0.01)
+    before = inner(support, query).item()
+    for _ in range(5):
+        optimiser.zero_grad()
+        inner(support, query).backward()
+        optimiser.step()
+    assert inner(support, query).item() < before
+
+
+@backends
+def test_state_dict_pickle_and_deepcopy(backend: str) -> None:
+    model, support, query = mlp(), data(0), data(1)
+    inner = loop(model, backend, update=metafast.SGD(lr=nn.Parameter(torch.tensor(LR, dtype=torch.float64))))
+    want = inner(support, query)
+    torch.manual_seed(9)
+    other = loop(nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, WAYS)).double(), backend,
+                 update=metafast.SGD(lr=nn.Parameter(torch.tensor(0.7, dtype=torch.float64))))
+    other.load_state_dict(inner.state_dict())
+    for twin in (other, pickle.loads(pickle.dumps(inner)), copy.deepcopy(inner)):
+        got = twin(support, query)
+        close(got, want)
+        got.backward()
+        assert twin.update.lr.grad is not None
+    assert all(p.grad is None for p in inner.parameters())
+
+
+@backends
+def test_the_model_may_change_between_calls(backend: str) -> None:
+    model, support, query = mlp(), data(0), data(1)
+    inner = loop(model, backend)
+    inner(support, query)
+    model[2] = nn.Linear(7, WAYS, bias=False).double()
+    inner(support, query).backward()
+    check_grads(model, expected(model, support, query))
+    model.add_module("3", nn.Linear(WAYS, WAYS).double())
+    close(inner(support, query), expected(model, support, query).losses.mean())
+    model[3].weight = nn.Parameter(torch.randn(WAYS, WAYS, dtype=torch.float64))
+    close(inner(support, query), expected(model, support, query).losses.mean())
+    model[3].bias = None
+    close(inner(support, query), expected(model, support, query).losses.mean())
+    model.insert(3, nn.Linear(WAYS, WAYS).double())
+    model[3].weight = model[4].weight  # tied afterwards
+    model.zero_grad()
+    inner(support, query).backward()
+    check_grads(model, expected(model, support, query))
+
+
+@backends
+def test_options_may_change_between_calls(backend: str) -> None:
+    model, support, query = mlp(), data(0), data(1)
+    inner = loop(model, backend)
+    inner(support, query)
+    inner.steps, inner.order = 3, 1
+    inner.update.lr = 0.1
+    hyper = {"lr": torch.tensor(0.1, dtype=torch.float64)}
+    inner(support, query).backward()
+    check_grads(model, expected(model, support, query, steps=3, order=1, hyper=hyper))
+
+
+# ---- what a call leaves alone --------------------------------------------------------------------------------
+
+
+@backends
+def test_no_grad_runs_only_the_forward(backend: str) -> None:
+    model, support, query = mlp(), data(0), data(1)
+    inner = loop(model, backend)
+    with torch.no_grad():
+        loss = inner(support, query)
+        fast = inner.adapt(support)
+        _, grads = inner.meta_gradient(support, query)
+    assert not loss.requires_grad and not fast["0.weight"].requires_grad
+    close(loss, expected(model, support, query).losses.mean())
+    close(grads["0.weight"], expected(model, support, query).params["0.weight"])
+
+
+@backends
+def test_inference_mode(backend: str) -> None:
+    model, support, query = mlp(), data(0), data(1)
+    with torch.inference_mode():
+        x = support[0] * 1.0
+        loss = loop(model, backend)((x, support[1]), query)
+    close(loss.clone(), expected(model, support, query).losses.mean())
+
+
+class Noisy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 16), nn.Linear(16, WAYS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.dropout(torch.tanh(self.a(x)), 0.5, self.training))
+
+
+def draws_of_the_eager_loop(model: nn.Module, support: Any, query: Any) -> oracle.Answer:
+    torch.manual_seed(11)
+    return expected(model, support, query)
+
+
+@backends
+@pytest.mark.parametrize("way", ["mean", "none", "adapt", "no_grad"])
+def test_random_draws_are_those_of_the_eager_loop_and_of_the_replay(backend: str, way: str) -> None:
+    torch.manual_seed(6)
+    model, support, query = Noisy().double(), data(0), data(1)
+    answer = draws_of_the_eager_loop(model, support, query)
+    after = torch.get_rng_state()
+    inner = loop(model, backend, reduction="none" if way == "none" else "mean")
+    inner(support, query)  # a first call may look around; it must not disturb the draws
+    torch.manual_seed(11)
+    if way == "no_grad":
+        with torch.no_grad():
+            close(inner(support, query), answer.losses.mean())
+        return
+    if way == "adapt":
+        inner.adapt(support)  # shifts the draws: compare the replay with the first pass below
+        torch.manual_seed(11)
+        fast = inner.adapt(support)
+        total = sum(t.square().sum() for t in fast.values())
+        torch.rand(7)
+        grads = torch.autograd.grad(total, list(model.parameters()))
+        torch.manual_seed(11)
+        phi = {}
+        for t in range(TASKS):
+            phi[t] = dict(model.named_parameters())
+            for _ in range(2):
+                loss = F.cross_entropy(torch.func.functional_call(model, phi[t], (support[0][t],)), support[1][t])
+                step = torch.autograd.grad(loss, list(phi[t].values()), create_graph=True)
+                phi[t] = {n: p - LR * g for (n, p), g in zip(phi[t].items(), step, strict=True)}
+        want = sum(p.square().sum() for task in phi.values() for p in task.values())
+        for grad, w in zip(grads, torch.autograd.grad(want, list(model.parameters())), strict=True):
+            close(grad, w)
+        return
+    loss = inner(support, query)
+    assert torch.equal(torch.get_rng_state(), after)
+    close(loss.mean(), answer.losses.mean())
+    torch.rand(5)
+    state = torch.get_rng_state()
+    loss.mean().backward()
+    assert torch.equal(torch.get_rng_state(), state)
+    check_grads(model, answer)
+
+
+@backends
+def test_nothing_of_the_users_changes(backend: str) -> None:
+    model, support, query = mlp(), data(0), data(1)
+    model.register_buffer("unused", torch.ones(3))
+    model.forward = lambda x: model[2](model[1](model[0](x)))
+    before = copy.deepcopy(model.state_dict())
+    versions = [t._version for t in (*model.parameters(), *model.buffers(), *support, *query)]
+    inner = loop(model, backend)
+    inner(support, query)
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    inner(support, query)
+    inner.adapt(support)
+    inner.meta_gradient(support, query)
+    assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
+    assert [t._version for t in (*model.parameters(), *model.buffers(), *support, *query)] == versions
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    assert all(p.grad is None for p in model.parameters())
+
+
+@backends
+def test_two_threads_at_once(backend: str) -> None:
+    model, support, query = mlp(), data(0), data(1)
+    inner = loop(model, backend, steps=3)
+    want = expected(model, support, query, steps=3)
+    found: list[Any] = []
+
+    def work() -> None:
+        with warnings.catch_warnings():
+            for _ in range(5):
+                found.append(inner.meta_gradient(support, query))
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 10
+    for loss, grads in found:
+        close(loss, want.losses.mean())
+        close(grads["0.weight"], want.params["0.weight"])
+
+
+@backends
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_nothing_is_kept_alive(backend: str, reduction: str) -> None:
+    model, support, query = mlp(), data(0), data(1)
+    inner = loop(model, backend, reduction=reduction)
+    inner(support, query).sum().backward()
+    x = support[0].clone()
+    watch = weakref.ref(x)
+    loss = inner((x, support[1]), query)
+    del x, loss
+    gc.collect()
+    assert watch() is None
+
+
+def test_graphs_of_one_task_at_a_time() -> None:
+    """The reference's peak of live tensors does not grow with the number of tasks."""
+    peak = {}
+    for count in (2, 16):
+        model = mlp()
+        x = torch.randn(count, 5, 6, dtype=torch.float64)
+        y = torch.randint(0, WAYS, (count, 5))
+        live: list[weakref.ref[Tensor]] = []
+        most = 0
+
+        def objective(m: nn.Module, b: Any, live: list[Any] = live) -> Tensor:
+            nonlocal most
+            h = m(b[0])
+            live.append(weakref.ref(h))
+            most = max(most, sum(r() is not None for r in live))
+            return F.cross_entropy(h, b[1])
+
+        loop(model, "torch", None, objective=objective)((x, y), (x, y)).backward()
+        peak[count] = most
+    assert peak[2] == peak[16]
+
+
+# ---- explain -------------------------------------------------------------------------------------------------
+
+
+@backends
+def test_explain_names_the_backend(backend: str) -> None:
+    text = str(loop(mlp(), backend).explain(data(0), data(1)))
+    assert "backend" in text and ("torch" in text or "native" in text)
