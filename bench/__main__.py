@@ -103,6 +103,8 @@ def run(given: argparse.Namespace) -> dict:
     results["machine"]["flushes_subnormals"] = machine.flushes_everywhere()
     rates = f"{roof['sgemm_gflops']:.0f} GFLOP/s sgemm, {roof['copy_gbs']:.1f} GB/s copy"
     print(f"roof: {rates}; {given.threads} threads\n")
+    if results["machine"]["load_before"] > 0.5:
+        print(f"the machine is busy (load {results['machine']['load_before']}): times mean little\n")
     for name, w in rows.items():
         print(w.title, flush=True)
         entry = harness.measure(w, contenders, effort, given.hard) | {"roof": roof}

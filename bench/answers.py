@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import platformdirs
 import torch
 from torch import Tensor
 from torch.func import functional_call
@@ -116,9 +117,9 @@ def _target(y: Tensor) -> Tensor:
 
 
 def cache_folder() -> Path:
-    """Where oracle answers lie: METAFAST_BENCH_CACHE, or metafast/bench in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "metafast" / "bench"
-    return Path(os.environ.get("METAFAST_BENCH_CACHE", default))
+    """Where oracle answers lie: bench in `$METAFAST_CACHE` or in metafast's part of the user's cache."""
+    held = os.environ.get("METAFAST_CACHE") or platformdirs.user_cache_dir("metafast", appauthor=False)
+    return Path(held) / "bench"
 
 
 def reference(case: Case) -> tuple[Answer, Deviation]:

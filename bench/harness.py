@@ -195,10 +195,10 @@ def measure(
 def _line(contender: Contender) -> str:
     record = contender.record
     if record.skipped is not None:
-        return f"  {record.peer:12} {record.skipped}"
+        return f"  {record.peer:16} {record.skipped}"
     found = record.verdict.deviation if record.verdict else None
     error = f"rel. L2 {found.l2:.1e}, cosine {found.cosine:.6f}" if found else ""
-    return f"  {record.peer:12} right: {error}; first call {record.first_call:.2f} s"
+    return f"  {record.peer:16} right: {error}; first call {record.first_call:.2f} s"
 
 
 def summary(w: Workload, records: Sequence[Record], reference_l2: float) -> dict:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
+FEW = 5  # samples under which a time is marked
 HEAD = (
     "workload",
     "metafast",
@@ -43,13 +44,15 @@ def report(entry: Mapping) -> str:
 def _line(entry: Mapping, name: str) -> str:
     record, ours = entry["peers"][name], _ours(entry)
     if "median" not in record:
-        return f"  {name:12} {'–':>10}   {record['skipped']}"
+        return f"  {name:16} {'–':>10}   {record['skipped']}"
     ratio = times(record["median"] / ours["median"]) if ours else ""
     iqr = 100 * record["iqr"] / record["median"]
     roof = 100 * record["gflops"] / entry["roof"]["sgemm_gflops"]
     rate = f"{record['gflops']:8.2f} GFLOP/s {roof:4.0f} %"
     time = f"{duration(record['median']):>10}  ± {iqr:4.1f} %  n={record['samples']:<3}"
-    return f"  {name:12} {time} {ratio:>7}  {rate}"
+    return "\n".join(
+        [f"  {name:16} {time} {ratio:>7}  {rate}", *(f"    note: {note}" for note in record["notes"])]
+    )
 
 
 def _ours(entry: Mapping) -> Mapping | None:
@@ -85,7 +88,8 @@ def _versus(entry: Mapping, kind: str, named: bool) -> str:
     ratio = entry["ratios"].get(kind)
     if ratio is None:
         return "–"
-    time = duration(entry["peers"][ratio["peer"]]["median"])
+    record = entry["peers"][ratio["peer"]]
+    time = duration(record["median"]) + (f", {record['samples']} runs" if record["samples"] < FEW else "")
     return f"**{times(ratio['ratio'])}** ({ratio['peer'] + ', ' if named else ''}{time})"
 
 

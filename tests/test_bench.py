@@ -1,0 +1,373 @@
+"""The benchmark's own logic: a wrong peer is caught, work is counted right, tables say what was measured."""
+
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: an installed metafast goes first
+
+from bench import __main__ as command
+from bench import answers, claim, flops, harness, peers, plot, table, trial, workloads
+from bench.claims import first_call
+
+TINY = workloads.WORKLOADS["tiny-mlp"]
+TINY_CONV = workloads.WORKLOADS["tiny-conv"]
+EFFORT = harness.Effort(rounds=3, sample=0.0, budget=1.0, pause=0.0)
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path, monkeypatch):
+    """A cache of its own, and one thread: nothing here is large enough for two."""
+    monkeypatch.setenv("METAFAST_CACHE", str(tmp_path))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Crooked(peers.Eager):
+    """The eager loop with its gradient turned by what `spoil` does to it."""
+
+    def __init__(self, spoil, name="crooked"):
+        self.spoil, self.name = spoil, name
+
+    def prepare(self, case):
+        call = super().prepare(case)
+        return lambda: self.spoil(*call())
+
+
+class OnlyCopied(peers.Eager):
+    """Stands in for metafast."""
+
+    name, family = "metafast", "metafast"
+
+
+def entry_of(*contenders, workload=TINY):
+    return harness.measure(workload, {c.name: c for c in contenders}, EFFORT, report=lambda line: None)
+
+
+# ---- answers
+
+
+@pytest.mark.parametrize("workload", [TINY, TINY_CONV], ids=lambda w: w.name)
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("adapted", ["*", "head.*"])
+@pytest.mark.parametrize("peer", [peers.Eager(), peers.Vmap()], ids=lambda p: p.name)
+def test_peers_in_float64_agree_with_the_oracle(workload, order, adapted, peer):
+    row = dataclasses.replace(workload, order=order, adapted=adapted, dtype=torch.float64)
+    case = workloads.make_case(row)
+    forms = getattr(peer, "forms", (None,))
+    for form in forms:
+        call = peer.prepare(case) if form is None else peer.build(case, form)
+        found = answers.deviation(answers.as_answer(call()), answers.oracle_answer(case))
+        assert found.loss < 1e-12 and found.l2 < 1e-12
+
+
+@pytest.mark.parametrize("name", ["learn2learn", "higher", "jax-vmap", "jax-scan"])
+@pytest.mark.parametrize("order", [1, 2])
+def test_installed_peers_agree_with_the_oracle(name, order):
+    peer = peers.all_peers()[name]
+    if missing := peer.missing():
+        pytest.skip(missing)
+    case = workloads.make_case(dataclasses.replace(TINY, order=order, dtype=torch.float64))
+    found = answers.deviation(answers.as_answer(peer.prepare(case)()), answers.oracle_answer(case))
+    assert found.l2 < 1e-12
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4])
+def test_chunks_of_tasks_change_nothing(chunk):
+    case = workloads.make_case(dataclasses.replace(TINY, chunk=chunk, dtype=torch.float64))
+    for form in peers.Vmap.forms:
+        found = answers.deviation(
+            answers.as_answer(peers.Vmap().build(case, form)()), answers.oracle_answer(case)
+        )
+        assert found.l2 < 1e-12
+
+
+SPOILT = {
+    "sign": lambda loss, grads: (loss, [-g for g in grads]),
+    "scale": lambda loss, grads: (loss, [g * 1.01 for g in grads]),
+    "one entry": lambda loss, grads: (
+        loss,
+        [grads[0].clone().index_fill_(0, torch.tensor(0), 0.0), *grads[1:]],
+    ),
+    "nan": lambda loss, grads: (loss, [g * math.nan for g in grads]),
+    "loss": lambda loss, grads: (loss * 1.01, grads),
+}
+
+
+@pytest.mark.parametrize("kind", SPOILT)
+def test_a_wrong_peer_is_not_timed(kind):
+    record = entry_of(Crooked(SPOILT[kind]))["peers"]["crooked"]
+    assert record["skipped"].startswith("wrong answer: relative ")
+    assert "median" not in record and record["seconds"] == []
+
+
+@pytest.mark.parametrize("workload", [TINY, TINY_CONV], ids=lambda w: w.name)
+def test_metafast_is_timed(workload):
+    found = entry_of(peers.Metafast(), workload=workload)["peers"]["metafast"]
+    assert found["skipped"] is None and found["median"] > 0
+
+
+def test_a_peer_that_raises_does_not_end_the_run():
+    def fail(loss, grads):
+        raise RuntimeError("out of luck\nsecond line")
+
+    found = entry_of(Crooked(fail), peers.Eager())["peers"]
+    assert found["crooked"]["skipped"] == "RuntimeError: out of luck"
+    assert found["eager"]["median"] > 0
+
+
+def test_a_gradient_of_another_length_is_named():
+    short = answers.Answer(0.0, torch.zeros(3))
+    with pytest.raises(ValueError, match="got 3 numbers, expected 4"):
+        answers.deviation(short, answers.Answer(0.0, torch.zeros(4)))
+
+
+def test_bound_follows_the_references_own_error():
+    oracle = answers.Answer(1.0, torch.ones(4, dtype=torch.float64))
+    off = answers.Answer(1.0, torch.tensor([1.0, 1.0, 1.0, 1.02], dtype=torch.float64))
+    tight, loose = answers.Deviation(0, 1e-6, 1), answers.Deviation(0, 5e-3, 1)
+    assert answers.judge(off, oracle, tight, torch.float32).fault
+    assert answers.judge(off, oracle, loose, torch.float32).fault is None
+
+
+def test_oracle_answers_are_kept_by_content(tmp_path):
+    case = workloads.make_case(TINY)
+    first, error = answers.reference(case)
+    again, same = answers.reference(case)
+    assert torch.equal(first.gradient, again.gradient) and error == same
+    assert len(list(answers.cache_folder().iterdir())) == 1
+    answers.reference(workloads.make_case(TINY, seed=1))
+    assert len(list(answers.cache_folder().iterdir())) == 2
+
+
+# ---- work
+
+
+@pytest.mark.parametrize("adapted", ["*", "head.*"])
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("workload", [TINY, TINY_CONV], ids=lambda w: w.name)
+def test_work_is_what_the_eager_loop_does(workload, order, adapted):
+    # One step: with more, the loop computes the body of an ANIL net again.
+    row = dataclasses.replace(workload, order=order, adapted=adapted, steps=1)
+    call = peers.Eager().prepare(workloads.make_case(row))
+    with FlopCounterMode(display=False) as counter:
+        call()
+    counted = flops.count(row)
+    if workload is TINY_CONV and order == 2 and adapted == "*":
+        # PyTorch's double backward of a convolution computes one product too many for the first layer.
+        counted += row.tasks * row.support * flops.products(row)[0].flops
+    assert counter.get_total_flops() == counted
+
+
+def test_no_steps_leave_the_query_alone():
+    row = dataclasses.replace(TINY, steps=0)
+    assert flops.count(row) == row.tasks * row.query * (2 * 3 * 8 * 2 + 2 * 8 * 3)
+
+
+# ---- harness
+
+
+def test_slow_contenders_get_fewer_rounds():
+    effort = harness.Effort(rounds=15, budget=20.0, slow=5.0)
+    assert [effort.rounds_for(s) for s in (0.001, 1.0, 4.0, 6.0, 60.0)] == [15, 15, 5, 2, 2]
+
+
+def test_contenders_take_turns_and_the_order_rotates():
+    seen = []
+
+    def contender(name):
+        return harness.Contender(harness.Record(name, "pytorch"), lambda: seen.append(name), estimate=2.0)
+
+    harness.take_turns([contender("a"), contender("b"), contender("c")], EFFORT)
+    assert "".join(seen) == "abcbcacab"
+
+
+def test_ratios_are_formed_by_family():
+    found = entry_of(OnlyCopied(), peers.Eager(), Crooked(lambda *raw: raw, "twin"))
+    assert set(found["ratios"]) == {"pytorch", "eager"}
+    fastest = min((found["peers"][n]["median"], n) for n in ("eager", "twin"))
+    ratio = fastest[0] / found["peers"]["metafast"]["median"]
+    assert found["ratios"]["pytorch"] == {"peer": fastest[1], "ratio": pytest.approx(ratio)}
+
+
+def test_nets_that_compile_for_minutes_wait_for_the_word(monkeypatch):
+    monkeypatch.setattr(trial, "attempt", lambda workload, peer, limit: f"not done in {limit:.0f} s")
+    quiet = harness.enter(peers.Compiled(), TINY_CONV, EFFORT, hard=False)
+    asked = harness.enter(peers.Compiled(), TINY_CONV, EFFORT, hard=True)
+    assert quiet.record.skipped == "compiles for minutes: run with --hard"
+    assert asked.record.skipped == "not done in 300 s"
+    assert harness.enter(peers.Compiled(), TINY, EFFORT, hard=False).record.skipped is None
+
+
+def test_entries_are_plain_json():
+    found = entry_of(OnlyCopied(), peers.Eager())
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_cases_are_the_same_for_the_same_seed_and_leave_the_generator():
+    before = torch.random.get_rng_state()
+    one, two = workloads.make_case(TINY_CONV), workloads.make_case(TINY_CONV)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert one.fingerprint() == two.fingerprint() != workloads.make_case(TINY_CONV, seed=1).fingerprint()
+
+
+@pytest.mark.parametrize("row", workloads.WORKLOADS.values(), ids=lambda w: w.name)
+def test_every_row_describes_a_net_that_fits_its_data(row):
+    module = workloads.as_module(row.layers)
+    with torch.device("meta"):
+        made = module.to("meta")(torch.empty(2, *row.features))
+    assert made.shape == (2, row.classes or 1)
+    assert any(row.adapts(name) for name, _ in module.named_parameters())
+
+
+# ---- tables, plot, claims
+
+SAMPLE = {
+    "machine": {
+        "processor": "Some CPU",
+        "vector_sets": ["avx2"],
+        "threads": 2,
+        "python": "3.11.7",
+        "versions": {"metafast": "0.1.0", "torch": "2.13.0"},
+    },
+    "workloads": {
+        "sinusoid": {
+            "title": "sinusoid, K=5",
+            "peers": {
+                "metafast": {
+                    "family": "metafast",
+                    "median": 4e-4,
+                    "iqr": 1e-5,
+                    "samples": 15,
+                    "notes": [],
+                    "gflops": 80.0,
+                },
+                "eager": {
+                    "family": "pytorch",
+                    "median": 0.14,
+                    "iqr": 1e-3,
+                    "samples": 15,
+                    "notes": [],
+                    "gflops": 0.3,
+                },
+                "compile": {
+                    "family": "pytorch",
+                    "median": 2.2e-3,
+                    "iqr": 1e-4,
+                    "samples": 2,
+                    "notes": [],
+                    "gflops": 20.0,
+                },
+                "jax-scan": {"family": "jax", "skipped": "jax not installed"},
+            },
+            "ratios": {
+                "pytorch": {"peer": "compile", "ratio": 5.5},
+                "eager": {"peer": "eager", "ratio": 350.0},
+            },
+            "goal": {"pytorch": [4, 6], "eager": [400, 400], "jax": [3, 5], "roof": [40, 60]},
+            "roof": {"sgemm_gflops": 160.0},
+        },
+        "other": {
+            "title": "never ran",
+            "peers": {"metafast": {"family": "metafast", "skipped": "metafast not installed"}},
+            "ratios": {},
+            "goal": {},
+            "roof": {"sgemm_gflops": 160.0},
+        },
+    },
+}
+
+
+def test_table_from_a_sample():
+    lines = table.markdown(SAMPLE).splitlines()
+    assert "2 threads on Some CPU (avx2), Python 3.11.7, torch 2.13.0" in lines[0]
+    expected = (
+        "| sinusoid, K=5 | 400 µs | **5.5×** (compile, 2.2 ms, 2 runs) | **350×** (140 ms) | – | 80 (50 %) |"
+    )
+    assert lines[4] == f"{expected} `python -m bench sinusoid` |"
+    assert lines[5].startswith("| never ran | – | – |")
+    assert len({line.count("|") for line in lines[2:]}) == 1
+
+
+def test_terminal_report_names_goals():
+    text = table.report(SAMPLE["workloads"]["sinusoid"])
+    assert "goal pytorch  must 4×, aim 6×: 5.5× reached" in text
+    assert "must 400×, aim 400×: 350.0× MISSED" in text
+    assert "must 40 %, aim 60 %: 50.0 % reached" in text
+    assert "jax not installed" in text and "goal jax" not in text
+
+
+def test_table_goes_between_the_markers():
+    text = f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n"
+    made = table.replace_between(text, "new")
+    assert made == f"before\n{table.BEGIN}\nnew\n{table.END}\nafter\n"
+    assert table.replace_between(made, "new") == made
+    with pytest.raises(ValueError, match="expected <!-- bench: begin --> once"):
+        table.replace_between("no markers", "new")
+
+
+DURATIONS = [(2.5, "2.5 s"), (0.0123, "12.3 ms"), (4.12e-4, "412 µs"), (5e-9, "5 ns")]
+
+
+@pytest.mark.parametrize(("seconds", "text"), DURATIONS)
+def test_durations_are_read_at_a_glance(seconds, text):
+    assert table.duration(seconds) == text
+
+
+def test_plot_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    plot.draw(SAMPLE, tmp_path / "ratios.png")
+    assert (tmp_path / "ratios.png").stat().st_size > 1000
+
+
+def test_merge_keeps_other_workloads(tmp_path):
+    file = tmp_path / "results.json"
+    command._write({"machine": {}, "workloads": {"a": 1, "b": 1}}, file, merge=False)
+    command._write({"machine": {}, "workloads": {"b": 2}}, file, merge=True)
+    assert json.loads(file.read_text())["workloads"] == {"a": 1, "b": 2}
+
+
+def test_only_metafasts_failures_fail_the_run():
+    results = {
+        "workloads": {
+            "w": {
+                "peers": {
+                    "metafast": {"family": "metafast", "skipped": "wrong answer: relative L2"},
+                    "vmap": {"family": "pytorch", "skipped": "wrong answer: relative L2"},
+                }
+            }
+        }
+    }
+    assert command._failures(results) == ["w: wrong answer: relative L2"]
+
+
+def test_unknown_names_end_with_the_known_ones():
+    with pytest.raises(SystemExit, match="got nothing; expected one of: a, b"):
+        command._chosen(["nothing"], {"a": 1, "b": 2}, "workload")
+
+
+def test_claims_hold_or_miss():
+    at_most = claim.Claim("import", 40.0, 50, "ms")
+    at_least = claim.Claim("threads", 1.5, 1.85, "×", at_least=True)
+    assert at_most.holds and at_most.line() == "ok     import: 40 ms (at most 50)"
+    assert not at_least.holds and at_least.line().startswith("MISSED threads: 1.5 ×")
+    assert not dataclasses.replace(at_most, measured=math.nan).holds
+    options = claim.parser("doc").parse_args(["--check"])
+    assert claim.conclude(options, [at_most]) == 0 and claim.conclude(options, [at_most, at_least]) == 1
+
+
+def test_claims_name_workloads_that_exist():
+    assert {name for name, _ in first_call.NETS.values()} <= set(workloads.WORKLOADS)
+
+
+def test_a_child_that_fails_says_so():
+    with pytest.raises(RuntimeError, match=r"bench\.nothing"):
+        trial.child("bench.nothing")
