@@ -32,7 +32,7 @@ METAFAST_INLINE Vec<T> apply(Vec<T> a, Vec<T> b, Vec<T> c) {
     case Opcode::rsqrt: return one / sqrt_v<T>(a);
     case Opcode::recip: return one / a;
     case Opcode::abs: return abs_v<T>(a);
-    case Opcode::sign: return a > zero ? one : (a < zero ? -one : (a != a ? a : zero));
+    case Opcode::sign: return a > zero ? one : (a < zero ? -one : zero);  // 0 for NaN
     case Opcode::maximum: return max_nan<T>(a, b);
     case Opcode::minimum: return min_nan<T>(a, b);
     case Opcode::pow: return pow_v(a, b);

@@ -1,0 +1,502 @@
+"""The calls the native kernels are tested with: operands, ints and floats, and what must come out, with its bound.
+
+Every case is a function of a `Draw` and gives a `Call`. Inputs are drawn in the kernel's own dtype, results are
+worked out in float64 from those very numbers by PyTorch, and the bounds are those of the headers in csrc/kernels/cpu.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+CHUNK = 128  # sums.hpp: kChunk
+
+
+@dataclass
+class Operand:
+    """A flat storage; where it is an output, also what it must hold afterwards and how far each element may be off."""
+
+    storage: Tensor
+    expected: Tensor | None = None
+    bound: Tensor | None = None
+
+
+@dataclass
+class Call:
+    kernel: str
+    operands: list[Operand]
+    ints: list[int]
+    floats: list[float] = field(default_factory=list)
+    status: int = 0
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    make: Callable[[Draw], Call]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Draw:
+    """Numbers of one dtype, the same in every run; `u` is the unit roundoff."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.u = torch.finfo(dtype).eps / 2
+        self.generator = torch.Generator().manual_seed(11)
+
+    def flat(self, n: int) -> Tensor:
+        return torch.randn(n, generator=self.generator, dtype=torch.float64).to(self.dtype)
+
+    def dense(self, *shape: int) -> Tensor:
+        return self.flat(math.prod(shape)).view(shape)
+
+    def strided(self, shape: Sequence[int], strides: Sequence[int]) -> Tensor:
+        """A view with these strides of a storage of its own (zeros broadcast)."""
+        return self.flat(extent(shape, strides)).as_strided(shape, strides)
+
+    def positive(self, *shape: int) -> Tensor:
+        return self.dense(*shape).abs() + 0.25
+
+
+def extent(shape: Sequence[int], strides: Sequence[int]) -> int:
+    return 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if 0 not in shape else 1
+
+
+def given(view: Tensor) -> Operand:
+    return Operand(storage(view))
+
+
+def storage(view: Tensor) -> Tensor:
+    return view.as_strided((view.untyped_storage().nbytes() // view.element_size(),), (1,), 0)
+
+
+def wanted(view: Tensor, value: Tensor, bound: Tensor | float, add: bool = False) -> Operand:
+    """An output that lies like `view` and must become `value` (added to what `view` holds), within `bound`."""
+    flat = storage(view)
+    expected, room = flat.double().clone(), torch.zeros(flat.shape, dtype=torch.float64)
+    at = lambda t: t.as_strided(view.shape, view.stride())  # noqa: E731
+    before = view.double() if add else torch.zeros(())
+    at(expected).copy_(value + before)
+    bound = torch.as_tensor(bound, dtype=torch.float64)
+    if add:
+        bound = bound + torch.finfo(view.dtype).eps * (value.abs() + before.abs())
+    at(room).copy_(bound)
+    return Operand(flat, expected, room)
+
+
+# ---- gemm -----------------------------------------------------------------------------------------
+
+ROW, COLUMN, LOOSE = "row", "column", "loose"
+
+
+def strides_of(rows: int, columns: int, order: str) -> tuple[int, int]:
+    return {ROW: (columns + 3, 1), COLUMN: (1, rows + 2), LOOSE: (3 * columns + 5, 3)}[order]
+
+
+def gemm(
+    batch: int, m: int, n: int, k: int, a: str = ROW, b: str = ROW, c: str = ROW, mode: int = 0, bias: int = 0
+) -> Case:
+    def make(draw: Draw) -> Call:
+        def matrix(rows: int, columns: int, order: str) -> Tensor:
+            rs, cs = strides_of(rows, columns, order)
+            return draw.strided((batch, rows, columns), (extent((rows, columns), (rs, cs)) + 1, rs, cs))
+
+        A, B, C = matrix(m, k, a), matrix(k, n, b), matrix(m, n, c)
+        x = draw.dense(n)
+        value = A.double() @ B.double() + (x.double() if bias else 0)
+        magnitude = A.double().abs() @ B.double().abs() + (x.double().abs() if bias else 0)
+        ints = [batch, m, n, k, *A.stride(), *B.stride(), *C.stride(), mode, bias]
+        out = wanted(C, value, (k + 2) * draw.u * magnitude, add=bool(mode))
+        return Call("gemm", [given(A), given(B), out, *([given(x)] if bias else [])], ints)
+
+    return Case(f"gemm {batch}x{m}x{n}x{k} {a}-{b}-{c} mode{mode} bias{bias}", make)
+
+
+def gemm_cases() -> Iterator[Case]:
+    orders = list(itertools.product((ROW, COLUMN, LOOSE), repeat=3))
+    for k, (a, b, c) in enumerate(orders):
+        yield gemm(1, 13, 37, 19, a, b, c, mode=k % 2, bias=k // 2 % 2)
+    for m, n, k in [(10, 40, 40), (10, 1, 40), (5, 64, 5), (1, 1, 1), (1, 70, 3), (29, 1, 17), (17, 48, 33), (3, 5, 600)]:
+        for a, b in [(ROW, ROW), (ROW, COLUMN), (COLUMN, ROW)]:
+            yield gemm(1, m, n, k, a, b, mode=1)
+            yield gemm(1, m, n, k, a, b, bias=1)
+    yield gemm(1, 9, 1, 20, COLUMN, ROW, COLUMN)
+    yield gemm(3, 7, 21, 12, ROW, COLUMN)
+    yield gemm(4, 7, 21, 12, COLUMN, ROW, mode=1, bias=1)
+    yield gemm(1, 80, 256, 784, ROW, COLUMN, bias=1)
+    yield gemm(1, 131, 300, 530, COLUMN, ROW, mode=1)
+    yield gemm(1, 131, 300, 530, ROW, LOOSE, COLUMN, bias=1)
+    for m, n, k in [(0, 4, 4), (4, 0, 4), (4, 5, 0)]:
+        yield gemm(1, m, n, k, bias=1)
+        yield gemm(1, m, n, k, mode=1)
+
+
+# ---- convolutions ---------------------------------------------------------------------------------
+
+OIHW, HWIO, OHWI, IHWO = "oihw", "hwio", "ohwi", "ihwo"
+
+
+def weight(draw: Draw, O: int, C: int, KH: int, KW: int, order: str) -> Tensor:  # noqa: E741
+    sizes = {"o": O, "i": C, "h": KH, "w": KW}
+    dense = draw.dense(*(sizes[d] for d in order))
+    return dense.permute([order.index(d) for d in "oihw"])
+
+
+@dataclass
+class Geometry:
+    N: int
+    H: int
+    W: int
+    C: int
+    O: int  # noqa: E741
+    KH: int = 3
+    KW: int = 3
+    stride: tuple[int, int] = (1, 1)
+    pad: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+
+    def __str__(self) -> str:
+        s, p, d = (f"{a}{b}" for a, b in (self.stride, self.pad, self.dilation))
+        return f"{self.N}x{self.H}x{self.W}x{self.C}-{self.O} k{self.KH}{self.KW} s{s} p{p} d{d}"
+
+    @property
+    def out(self) -> tuple[int, int]:
+        sides = zip((self.H, self.W), (self.KH, self.KW), self.stride, self.pad, self.dilation, strict=True)
+        oh, ow = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sides)
+        return oh, ow
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:  # x (N, H, W, C), w (O, C, KH, KW) -> (N, OH, OW, O)
+        y = F.conv2d(x.permute(0, 3, 1, 2), w, None, self.stride, self.pad, self.dilation)
+        return y.permute(0, 2, 3, 1)
+
+    def ints(self, w: Tensor, mode: int, bias: int) -> list[int]:
+        sizes = [self.N, self.H, self.W, self.C, self.O, self.KH, self.KW]
+        return [*sizes, *self.stride, *self.pad, *self.dilation, *self.out, *w.stride(), mode, bias]
+
+
+def adjoint(function: Callable[[Tensor], Tensor], like: Tensor, along: Tensor) -> Tensor:
+    at = torch.zeros(like.shape, dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(function(at), at, along)
+    return grad
+
+
+def conv(role: str, g: Geometry, order: str, mode: int, bias: int = 0) -> Case:
+    def make(draw: Draw) -> Call:
+        x, w = draw.dense(g.N, g.H, g.W, g.C), weight(draw, g.O, g.C, g.KH, g.KW, order)
+        y, b = draw.dense(g.N, *g.out, g.O), draw.dense(g.O)
+        X, W, Y = x.double(), w.double(), y.double()
+        if role == "conv_fwd":
+            terms, operands, out = g.KH * g.KW * g.C, [x, w], y
+            value = lambda X, W, Y: g.forward(X, W)  # noqa: E731
+        elif role == "conv_dx":
+            terms, operands, out = g.KH * g.KW * g.O, [y, w], x
+            value = lambda X, W, Y: adjoint(lambda t: g.forward(t, W), X, Y)  # noqa: E731
+        else:
+            terms, operands, out = g.N * math.prod(g.out), [x, y], w
+            value = lambda X, W, Y: adjoint(lambda t: g.forward(X, t), W, Y)  # noqa: E731
+        shift, reach = (b.double(), b.double().abs()) if bias else (0, 0)
+        bound = (terms + 2) * draw.u * (value(X.abs(), W.abs(), Y.abs()) + reach)
+        result = wanted(out, value(X, W, Y) + shift, bound, add=bool(mode))
+        return Call(role, [*map(given, operands), result, *([given(b)] if bias else [])], g.ints(w, mode, bias))
+
+    return Case(f"{role} {g} {order} mode{mode} bias{bias}", make)
+
+
+GEOMETRIES = [
+    Geometry(2, 14, 14, 64, 64),
+    Geometry(3, 7, 7, 16, 48),
+    Geometry(2, 9, 8, 3, 20),
+    Geometry(2, 28, 28, 1, 7),
+    Geometry(5, 3, 3, 33, 17),
+    Geometry(4, 1, 1, 8, 70),
+    Geometry(4, 2, 2, 20, 64),
+    Geometry(2, 15, 13, 5, 9, stride=(2, 2)),
+    Geometry(2, 14, 14, 16, 16, stride=(2, 2), pad=(0, 0)),
+    Geometry(2, 12, 11, 4, 6, stride=(3, 2), pad=(2, 1)),
+    Geometry(2, 12, 13, 5, 6, pad=(2, 2), dilation=(2, 2)),
+    Geometry(1, 17, 16, 3, 4, stride=(2, 3), pad=(3, 2), dilation=(3, 2)),
+    Geometry(2, 9, 9, 6, 8, KH=5, KW=1, pad=(2, 0)),
+    Geometry(2, 8, 6, 6, 8, KH=2, KW=4, pad=(0, 3)),
+    Geometry(2, 6, 7, 24, 40, KH=1, KW=1, pad=(0, 0)),
+    Geometry(2, 6, 7, 5, 40, KH=1, KW=1, pad=(0, 0), stride=(3, 3)),
+    Geometry(2, 5, 5, 4, 3, KH=1, KW=1, pad=(1, 2)),
+    Geometry(1, 4, 4, 3, 2, KH=2, KW=2, pad=(3, 3), stride=(1, 2)),
+    Geometry(1, 45, 43, 32, 32),
+    Geometry(0, 4, 4, 2, 3),
+]
+
+
+def conv_cases() -> Iterator[Case]:
+    for k, g in enumerate(GEOMETRIES):
+        orders = [OIHW, HWIO, OHWI, IHWO] if k in (1, 7, 10) else [OIHW, HWIO] if k < 4 else [(OIHW, HWIO)[k % 2]]
+        for j, order in enumerate(orders):
+            yield conv("conv_fwd", g, order, mode=(j + k) % 2, bias=(j + k) // 2 % 2)
+            yield conv("conv_dx", g, order, mode=(j + k) % 2)
+            yield conv("conv_dw", g, order, mode=(j + k) % 2)
+
+
+# ---- reductions -----------------------------------------------------------------------------------
+
+
+def reduce(
+    kept: tuple[int, ...], reduced: tuple[int, ...], in_k: tuple[int, ...], in_r: tuple[int, ...],
+    out_k: tuple[int, ...] | None = None, mode: int = 0, kind: int = 0, scale: float = 1.0,
+) -> Case:  # fmt: skip
+    def make(draw: Draw) -> Call:
+        x = draw.strided((*kept, *reduced), (*in_k, *in_r))
+        axes = tuple(range(len(kept), len(kept) + len(reduced)))
+        out_strides = out_k if out_k is not None else torch.empty(kept).stride()
+        y = draw.strided(kept, out_strides)
+        X = x.double()
+        if kind == 0:
+            value = X.sum(axes) if axes else X
+            n = math.prod(reduced)
+            bound = (CHUNK / 4 + math.log2(max(n, 1)) + 5) * draw.u * (X.abs().sum(axes) if axes else X.abs())
+        else:
+            value, bound = X.amax(axes) if axes else X, 2 * draw.u * X.abs().amax(axes)
+        ints = [len(kept), len(reduced), *kept, *reduced, *in_k, *in_r, *out_strides, mode, kind]
+        out = wanted(y, scale * value, abs(scale) * bound, add=bool(mode))
+        return Call("reduce", [given(x), out], ints, [scale])
+
+    return Case(f"reduce {kept}+{reduced} {in_k}{in_r}->{out_k} mode{mode} kind{kind} scale{scale}", make)
+
+
+def reduce_cases() -> Iterator[Case]:
+    for kind, mode in itertools.product((0, 1), (0, 1)):
+        yield reduce((40,), (10,), (1,), (40,), mode=mode, kind=kind)
+        yield reduce((10,), (37,), (37,), (1,), mode=mode, kind=kind)
+        yield reduce((5,), (1000,), (1,), (5,), mode=mode, kind=kind)
+        yield reduce((), (1013,), (), (1,), mode=mode, kind=kind)
+        yield reduce((3, 20), (5, 7), (700, 1), (140, 20), mode=mode, kind=kind)
+        yield reduce((3, 20), (5, 7), (700, 35), (7, 1), (1, 3), mode=mode, kind=kind)
+        yield reduce((6, 3), (4,), (1, 24), (6,), (3, 1), mode=mode, kind=kind)
+        yield reduce((9,), (11,), (33, ), (3,), (2,), mode=mode, kind=kind)
+        yield reduce((50,), (6,), (3,), (200,), (2,), mode=mode, kind=kind)
+        yield reduce((4, 3), (2, 5, 3), (1, 120), (60, 12, 4), mode=mode, kind=kind)
+        yield reduce((4,), (6,), (0,), (1,), mode=mode, kind=kind)
+    yield reduce((64,), (3000,), (1,), (64,), scale=0.125)
+    yield reduce((2,), (5000,), (5000,), (1,), scale=-3.0, mode=1)
+    yield reduce((8, 8), (), (8, 1), (), scale=2.0, mode=1)
+    yield reduce((4,), (0,), (1,), (4,), mode=0)
+    yield reduce((0,), (4,), (1,), (1,), mode=0)
+
+
+# ---- normalisation and softmax --------------------------------------------------------------------
+
+MIDDLE = [(1, 75, 64), (1, 300, 5), (2, 33, 20), (7, 40, 1), (3, 5, 1), (4, 1000, 1), (2, 3, 17), (1, 1, 3), (3, 200, 2)]
+
+
+def sum_factor(n: int) -> float:
+    return CHUNK / 4 + math.log2(n) + 8
+
+
+def standardize(shape: tuple[int, int, int], eps: float = 1e-5) -> Case:
+    def make(draw: Draw) -> Call:
+        outer, n, inner = shape
+        x = draw.dense(*shape) + 3
+        X, f = x.double(), sum_factor(shape[1]) * draw.u
+        mean, var = X.mean(1), X.var(1, unbiased=False)
+        rstd = (var + eps).rsqrt()
+        off_mean = f * X.abs().mean(1)
+        off_var = 2 * f * var + 2 * var.sqrt() * off_mean + off_mean**2 + 4 * draw.u * off_mean
+        off_rstd = 4 * draw.u * rstd + rstd**3 * off_var
+        xhat = (X - mean[:, None]) * rstd[:, None]
+        off = xhat.abs() * 8 * draw.u + (off_mean * rstd)[:, None] + (X - mean[:, None]).abs() * off_rstd[:, None]
+        off = off + 4 * draw.u * X.abs() * rstd[:, None]
+        blank, small = draw.dense(*shape), lambda: draw.dense(outer, inner)
+        outs = [wanted(blank, xhat, off), wanted(small(), rstd, off_rstd)]
+        outs += [wanted(small(), mean, off_mean + 1e-300), wanted(small(), var, off_var)]
+        return Call("standardize", [given(x), *outs], list(shape), [eps])
+
+    return Case(f"standardize {shape}", make)
+
+
+def projected(v: Tensor, xhat: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    corr = (v * xhat).mean(1, keepdim=True)
+    return rstd * (v - v.mean(1, keepdim=True) - xhat * corr), corr
+
+
+def project(shape: tuple[int, int, int], mode: int) -> Case:
+    def make(draw: Draw) -> Call:
+        outer, n, inner = shape
+        v, xhat, rstd = draw.dense(*shape), draw.dense(*shape), draw.positive(outer, 1, inner)
+        V, X, R = v.double(), xhat.double(), rstd.double()
+        value, corr = projected(V, X, R)
+        f = sum_factor(n) * draw.u
+        off_corr = f * (V * X).abs().mean(1, keepdim=True)
+        mean = V.abs().mean(1, keepdim=True)
+        off = R * (f * mean + X.abs() * off_corr + 6 * draw.u * (V.abs() + mean + (X * corr).abs()))
+        outs = [wanted(draw.dense(*shape), value, off, add=bool(mode))]
+        outs += [wanted(draw.dense(outer, 1, inner), corr, off_corr)]
+        return Call("project", [given(v), given(xhat), given(rstd), *outs], [*shape, mode])
+
+    return Case(f"project {shape} mode{mode}", make)
+
+
+def project_tangent(shape: tuple[int, int, int], mode: int) -> Case:
+    def make(draw: Draw) -> Call:
+        outer, n, inner = shape
+        v, xhat, dot = draw.dense(*shape), draw.dense(*shape), draw.dense(*shape)
+        rstd, corr_dot = draw.positive(outer, 1, inner), draw.dense(outer, 1, inner)
+        V, X, D, R, S = (t.double() for t in (v, xhat, dot, rstd, corr_dot))
+        p, corr = projected(V, X, R)
+        cross = (V * D).mean(1, keepdim=True)
+        value = -R * S * p - R * (D * corr + X * cross)
+        A = V.abs().mean(1, keepdim=True) + V.abs()
+        B, C = (V * X).abs().mean(1, keepdim=True), (V * D).abs().mean(1, keepdim=True)
+        magnitude = R * S.abs() * R * (A + X.abs() * B) + R * (D.abs() * B + X.abs() * C)
+        out = wanted(draw.dense(*shape), value, (sum_factor(n) + 8) * draw.u * magnitude, add=bool(mode))
+        operands = [given(t) for t in (v, xhat, dot, rstd, corr_dot)]
+        return Call("project_tangent", [*operands, out], [*shape, mode])
+
+    return Case(f"project_tangent {shape} mode{mode}", make)
+
+
+def log_softmax(shape: tuple[int, int, int]) -> Case:
+    def make(draw: Draw) -> Call:
+        x = 4 * draw.dense(*shape)
+        X = x.double()
+        value = X.log_softmax(1)
+        spread = X.amax(1, keepdim=True) - X
+        bound = 8 * draw.u * (1 + value.abs() + spread) + sum_factor(shape[1]) * draw.u
+        return Call("log_softmax", [given(x), wanted(draw.dense(*shape), value, bound)], list(shape))
+
+    return Case(f"log_softmax {shape}", make)
+
+
+def middle_cases() -> Iterator[Case]:
+    for k, shape in enumerate(MIDDLE):
+        yield standardize(shape)
+        yield project(shape, k % 2)
+        yield project_tangent(shape, (k + 1) % 2)
+        yield log_softmax(shape)
+    for shape in [(75, 5, 1), (17, 1, 1), (16, 64, 1), (3, 65, 1), (2, 5, 33)]:
+        yield log_softmax(shape)
+
+
+# ---- pooling --------------------------------------------------------------------------------------
+
+Pair = tuple[int, int]
+
+
+def pool_shape(n: int, c: int, side: Pair, k: Pair, s: Pair, p: Pair, d: Pair = (1, 1)) -> list[int]:
+    h, w = ((a + 2 * b - e * (q - 1) - 1) // t + 1 for a, b, q, t, e in zip(side, p, k, s, d, strict=True))
+    return [n, *side, c, *k, *s, *p, *d, h, w]
+
+
+def max_pool(n: int, c: int, side: Pair, k: Pair, s: Pair, p: Pair = (0, 0), d: Pair = (1, 1), nan: int = 0) -> Case:
+    def make(draw: Draw) -> Call:
+        x = draw.dense(n, *side, c).mul(4).round()  # ties are common
+        if nan:
+            x.view(-1)[::nan] = float("nan")
+        ints = pool_shape(n, c, side, k, s, p, d)
+        y, idx = F.max_pool2d(x.permute(0, 3, 1, 2), k, s, p, d, return_indices=True)
+        y, idx = y.permute(0, 2, 3, 1), idx.permute(0, 2, 3, 1)
+        outs = [wanted(draw.dense(*y.shape), y.double(), 0.0)]
+        outs += [wanted(torch.zeros(idx.shape, dtype=torch.int32) - 7, idx.double(), 0.0)]
+        return Call("max_pool", [given(x), *outs], ints)
+
+    return Case(f"max_pool {n}x{side}x{c} k{k} s{s} p{p} d{d} nan{nan}", make)
+
+
+def pool_move(role: str, n: int, c: int, side: Pair, out: Pair, mode: int = 0) -> Case:
+    def make(draw: Draw) -> Call:
+        h, w = side
+        dense, small = draw.dense(n, h * w, c), draw.dense(n, out[0] * out[1], c)
+        idx = torch.randint(0, h * w, small.shape, generator=draw.generator)
+        ints = [n, h, w, c, *out]
+        where = given(idx.to(torch.int32))
+        if role == "pool_gather":
+            value = dense.double().gather(1, idx)
+            return Call(role, [given(dense), where, wanted(small, value, 0.0)], ints)
+        zero = torch.zeros(dense.shape, dtype=torch.float64)
+        value = zero.scatter_add(1, idx, small.double())
+        bound = 8 * draw.u * (zero.scatter_add(1, idx, small.double().abs()) + (dense.double().abs() if mode else 0))
+        return Call(role, [given(small), where, wanted(dense, value, bound, add=bool(mode))], [*ints, mode])
+
+    return Case(f"{role} {n}x{side}x{c} from {out} mode{mode}", make)
+
+
+def avg_pool(
+    role: str, n: int, c: int, side: Pair, k: Pair, s: Pair, p: Pair, include: int, divisor: int, mode: int
+) -> Case:
+    def make(draw: Draw) -> Call:
+        shape = pool_shape(n, c, side, k, s, p)
+        out = shape[-2:]
+        ints = [*shape[:10], *out, include, divisor, mode]
+        x, y = draw.dense(n, *side, c), draw.dense(n, *out, c)
+
+        def forward(t: Tensor) -> Tensor:
+            pooled = F.avg_pool2d(t.permute(0, 3, 1, 2), k, s, p, False, bool(include), divisor or None)
+            return pooled.permute(0, 2, 3, 1)
+
+        X, Y = x.double(), y.double()
+        if role == "avg_pool":
+            given_, out_, value, magnitude = x, y, forward(X), forward(X.abs())
+        else:
+            given_, out_, value, magnitude = y, x, adjoint(forward, X, Y), adjoint(forward, X, Y.abs())
+        bound = (k[0] * k[1] + 2) * draw.u * (magnitude + (out_.double().abs() if mode else 0))
+        return Call(role, [given(given_), wanted(out_, value, bound, add=bool(mode))], ints)
+
+    return Case(f"{role} {n}x{side}x{c} k{k} s{s} p{p} include{include} divisor{divisor} mode{mode}", make)
+
+
+def pool_cases() -> Iterator[Case]:
+    yield max_pool(2, 64, (14, 14), (2, 2), (2, 2))
+    yield max_pool(2, 5, (7, 9), (2, 2), (2, 2))
+    yield max_pool(3, 21, (8, 7), (3, 3), (2, 1), (1, 1))
+    yield max_pool(2, 17, (9, 9), (3, 2), (1, 2), (1, 1), (2, 3))
+    yield max_pool(2, 17, (9, 9), (2, 2), (2, 2), nan=7)
+    yield max_pool(1, 1, (4, 4), (4, 4), (4, 4))
+    for role in ("pool_gather", "pool_scatter"):
+        yield pool_move(role, 3, 64, (14, 14), (7, 7))
+        yield pool_move(role, 2, 5, (5, 7), (3, 2))
+    yield pool_move("pool_scatter", 2, 21, (6, 6), (5, 5), mode=1)
+    for role in ("avg_pool", "avg_pool_adj"):
+        yield avg_pool(role, 2, 64, (6, 6), (6, 6), (1, 1), (0, 0), 1, 0, 0)
+        yield avg_pool(role, 2, 5, (7, 9), (2, 3), (2, 2), (1, 1), 1, 0, 1)
+        yield avg_pool(role, 2, 19, (7, 9), (3, 3), (1, 2), (1, 1), 0, 0, 0)
+        yield avg_pool(role, 2, 19, (8, 8), (3, 3), (2, 2), (1, 0), 0, 7, 1)
+
+
+# ---- one_hot, fill --------------------------------------------------------------------------------
+
+
+def one_hot(labels: list[int], classes: int, ignore: int, stride: int, status: int = 0) -> Case:
+    def make(draw: Draw) -> Call:
+        y = torch.full(((len(labels) - 1) * stride + 1,), 10**12, dtype=torch.int64)
+        y[::stride] = torch.tensor(labels)
+        value = torch.zeros(len(labels), classes, dtype=torch.float64)
+        for row, label in enumerate(labels):
+            if label != ignore and 0 <= label < classes:
+                value[row, label] = 1
+        out = wanted(draw.dense(len(labels), classes), value, 0.0)
+        return Call("one_hot", [given(y), out], [len(labels), classes, ignore, stride], status=status)
+
+    return Case(f"one_hot {labels} of {classes} stride{stride}", make)
+
+
+def fill(n: int, value: float) -> Case:
+    def make(draw: Draw) -> Call:
+        exact = torch.full((n,), value, dtype=torch.float64).to(draw.dtype).double()
+        return Call("fill", [wanted(draw.dense(n), exact, 0.0)], [n], [value])
+
+    return Case(f"fill {n} {value}", make)
+
+
+def small_cases() -> Iterator[Case]:
+    yield one_hot([0, 4, 2, 2], 5, -100, 1)
+    yield one_hot([0, -100, 2], 3, -100, 2)
+    yield one_hot([1, 3], 3, -100, 1, status=1)
+    yield one_hot([-1, 0], 3, -100, 1, status=1)
+    yield fill(1, 0.0)
+    yield fill(197, -0.1)
