@@ -55,7 +55,17 @@ class _Frame(nn.Module):
         return objective(self.model, batch)
 
 
-def meta_gradient(
+def meta_gradient(*args: Any, **options: Any) -> Answer:
+    """`eager_meta_gradient` on one thread: on arrays this small PyTorch's threads only spin."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return eager_meta_gradient(*args, **options)
+    finally:
+        torch.set_num_threads(before)
+
+
+def eager_meta_gradient(
     model: nn.Module,
     objective: Objective,
     support: Any,

@@ -210,10 +210,9 @@ def _dot(fixed: Mapping[str, torch.Tensor], moved: Mapping[str, torch.Tensor], p
 
 def run_native() -> Run:
     """`run(graph, values)` of the native backend; skips where it is not built."""
-    try:
-        from metafast.native import evaluate as run
-    except ImportError as reason:
-        pytest.skip(f"the native backend is not built: {reason}")
+    pytest.importorskip("metafast._C", reason="the native backend is not built", exc_type=ImportError)
+    from metafast.native import evaluate as run
+
     return run
 
 
