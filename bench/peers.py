@@ -120,11 +120,12 @@ def task_loss(
     gradient: Callable[..., Sequence[Tensor]],
 ) -> Tensor:
     """Query loss of one task after `steps` of SGD along `gradient(support loss, adapted)`."""
-    x, y = support
+    body, head = w.parts()
+    x = forward(body, params, support[0])
     fast = dict(params)
     adapted = [name for name in params if w.adapts(name)]
     for _ in range(w.steps):
-        loss = w.loss(forward(w.layers, fast, x), y)
+        loss = w.loss(forward(head, fast, x), support[1])
         grads = gradient(loss, [fast[name] for name in adapted])
         fast.update({name: fast[name] - w.lr * g for name, g in zip(adapted, grads, strict=True)})
     return w.loss(forward(w.layers, fast, query[0]), query[1])
@@ -170,19 +171,21 @@ def _by_task(case: Case) -> list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
 
 def functional_task(w: Workload) -> Callable[..., Tensor]:
     """`f(params, support, query) -> loss` of one task for torch.func."""
+    body, head = w.parts()
 
-    def support_loss(fast: dict, fixed: dict, batch: Sequence[Tensor]) -> Tensor:
-        return w.loss(forward(w.layers, {**fixed, **fast}, batch[0], composed_norm), batch[1])
+    def loss(fast: dict, fixed: dict, features: Tensor, y: Tensor) -> Tensor:
+        return w.loss(forward(head, {**fixed, **fast}, features, composed_norm), y)
 
     def task(params: dict, support: Sequence[Tensor], query: Sequence[Tensor]) -> Tensor:
         fast = {name: p for name, p in params.items() if w.adapts(name)}
         fixed = {name: p for name, p in params.items() if name not in fast}
+        x = forward(body, fixed, support[0], composed_norm)
         for _ in range(w.steps):
-            grads = torch.func.grad(support_loss)(fast, fixed, support)
+            grads = torch.func.grad(loss)(fast, fixed, x, support[1])
             if w.order == 1:
                 grads = {name: g.detach() for name, g in grads.items()}
             fast = {name: p - w.lr * grads[name] for name, p in fast.items()}
-        return support_loss(fast, fixed, query)
+        return loss(fast, fixed, forward(body, fixed, query[0], composed_norm), query[1])
 
     return task
 

@@ -61,6 +61,13 @@ class Workload:
         """Cross-entropy for classes, mean squared error for regression; mean over rows."""
         return F.cross_entropy if self.classes else F.mse_loss
 
+    def parts(self) -> tuple[tuple[Layer, ...], tuple[Layer, ...]]:
+        """Body and head: the layers before the first that adapts, whose features are computed once, and the rest."""
+        first = next(
+            at for at, layer in enumerate(self.layers) if layer.fan_in and self.adapts(f"{layer.name}.")
+        )
+        return self.layers[:first], self.layers[first:]
+
     def adapts(self, parameter: str) -> bool:
         """Whether the parameter of that name adapts in the inner loop."""
         return self.adapted == "*" or parameter.startswith(self.adapted.removesuffix("*"))
