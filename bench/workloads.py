@@ -62,10 +62,9 @@ class Workload:
         return F.cross_entropy if self.classes else F.mse_loss
 
     def parts(self) -> tuple[tuple[Layer, ...], tuple[Layer, ...]]:
-        """Body and head: the layers before the first that adapts, whose features are computed once, and the rest."""
-        first = next(
-            at for at, layer in enumerate(self.layers) if layer.fan_in and self.adapts(f"{layer.name}.")
-        )
+        """The layers before the first that adapts, whose features are computed once, and the rest."""
+        adapting = [layer.fan_in > 0 and self.adapts(f"{layer.name}.") for layer in self.layers]
+        first = adapting.index(True)
         return self.layers[:first], self.layers[first:]
 
     def adapts(self, parameter: str) -> bool:
