@@ -64,7 +64,7 @@ def draw(results: Mapping, file: Path) -> None:
     axes.margins(x=0.12)
     here = results["machine"]
     axes.set_xlabel(
-        f"time of one meta-gradient over metafast's ({here['threads']} threads, {here['processor']})"
+        f"time of one meta-gradient over metafast's (threads: {here['threads']}, {here['processor']})"
     )
     if axes.get_legend_handles_labels()[1]:
         axes.legend(fontsize=7, loc="best")

@@ -105,7 +105,7 @@ def row(name: str, entry: Mapping) -> list[str]:
         _versus(entry, "pytorch", named=True),
         _versus(entry, "eager", named=False),
         _versus(entry, "jax", named=True),
-        f"{ours['gflops']:.0f} ({roof:.0f} %)",
+        f"{ours['gflops']:.3g} ({roof:.2g} %)",
         f"`python -m bench {name}`",
     ]
 
@@ -116,7 +116,7 @@ def markdown(results: Mapping) -> str:
     versions = ", ".join(
         f"{name} {version}" for name, version in here["versions"].items() if name != "metafast"
     )
-    where = f"{here['threads']} threads on {here['processor']} ({', '.join(here['vector_sets'])})"
+    where = f"threads: {here['threads']}, on {here['processor']} ({', '.join(here['vector_sets'])})"
     lead = (
         "One meta-gradient, median; in brackets the peer's time. "
         f"{where}, Python {here['python']}, {versions}; subnormals flushed for all."

@@ -287,7 +287,7 @@ SAMPLE = {
 
 def test_table_from_a_sample():
     lines = table.markdown(SAMPLE).splitlines()
-    assert "2 threads on Some CPU (avx2), Python 3.11.7, torch 2.13.0" in lines[0]
+    assert "threads: 2, on Some CPU (avx2), Python 3.11.7, torch 2.13.0" in lines[0]
     expected = (
         "| sinusoid, K=5 | 400 µs | **5.5×** (compile, 2.2 ms, 2 runs) | **350×** (140 ms) | – | 80 (50 %) |"
     )
