@@ -85,11 +85,17 @@ class Emitter:
     def run(self) -> list[Instruction]:
         """All instructions, in order."""
         self.plan = units(self.section)
+        self.homes: dict[Node, list[Unit]] = {}
+        for unit in self.plan:
+            for n in unit.nodes:
+                self.homes.setdefault(n, []).append(unit)
         for unit in self.plan:
             if unit.kind == "pointwise":
                 self._cluster(unit)
             elif unit.kind == "sum":
                 self._sum(unit)
+            elif unit.kind == "biased":
+                self._biased(unit)
             else:
                 self._node(unit.nodes[0], self._direct(unit.nodes[0], unit.nodes[0].outputs[0]))
         return self.code
@@ -224,9 +230,17 @@ class Emitter:
             if TABLE[n.op].kernel == "view":
                 if n.op != "stop_gradient" or self._needed(n.outputs[0], unit) or self._stored(n.outputs[0]):
                     return True
-            elif n not in unit.nodes:
-                return True
+            elif self._biases(n) or any(home is not unit for home in self.homes.get(n, ())):
+                return self._made_once(v, unit)
         return self._stored_elsewhere(v, unit)
+
+    def _made_once(self, v: Value, unit: Unit) -> bool:
+        """A lazy node has a copy in every cluster that reads it, so none of them writes it down."""
+        return len(self.homes[self.producer[v]]) == 1 or any(s is v for s, _ in unit.stores)
+
+    def _biases(self, n: Node) -> bool:
+        """Whether the addition was taken into a biased unit (or a sum), so that its operands are read elsewhere."""
+        return n not in self.homes
 
     def _stored(self, v: Value) -> bool:
         return any(o is v for o in self.graph.outputs.values())
@@ -269,8 +283,9 @@ class Emitter:
 
     # ---- kernels
 
-    def _node(self, node: Node, into: tuple[Array, bool] | None) -> None:
-        getattr(self, f"_{TABLE[node.op].kernel}")(node, into)
+    def _node(self, node: Node, into: tuple[Array, bool] | None, bias: Array | None = None) -> None:
+        emitter = getattr(self, f"_{TABLE[node.op].kernel}")
+        emitter(node, into) if bias is None else emitter(node, into, bias)
 
     def _sum(self, unit: Unit) -> None:
         assert unit.result is not None
@@ -280,6 +295,14 @@ class Emitter:
         for node in unit.nodes[1:]:
             self._node(node, (out, True))
         self.env[unit.result] = out
+
+    def _biased(self, unit: Unit) -> None:
+        assert unit.result is not None and unit.bias is not None
+        node = unit.nodes[0]
+        bias = self.array(unit.bias)
+        bias = reshaped(bias, (numel(bias.shape),)) or self._reshape_copy(bias, (numel(bias.shape),))
+        self._node(node, self._direct(node, unit.result), self.dense(bias))
+        self.env[unit.result] = self.env[node.outputs[0]]
 
     def _direct(self, node: Node, result: Value) -> tuple[Array, bool] | None:
         """Where an accumulating kernel may write a section output itself, instead of a store copying it there."""
@@ -308,22 +331,30 @@ class Emitter:
         self.env[v] = where
         return where, int(add)
 
-    def _matmul(self, node: Node, into: tuple[Array, bool] | None) -> None:
+    def _matmul(self, node: Node, into: tuple[Array, bool] | None, bias: Array | None = None) -> None:
         a, b = (self._batched(self.array(v)) for v in node.inputs)
         out, mode = self._result(node, into, None)
         c = reshaped(out, (a.shape[0], *out.shape[-2:]))
         assert c is not None
         batch, m, k = a.shape
         n = b.shape[2]
-        ints = [batch, m, n, k, *a.strides, *b.strides, *c.strides, mode, 0]
-        self.emit(node, "gemm", [a, b, c], 1, ints)
+        ints = [batch, m, n, k, *a.strides, *b.strides, *c.strides, mode]
+        self._emit_biased(node, "gemm", [a, b, c], ints, bias)
+
+    def _emit_biased(
+        self, node: Node, kernel: str, operands: list[Array], ints: list[int], bias: Array | None
+    ) -> None:
+        """Kernels that end (output, [bias]) and (mode, has_bias)."""
+        self.emit(node, kernel, operands, 1, [*ints, int(bias is not None)])
+        if bias is not None:
+            self.code[-1].operands.append(bias)
 
     def _batched(self, a: Array) -> Array:
         """As (batch, rows, columns)."""
         batch = numel(a.shape[:-2])
         return reshaped(a, (batch, *a.shape[-2:])) or self._reshape_copy(a, (batch, *a.shape[-2:]))
 
-    def _conv2d(self, node: Node, into: tuple[Array, bool] | None) -> None:
+    def _conv2d(self, node: Node, into: tuple[Array, bool] | None, bias: Array | None = None) -> None:
         p, q = (self.array(v) for v in node.inputs)
         y = node.outputs[0].shape
         if node.op == "conv2d":
@@ -340,7 +371,7 @@ class Emitter:
         ints = [x_shape[0], *x_shape[2:], x_shape[1], *w_shape[:1], *w_shape[2:]]
         ints += [*node.attrs["stride"], *node.attrs["padding"], *node.attrs["dilation"], *y_shape[2:], *w.strides]
         kernel = {"conv2d": "conv_fwd", "conv2d_dx": "conv_dx", "conv2d_dw": "conv_dw"}[node.op]
-        self.emit(node, kernel, [p, q, out], 1, [*ints, mode, 0])
+        self._emit_biased(node, kernel, [p, q, out], [*ints, mode], bias)
 
     def _reduce(self, node: Node, into: tuple[Array, bool] | None) -> None:
         x = self.array(node.inputs[0])

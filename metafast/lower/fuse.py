@@ -2,12 +2,15 @@
 
 A *cluster* is a set of pointwise nodes of one shape that run block by block through L1 as one instruction. A node joins
 the cluster of one of its producers where no path leaves that cluster and comes back. A *sum* is an addition whose terms
-are all kernels that can accumulate (`x·Ẇ + ẋ·W`): the terms write into one buffer.
+are all kernels that can accumulate (`x·Ẇ + ẋ·W`): the terms write into one buffer. A *biased* unit is a product or
+convolution that starts from its bias. A *lazy* node is a cheap function of one value (a mask, a multiple) that only clusters
+read: each of them computes it again, which costs less than writing it down.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from metafast.graph import Graph, Node, Value
@@ -16,18 +19,21 @@ from metafast.ops.pointwise import POINTWISE
 from metafast.sweep import Section, Store
 
 ACCUMULATING = {"matmul", "conv2d"}
+CHEAP = {"step", "neg", "sign", "gt", "ge", "lt", "le", "eq", "ne", "add", "sub", "mul"}
 MAX_OPS = 40  # registers and inputs of a cluster must fit L1 in blocks of some hundred elements
 MAX_INPUTS = 20
 
 
 @dataclass(eq=False)
 class Unit:
-    """`nodes` in order: one node, or a cluster (`pointwise`), or the terms of a sum (`result` names their total)."""
+    """`nodes` in order: one node, or a cluster (`pointwise`), or the terms of a sum (`result` names their total), or one
+    node that starts from `bias` (`result` is what the addition would have made)."""
 
-    kind: str  # "node" | "pointwise" | "sum"
+    kind: str  # "node" | "pointwise" | "sum" | "biased"
     nodes: list[Node] = field(default_factory=list)
     stores: list[tuple[Value, Store]] = field(default_factory=list)
     result: Value | None = None
+    bias: Value | None = None
     order: int = 0
     inputs: set[Value] = field(default_factory=set)
 
@@ -47,21 +53,24 @@ class _Fuser:
         self.section = section
         self.graph: Graph = section.graph
         self.producer = self.graph.producers()
+        self.users: dict[Value, list[Node]] = defaultdict(list)
         self.uses: dict[Value, int] = defaultdict(int)
         for n in self.graph.nodes:
             for v in n.inputs:
+                self.users[v].append(n)
                 self.uses[v] += 1
         for v in self.graph.outputs.values():
             self.uses[v] += 1
+        self.lazy = self._lazy()
         self.units: list[Unit] = []
         self.unit_of: dict[Value, int] = {}
         self.before: list[int] = []  # bit set of the units each unit depends on, transitively
 
     def run(self) -> list[Unit]:
         for k, node in enumerate(self.graph.nodes):
-            if is_free(node):
+            if is_free(node) or node in self.lazy:
                 continue
-            if not (node.op == "add" and self._sum(node, k)):
+            if not (node.op == "add" and (self._sum(node, k) or self._bias(node, k))):
                 self._pointwise(node, k) if node.op in POINTWISE else self._single(node, k)
         for store in self.section.stores:
             self._store(store)
@@ -75,8 +84,30 @@ class _Fuser:
             v = n.inputs[0]
         return v
 
-    def _deps(self, values: tuple[Value, ...]) -> set[int]:
+    def _deps(self, values: Iterable[Value]) -> set[int]:
         return {u for v in values if (u := self.unit_of.get(self._root(v))) is not None}
+
+    # -- lazy nodes
+
+    def _lazy(self) -> set[Node]:
+        lazy: set[Node] = set()
+        outputs = set(self.graph.outputs.values())
+        for node in reversed(self.graph.nodes):
+            if node.op in CHEAP and self._of_one_value(node) and node.outputs[0] not in outputs:
+                users = self.users[node.outputs[0]]
+                shape = node.outputs[0].shape
+                if all(n.op in POINTWISE and n not in lazy and n.outputs[0].shape == shape for n in users):
+                    lazy.add(node)
+        return lazy
+
+    def _of_one_value(self, node: Node) -> bool:
+        """Whether all inputs but one are 0-dim constants and that one has the result's shape."""
+        moving = [v for v in node.inputs if (n := self.producer.get(v)) is None or n.op != "const"]
+        return len(moving) == 1 and moving[0].shape == node.outputs[0].shape
+
+    def _with_lazy(self, node: Node) -> list[Node]:
+        """The node, after the lazy nodes it reads."""
+        return [n for v in node.inputs if (n := self.producer.get(v)) in self.lazy and n is not None] + [node]
 
     def _closure(self, deps: set[int]) -> int:
         bits = 0
@@ -101,13 +132,17 @@ class _Fuser:
     # -- clusters
 
     def _pointwise(self, node: Node, k: int) -> None:
-        deps = self._deps(node.inputs)
-        u = self._home(node.outputs[0].shape, node.inputs, deps)
+        group = self._with_lazy(node)
+        inputs = tuple(v for n in group for v in n.inputs)
+        deps = self._deps(inputs)
+        u = self._home(node.outputs[0].shape, inputs, deps)
         if u is None:
             u = self._new(Unit("pointwise"), deps)
         else:
             self._join(u, deps)
-        self.units[u].inputs.update(node.inputs)
+        unit = self.units[u]
+        unit.inputs.update(inputs)
+        unit.nodes += [n for n in dict.fromkeys(group[:-1]) if n not in unit.nodes]
         self._own(u, node, k)
 
     def _home(self, shape: tuple[int, ...], inputs: tuple[Value, ...], deps: set[int]) -> int | None:
@@ -163,6 +198,30 @@ class _Fuser:
         self.unit_of[node.outputs[0]] = new
         return True
 
+    # -- biases
+
+    def _bias(self, node: Node, k: int) -> bool:
+        """Make `add(product, bias)` a biased unit where the sum goes on to a kernel; a cluster adds a bias for nothing."""
+        out = node.outputs[0]
+        if any(n.op in POINTWISE for n in self.users[out]):
+            return False
+        for v, bias in (node.inputs, node.inputs[::-1]):
+            u = self.unit_of.get(v)
+            if u is None or self.uses[v] != 1 or self.units[u].kind != "node" or v.shape != out.shape:
+                continue
+            maker = self.units[u].nodes[0]
+            channel = {"conv2d": -3, "matmul": -1}.get(maker.op)
+            if channel is None or not _lies_along(bias.shape, out.shape, channel):
+                continue
+            deps = self._deps((*maker.inputs, bias))
+            if self._closure(deps) >> u & 1:
+                continue
+            new = self._new(Unit("biased", [maker], result=out, bias=bias, order=k), deps)
+            self.units[u] = Unit("gone")
+            self.unit_of[out] = new
+            return True
+        return False
+
     # -- stores
 
     def _store(self, store: Store) -> None:
@@ -186,3 +245,8 @@ class _Fuser:
             done |= 1 << ready
             out.append(self.units[ready])
         return out
+
+
+def _lies_along(shape: tuple[int, ...], full: tuple[int, ...], dim: int) -> bool:
+    """Whether an array of that shape, broadcast to `full`, varies along `dim` (counted from the end) and nowhere else."""
+    return len(shape) >= -dim and all(n == (full[dim] if d == dim else 1) for d, n in zip(range(-len(shape), 0), shape))

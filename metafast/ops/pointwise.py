@@ -164,7 +164,7 @@ def _select_jvp(b: Builder, node: Node, _: Value | None, x: Value | None, y: Val
 
 
 def _relu_vjp(b: Builder, node: Node, ct: Value | None) -> list[Value | None]:
-    return [None if ct is None else b.op("where", b.op("step", node.inputs[0]), ct, b.const(0.0))]
+    return [None if ct is None else b.op("where", b.op("step", node.outputs[0]), ct, b.const(0.0))]
 
 
 def _same(b: Builder, x: tuple[Value, ...], _: dict[str, object]) -> Value | None:
