@@ -18,34 +18,40 @@ import contextlib
 import itertools
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from . import dispatch
 from .batchnorm import copied
-from .errors import BackendError, DoubleBackwardError, InputChangedError, TransformError
+from .errors import BackendError, DoubleBackwardError, InputChangedError, TransformError, message
+from .externs import find_externs
 from .problem import Backend, Outcome, Problem
+from .transforms import outside_compile, tracing, transformed
 
-__all__ = ["AdaptCall", "Call", "FusedCall", "launch", "tracing"]
+__all__ = ["AdaptCall", "Call", "FusedCall", "launch"]
+
+
+Check = Callable[[Outcome, Problem], None]
+Weights = Callable[[Problem], Tensor]
 
 
 class Surroundings:
     """What a replay needs to see as the first pass saw it: random state, autocast, buffers."""
 
-    def __init__(self, problem: Problem, *, for_replay: bool) -> None:
+    def __init__(self, problem: Problem) -> None:
         device = problem.parameter.device
         self._cuda = [device] if device.type == "cuda" else []
         kind = device.type
         self._autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-        if for_replay:
-            self._cpu_state = torch.get_rng_state()
-            self._cuda_states = [torch.cuda.get_rng_state(d) for d in self._cuda]
-            self.buffers = copied(problem.buffers)
+        self._cpu_state = torch.get_rng_state()
+        self._cuda_states = [torch.cuda.get_rng_state(d) for d in self._cuda]
+        self.buffers = copied(problem.buffers)
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
@@ -73,18 +79,23 @@ class Call(ABC):
     first result, which backward only scales; otherwise backward replays with the true cotangents.
     """
 
-    def __init__(self, problem: Problem, backend: Backend, *, ready: bool, nonfinite: Any = None) -> None:
+    differentiable = 1
+    surroundings: Surroundings | None = None
+
+    def __init__(self, problem: Problem, backend: str, check: Check, *, ready: bool = False) -> None:
         self.problem = problem
-        self.backend = backend
+        self.asked = backend
+        self.check = check
         self.ready = ready
-        self.check = nonfinite
-        self.differentiable = 1
-        self.surroundings: Surroundings | None = None
+
+    def backend(self, problem: Problem) -> Backend:
+        """The backend for `problem`: asked for only when it runs, on tensors that no transform wraps."""
+        return dispatch.choose(problem, self.asked)
 
     def remember(self) -> None:
         """Note what a replay must find again; to be called before the first pass."""
         if self.surroundings is None:
-            self.surroundings = Surroundings(self.problem, for_replay=True)
+            self.surroundings = Surroundings(self.problem)
 
     @abstractmethod
     def forward(self, problem: Problem) -> list[Tensor]:
@@ -120,21 +131,21 @@ class FusedCall(Call):
     """
 
     def __init__(
-        self, problem: Problem, backend: Backend, *, reduction: str, ready: bool, weights: Tensor, nonfinite: Any = None
+        self, problem: Problem, backend: str, check: Check, *, ready: bool, reduction: str, weights: Weights
     ) -> None:
-        super().__init__(problem, backend, ready=ready, nonfinite=nonfinite)
+        super().__init__(problem, backend, check, ready=ready)
         self.reduction = reduction
         self.weights = weights
         self.outputs_spec: pytree.TreeSpec | None = None
         self._outputs_like: list[Tensor] = []
 
     def forward(self, problem: Problem) -> list[Tensor]:
+        backend = self.backend(problem)
         if self.ready:
-            outcome = self.backend.meta_gradient(problem, self.weights, fold=True)
+            outcome = backend.meta_gradient(problem, self.weights(problem), fold=True)
         else:
-            outcome = self.backend.losses(problem, fold=True)
-        if self.check is not None:
-            self.check(outcome, problem)
+            outcome = backend.losses(problem, fold=True)
+        self.check(outcome, problem)
         assert outcome.losses is not None
         results = [outcome.losses if self.reduction == "none" else self.reduced(outcome.losses)]
         if problem.return_outputs:
@@ -156,11 +167,9 @@ class FusedCall(Call):
 
     def replay(self, problem: Problem, cotangents: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
         seed, *outputs = cotangents
-        if seed is None:
-            weights = torch.zeros_like(self.weights)
-        else:
-            weights = seed.detach().clone() if self.reduction == "none" else self.weights * seed
-        outcome = self.backend.meta_gradient(problem, weights, outputs or None, fold=False)
+        weights = self.weights(problem)
+        weights = torch.zeros_like(weights) if seed is None else weights * seed
+        outcome = self.backend(problem).meta_gradient(problem, weights, outputs or None, fold=False)
         assert outcome.gradients is not None
         return outcome.gradients
 
@@ -174,20 +183,19 @@ class FusedCall(Call):
 class AdaptCall(Call):
     """The adapted parameters of all tasks, one result each, `(T, *shape)`, in the order of `problem.adapted`."""
 
-    def __init__(self, problem: Problem, backend: Backend, *, nonfinite: Any = None) -> None:
-        super().__init__(problem, backend, ready=False, nonfinite=nonfinite)
+    def __init__(self, problem: Problem, backend: str, check: Check) -> None:
+        super().__init__(problem, backend, check)
         self.differentiable = len(problem.adapted)
 
     def forward(self, problem: Problem) -> list[Tensor]:
-        outcome = self.backend.adapt(problem, fold=True)
-        if self.check is not None:
-            self.check(outcome, problem)
+        outcome = self.backend(problem).adapt(problem, fold=True)
+        self.check(outcome, problem)
         assert outcome.fast is not None
         return [outcome.fast[name] for name in problem.adapted]
 
     def replay(self, problem: Problem, cotangents: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
         given = {name: c for name, c in zip(problem.adapted, cotangents, strict=True) if c is not None}
-        return self.backend.adapt_vjp(problem, given)
+        return self.backend(problem).adapt_vjp(problem, given)
 
     def fake(self, leaves: Sequence[Tensor]) -> list[Tensor]:
         own = dict(zip(self.problem.leaves, leaves, strict=True))
@@ -200,32 +208,28 @@ def _apply(function: type[torch.autograd.Function], *args: Any) -> tuple[Any, ..
     return results
 
 
-def transformed() -> bool:
-    """Whether a torch.func transform (grad, vmap, jvp, functionalize) is active."""
-    active = getattr(torch._C, "_are_functorch_transforms_active", None)
-    return True if active is None else bool(active())
+class _Watched(TorchFunctionMode):
+    """Raises where a tensor of a torch.func transform is read other than through a leaf."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for value in (*args, *kwargs.values()):
+            for tensor in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(tensor, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+                    raise _unseen("one that a torch.func transform wraps")
+        return func(*args, **kwargs)
 
 
-def tracing() -> bool:
-    """Whether gradients may be wanted that `requires_grad` does not show: a transform, or forward-mode autograd."""
-    return transformed() or getattr(forward_ad, "_current_level", 0) >= 0
-
-
-def _wrapped(tensor: Tensor) -> bool:
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+def _unseen(kind: str) -> TransformError:
+    way_out = "pass it as a parameter, as a hyper-parameter or in the batch"
+    place = "InnerLoop under a torch.func transform: a tensor in a closure, an attribute or a buffer"
+    return TransformError(message(place, kind, "a constant", way_out))
 
 
 def launch(call: Call) -> list[Tensor]:
     """Run a call on the way that autograd needs here; returns its differentiable results."""
     problem = call.problem
     if transformed():
-        for key, leaf in problem.leaves.items():
-            if key.startswith("extern/") and _wrapped(leaf):
-                raise TransformError(
-                    f"{key}: a tensor under a torch.func transform is read from a closure or an attribute, which "
-                    "metafast cannot follow; pass it as a parameter, a hyper-parameter or in the batch"
-                )
-        call.remember()
         number = _register(call)
         return list(_apply(_Transformed, number, *problem.leaves.values()))[: call.differentiable]
     if not (problem.wrt and torch.is_grad_enabled()) and not tracing():
@@ -252,6 +256,7 @@ class _Eager(torch.autograd.Function):
         return tuple(results[:n])
 
     @staticmethod
+    @outside_compile
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
         count = len(call.problem.leaves)
@@ -353,8 +358,11 @@ def _replay(leaves: list[Tensor], call: int) -> list[Tensor]:
     known.remember()
     assert known.surroundings is not None
     known.surroundings.rewind()  # every slice of a vmap draws the same
-    with _autograd_inside(), known.surroundings.precision(), torch.no_grad():
-        return [t.contiguous() for t in known.forward(known.problem.with_leaves(leaves))]
+    problem = known.problem.with_leaves(leaves)
+    with _autograd_inside(), known.surroundings.precision(), torch.no_grad(), _Watched():
+        if not problem.group("extern") and find_externs(problem):
+            raise _unseen("one that requires grad")
+        return [t.contiguous() for t in known.forward(problem)]
 
 
 @_replay.register_fake
@@ -391,6 +399,7 @@ def _op_setup(ctx: Any, inputs: Any, output: list[Tensor]) -> None:
     ctx.save_for_backward(*leaves, *output[ctx.call.differentiable :])
 
 
+@outside_compile
 def _op_backward(ctx: Any, cotangents: list[Tensor | None]) -> Any:
     call: Call = ctx.call
     count = len(call.problem.leaves)
@@ -451,6 +460,7 @@ class _Transformed(torch.autograd.Function):
         ctx.save_for_backward(*leaves, *rest)
 
     @staticmethod
+    @outside_compile
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
         call: Call = ctx.call
         count = len(call.problem.leaves)

@@ -14,6 +14,7 @@ from .batchnorm import Buffers
 from .errors import InputError, message
 from .reference import swapping
 from .structure import Structure
+from .transforms import outside_compile
 
 __all__ = ["FastWeights"]
 
@@ -61,6 +62,7 @@ class FastWeights(Mapping[str, Tensor]):
             raise IndexError(f"FastWeights.task: got {index}, expected 0 .. {self.tasks - 1}")
         return {name: tensor[index] for name, tensor in self._tensors.items()}
 
+    @outside_compile
     def __call__(self, *inputs: Any, **named_inputs: Any) -> Any:
         """Run the model on every task's inputs with that task's weights.
 
@@ -70,10 +72,6 @@ class FastWeights(Mapping[str, Tensor]):
         leave them.
         **Raises** `InputError` where a tensor has another number of tasks.
         """
-        if torch.compiler.is_compiling():
-            from .uncompiled import run
-
-            return run(self._run, inputs, named_inputs)
         return self._run(inputs, named_inputs)
 
     def _run(self, inputs: tuple[Any, ...], named_inputs: dict[str, Any]) -> Any:

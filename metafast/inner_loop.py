@@ -7,26 +7,35 @@ import functools
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from . import dispatch, tasks
-from .autograd import AdaptCall, FusedCall, launch, tracing
-from .errors import InputError, InputTypeError, NonFiniteError, NonFiniteWarning, message, position, warn
+from .autograd import AdaptCall, FusedCall, launch
+from .errors import (
+    InputError,
+    InputTypeError,
+    NonFiniteError,
+    NonFiniteWarning,
+    TransformError,
+    message,
+    position,
+    warn,
+)
 from .externs import Places, find_externs
 from .fast_weights import FastWeights
-from .problem import Backend, Objective, Outcome, Problem
+from .problem import Objective, Outcome, Problem
 from .reference import swapping
 from .structure import Structure
+from .transforms import outside_compile, tracing, transformed
 from .updates import UpdateRule
 
 __all__ = ["InnerLoop"]
 
 Loss = Callable[[Any, Any], Tensor]
-Method = TypeVar("Method", bound=Callable[..., Any])
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "order": (1, 2),
@@ -35,20 +44,6 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "nonfinite": ("warn", "raise"),
     "return_outputs": (False, True),
 }
-
-
-def _outside_compile(method: Method) -> Method:
-    """Under torch.compile: break the graph around the call, and run it as it is."""
-
-    @functools.wraps(method)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            from .uncompiled import run
-
-            return run(method, *args, **kwargs)
-        return method(*args, **kwargs)
-
-    return cast(Method, call)
 
 
 class InnerLoop(nn.Module):
@@ -144,7 +139,7 @@ class InnerLoop(nn.Module):
 
     # What a user calls
 
-    @_outside_compile
+    @outside_compile
     def forward(self, support: Any, query: Any) -> Any:
         """Adapt every task and return the query loss; `backward()` on it gives the meta-gradient.
 
@@ -159,20 +154,16 @@ class InnerLoop(nn.Module):
         """
         problem = self._problem(support, query, gradient=torch.is_grad_enabled())
         ready = bool(problem.wrt) and self.reduction != "none" and not self.return_outputs
+        weights = functools.partial(self._layout_now().weights, self.reduction)
         call = FusedCall(
-            problem,
-            dispatch.choose(problem, self.backend),
-            reduction=self.reduction,
-            ready=ready,
-            weights=self._weights(problem),
-            nonfinite=self._checked,
+            problem, self.backend, self._checked, ready=ready, reduction=self.reduction, weights=weights
         )
         results = self._guarded(launch, call, problem)
         if not self.return_outputs:
             return results[0]
         return results[0], pytree.tree_unflatten(results[1:], cast(pytree.TreeSpec, call.outputs_spec))
 
-    @_outside_compile
+    @outside_compile
     def meta_gradient(self, support: Any, query: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and the meta-gradient, without autograd around them; `.grad` is left alone.
 
@@ -183,14 +174,17 @@ class InnerLoop(nn.Module):
         and the name among `named_parameters()`, else "extern/<i>", for a tensor found in a closure or attribute.
         Zeros where nothing depends on it. Also inside `torch.no_grad()`. **Raises** as the call does.
         """
+        if tracing():
+            way_out = "differentiate the loss of inner(support, query) instead"
+            place = "InnerLoop.meta_gradient under a transform or forward-mode autograd"
+            raise TransformError(message(place, "a gradient that is a plain value", "one to differentiate", way_out))
         problem = self._problem(support, query, gradient=True)
-        backend = dispatch.choose(problem, self.backend)
-        outcome = self._guarded(self._with_gradient, backend, problem)
+        outcome = self._guarded(self._with_gradient, problem, problem)
         losses = cast(Tensor, outcome.losses)
         loss = losses if self.reduction == "none" else losses.mean() if self.reduction == "mean" else losses.sum()
         return loss, self._named(problem, outcome)
 
-    @_outside_compile
+    @outside_compile
     def adapt(self, support: Any) -> FastWeights:
         """Adapt every task and return the adapted parameters, differentiable.
 
@@ -198,13 +192,13 @@ class InnerLoop(nn.Module):
         any loss on it may be differentiated, its backward runs the inner loop again. **Raises** as the call does.
         """
         problem = self._problem(support, None, gradient=torch.is_grad_enabled())
-        call = AdaptCall(problem, dispatch.choose(problem, self.backend), nonfinite=self._checked)
+        call = AdaptCall(problem, self.backend, self._checked)
         tensors = self._guarded(launch, call, problem)
         layout = self._layout_now()
         adapted = dict(zip(problem.adapted, tensors, strict=True))
         return FastWeights(self.model, layout.structure, adapted, problem.tasks)
 
-    @_outside_compile
+    @outside_compile
     def explain(self, support: Any, query: Any) -> Any:
         """Which backend takes a call with these batches and why, with graph, plan, flops and memory; print it."""
         return dispatch.explain(self._problem(support, query, gradient=True), self.backend)
@@ -220,6 +214,7 @@ class InnerLoop(nn.Module):
         layout = self._layout_now()
         batches, specs = self._batches(support, query)
         parameters = layout.structure.parameters()
+        _require_dtype(layout.adapted[0], parameters[layout.first_adapted])
         count = tasks.count_tasks(batches, parameters[0].device)
         leaves: dict[str, Tensor] = dict(zip(layout.parameter_keys, parameters, strict=True))
         for name, value in self.update.hyper(parameters[layout.first_adapted]).items():
@@ -269,8 +264,9 @@ class InnerLoop(nn.Module):
 
     def _want(self, problem: Problem, leaves: dict[str, Tensor], layout: _Layout) -> None:
         """Add tensors found in closures and attributes, and say which leaves want a gradient."""
-        for index, tensor in enumerate(layout.externs(problem)):
-            leaves[f"extern/{index}"] = tensor
+        if not transformed():  # there they are looked for once the wrappers are off
+            for index, tensor in enumerate(layout.externs(problem)):
+                leaves[f"extern/{index}"] = tensor
         if tracing():  # what requires grad does not show through all transforms: take every leaf that could
             wrt = tuple(key for key, leaf in leaves.items() if leaf.is_floating_point())
         else:
@@ -293,24 +289,19 @@ class InnerLoop(nn.Module):
 
     # Running it
 
-    def _with_gradient(self, backend: Backend, problem: Problem) -> Outcome:
-        weights = self._weights(problem)
-        outcome = backend.meta_gradient(problem, weights, fold=True)
+    def _with_gradient(self, problem: Problem) -> Outcome:
+        backend = dispatch.choose(problem, self.backend)
+        outcome = backend.meta_gradient(problem, self._layout_now().weights(self.reduction, problem), fold=True)
         self._checked(outcome, problem)
         return outcome
 
-    def _weights(self, problem: Problem) -> Tensor:
-        """The weight of each task's loss: 1/T for "mean", else 1."""
-        return self._layout_now().weights(problem, self.reduction)
-
-    def _guarded(self, function: Callable[..., Any], argument: Any, problem: Problem) -> Any:
+    def _guarded(self, function: Callable[[Any], Any], argument: Any, problem: Problem) -> Any:
         """Run a call; with `nonfinite="raise"` an error leaves the buffers as they were."""
-        launched = (argument, problem) if function != launch else (argument,)
         if self.nonfinite == "warn" or not problem.buffers:
-            return function(*launched)
+            return function(argument)
         before = {name: buffer.detach().clone() for name, buffer in problem.buffers.items()}
         try:
-            return function(*launched)
+            return function(argument)
         except NonFiniteError:
             with torch.no_grad():
                 for name, buffer in problem.buffers.items():
@@ -381,9 +372,8 @@ class _Layout:
         self.first_adapted = names.index(self.adapted[0])
         shapes = {name: tensor.shape for name, tensor in zip(names, tensors, strict=True) if name in set(self.adapted)}
         for name, tensor in zip(names, tensors, strict=True):
-            if name in shapes and tensor.dtype not in (torch.float32, torch.float64):
-                way_out = "use model.float(), or leave it out of params="
-                raise InputTypeError(message(f"parameter {name}", tensor.dtype, "float32 or float64", way_out))
+            if name in shapes:
+                _require_dtype(name, tensor)
         inner.update.check(shapes, self.structure.aliases)
         self._changes = inner.update.changes
         self.objectives = inner._objectives()
@@ -395,8 +385,8 @@ class _Layout:
         """Whether it still describes the model and the update rule."""
         return self._changes == inner.update.changes and self.structure.current()
 
-    def weights(self, problem: Problem, reduction: str) -> Tensor:
-        """`(T,)` weights of the losses."""
+    def weights(self, reduction: str, problem: Problem) -> Tensor:
+        """`(T,)`, the weights of the losses: 1/T for "mean", else 1."""
         like = problem.parameter
         key = (problem.tasks, reduction, like.dtype, like.device)
         if key not in self._weights:
@@ -481,6 +471,12 @@ def _first_nonfinite(outcome: Outcome) -> tuple[int, int, float] | None:
     return task, step, float(table[task, step])
 
 
+def _require_dtype(name: str, parameter: Tensor) -> None:
+    if parameter.dtype is not torch.float32 and parameter.dtype is not torch.float64:
+        way_out = "use model.float(), or leave it out of params="
+        raise InputTypeError(message(f"parameter {name}", parameter.dtype, "float32 or float64", way_out))
+
+
 def _require_steps(value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise InputTypeError(message("InnerLoop(steps=...)", repr(value), "an int", "pass steps=5"))
@@ -490,7 +486,7 @@ def _require_steps(value: Any) -> None:
 
 def _require_choice(name: str, value: Any) -> None:
     choices = _CHOICES[name]
-    if not any(value == choice and isinstance(value, type(choice)) for choice in choices):
+    if not any(value == choice and type(value) is type(choice) for choice in choices):
         expected = " or ".join(map(repr, choices))
         raise InputError(message(f"InnerLoop({name}=...)", repr(value), expected, "pass one of these"))
 

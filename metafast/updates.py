@@ -92,7 +92,8 @@ class UpdateRule(nn.Module):
     ) -> tuple[Params, State]:
         """Parameters and state after step `k`."""
         if self._update is None:
-            raise NotImplementedError(f"{type(self).__name__} has no update: override it or pass update=")
+            got = f"a {type(self).__name__} without an update"
+            raise InputError(message("update rule", got, "one", "override update, or pass update= a function"))
         return self._update(params, grads, state, hyper, k, params0)
 
     def hyper(self, like: Tensor) -> dict[str, Tensor]:
@@ -117,9 +118,12 @@ class UpdateRule(nn.Module):
         key = (value, like.dtype, like.device)
         if key not in self._cache:
             _require_value(f"{type(self).__name__}.{name}", value)
+            made = torch.tensor(float(value), dtype=like.dtype, device=like.device)
+            if torch._C._functorch.is_functorch_wrapped_tensor(made):  # belongs to a transform that will end
+                return made
             if len(self._cache) > 64:  # a schedule sets a new number at every call
                 self._cache.clear()
-            self._cache[key] = torch.tensor(float(value), dtype=like.dtype, device=like.device)
+            self._cache[key] = made
         return self._cache[key]
 
     @property
@@ -133,6 +137,8 @@ class UpdateRule(nn.Module):
         **Raises** `InputError` for a mapping that lacks an adapted parameter or names an unknown one, and for a tensor
         that does not broadcast to its parameter.
         """
+        if self._update is None and type(self).update is UpdateRule.update:
+            self.update({}, {}, {}, {}, torch.zeros(()), {})  # raises, and says so early
         first = {alias: name for name, names in aliases.items() for alias in names}
         for name in self._hyper_names:
             value = getattr(self, name)

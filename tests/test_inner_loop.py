@@ -359,8 +359,8 @@ def test_a_closure_that_reads_a_parameter_past_the_model_reads_its_initial_value
         phi = dict(theta)
         for _ in range(2):
             drift = sum((phi[n] - theta[n]).square().sum() for n in theta)
-            loss = F.cross_entropy(torch.func.functional_call(model, phi, (support[0][t],)), support[1][t]) + 0.5 * drift
-            step = torch.autograd.grad(loss, list(phi.values()), create_graph=True)
+            ce = F.cross_entropy(torch.func.functional_call(model, phi, (support[0][t],)), support[1][t])
+            step = torch.autograd.grad(ce + 0.5 * drift, list(phi.values()), create_graph=True)
             phi = {n: p - LR * g for (n, p), g in zip(phi.items(), step, strict=True)}
         total = total + F.cross_entropy(torch.func.functional_call(model, phi, (query[0][t],)), query[1][t]) / TASKS
     for (name, _), want in zip(theta.items(), torch.autograd.grad(total, list(theta.values())), strict=True):
@@ -444,6 +444,70 @@ def test_first_order_still_differentiates_the_update(backend: str) -> None:
     lr = nn.Parameter(torch.tensor(LR, dtype=torch.float64))
     loop(model, backend, order=1, update=metafast.SGD(lr=lr))(support, query).backward()
     close(lr.grad, expected(model, support, query, order=1).hyper["lr"])
+
+
+class StraightThrough(torch.autograd.Function):
+    """Rounds; passes the gradient on as if it had not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return (4 * x).round() / 4
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        return cotangent
+
+
+class Reversal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        return -cotangent
+
+
+def hooked(x: Tensor) -> Tensor:
+    y = x * 1.0
+    if y.requires_grad:
+        y.register_hook(lambda g: 2 * g)
+    return y
+
+
+@backends
+@pytest.mark.parametrize("trick", [StraightThrough.apply, Reversal.apply, hooked], ids=["ste", "reversal", "hook"])
+@pytest.mark.parametrize("order", [1, 2])
+def test_backward_passes_of_the_users_own(backend: str, trick: Any, order: int) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 7), nn.Linear(7, WAYS)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(trick(torch.tanh(self.a(x))))
+
+    torch.manual_seed(0)
+    model, support, query = Net().double(), data(0), data(1)
+    answer = expected(model, support, query, order=order)
+    loop(model, backend, order=order)(support, query).backward()
+    check_grads(model, answer)
+
+
+@backends
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_autocast_reaches_the_losses_and_the_replay(backend: str, reduction: str) -> None:
+    model, (x, y) = mlp().float(), data(0)
+    support = (x.float(), y)
+    plain = loop(model, backend, reduction=reduction)(support, support).mean()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = loop(model, backend, reduction=reduction)(support, support).mean()
+    loss.backward()  # outside of autocast, as PyTorch advises
+    assert loss.item() != plain.item()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, grads = loop(model, "torch").meta_gradient(support, support)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.grad, grads[name])
 
 
 # ---- FastWeights ---------------------------------------------------------------------------------------------

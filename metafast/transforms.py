@@ -1,0 +1,44 @@
+"""Who is transforming a call: torch.func, forward-mode autograd, torch.compile."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch.autograd import forward_ad
+
+__all__ = ["outside_compile", "tracing", "transformed"]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def transformed() -> bool:
+    """Whether a torch.func transform (grad, vmap, jvp, functionalize) is active."""
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return True if active is None else bool(active())
+
+
+def tracing() -> bool:
+    """Whether gradients may be wanted that `requires_grad` does not show: a transform, or forward-mode autograd."""
+    return transformed() or getattr(forward_ad, "_current_level", 0) >= 0
+
+
+def outside_compile(function: Function) -> Function:
+    """Break the graph of torch.compile around `function`, and run it, and all it calls, as it is.
+
+    The autograd engine may call back from a compiled step too, where nothing says so: so where dynamo is loaded at all,
+    it is switched off for the call.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or "torch._dynamo" in sys.modules:
+            from .uncompiled import run
+
+            return run(function, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return cast(Function, call)

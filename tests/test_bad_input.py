@@ -1,0 +1,331 @@
+"""Every message: place, got, expected, way out; and the model, its gradients and the process are as before."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_inner_loop import TASKS, WAYS, backends, close, data, expected, loop, mlp
+from torch import Tensor, nn
+
+import metafast
+from metafast.errors import BackendError, InputError, InputTypeError, LabelError, NonFiniteError, NonFiniteWarning
+
+pytestmark = pytest.mark.filterwarnings("ignore::metafast.FallbackWarning")
+
+
+def refused(inner: metafast.InnerLoop, support: Any, query: Any, error: type[Exception], text: str) -> None:
+    """The fused call and meta_gradient raise the same, and nothing changed; a right call still works."""
+    before = copy.deepcopy(inner.state_dict())
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    for call in (inner, inner.meta_gradient):
+        with pytest.raises(error, match=text) as caught:
+            call(support, query)
+        words = str(caught.value)
+        assert "got" in words and "expected" in words and ";" in words
+    after = inner.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert all(p.grad is None for p in inner.parameters())
+    assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
+    assert torch.is_grad_enabled()
+
+
+def still_right(inner: metafast.InnerLoop) -> None:
+    close(inner(data(0), data(1)), expected(inner.model, data(0), data(1)).losses.mean())
+
+
+# ---- batches -------------------------------------------------------------------------------------------------
+
+
+@backends
+def test_wrong_shapes_name_the_task_the_step_and_the_shapes(backend: str) -> None:
+    inner = loop(mlp(), backend)
+    (x, y), query = data(0), data(1)
+    refused(inner, (x[..., :5], y), query, InputError, r"task 0, inner step 0: .*\(5, 5\) float64, \(5,\) int64")
+    refused(inner, (x, y), (query[0][..., :5], query[1]), InputError, r"task 0, query loss: .*\(5, 5\)")
+    refused(inner, (x, y[:, :4]), query, InputError, r"task 0, inner step 0: ")
+    still_right(inner)
+
+
+@backends
+def test_missing_task_dimension(backend: str) -> None:
+    inner = loop(mlp(), backend)
+    (x, y), query = data(0), data(1)
+    refused(inner, (x[0], y[0]), query, InputError, r"support: got a tensor of shape \(5,\).*\(T, N, ...\)")
+    refused(inner, (x, y), (query[0], query[1][0]), InputError, r"query: .*unsqueeze\(0\)")
+    refused(inner, (x, torch.tensor(0)), query, InputError, r"support")
+    still_right(inner)
+
+
+@backends
+def test_differing_numbers_of_tasks(backend: str) -> None:
+    inner = loop(mlp(), backend)
+    support, (x, y) = data(0), data(1)
+    refused(inner, support, (x[:2], y[:2]), InputError, r"query\[0\]: got shape \(2, 5, 6\): 2 tasks, expected 3 tasks")
+    refused(inner, (support[0], support[1][:2]), (x, y), InputError, r"support\[1\]: got shape \(2, 5\)")
+
+
+@backends
+def test_no_task(backend: str) -> None:
+    inner = loop(mlp(), backend)
+    support, query = (tuple(t[:0] for t in batch) for batch in (data(0), data(1)))
+    refused(inner, support, query, InputError, "empty|no task")
+    by_objective = loop(mlp(), backend, None, objective=lambda m, b: m(b[0]).sum())
+    refused(by_objective, support, query, InputError, "no task.*T >= 1")
+
+
+@backends
+def test_empty_support_and_query(backend: str) -> None:
+    inner = loop(mlp(), backend)
+    support, query = data(0), data(1)
+    empty = query[0][:, :0], query[1][:, :0]
+    refused(inner, support, empty, InputError, r"query: got an empty tensor of shape \(3, 0, 6\)")
+    refused(inner, empty, query, InputError, "support: got an empty tensor")
+
+
+@backends
+def test_a_batch_of_another_nesting(backend: str) -> None:
+    inner = loop(mlp(), backend)
+    (x, y), query = data(0), data(1)
+    refused(inner, {"input": x, "target": y}, query, InputError, "expected a pair .*objective=")
+    refused(inner, (x, y, y), query, InputError, "expected a pair")
+    refused(inner, (x, y), x, InputError, "query: .*expected a pair")
+    refused(inner, (x.numpy(), y), query, InputTypeError, r"support\[0\]: got ndarray, expected a tensor")
+    refused(inner, (), query, InputError, "support: got no tensor")
+    by_objective = loop(mlp(), backend, None, objective=lambda m, b: m(b["x"][0]).sum())
+    refused(by_objective, {"x": [x, 3.0]}, {"x": [x, y]}, InputTypeError, r"support\['x'\]\[1\]: got float")
+    refused(by_objective, {"x": [x, y]}, {"x": [x, y[:2]]}, InputError, r"query\['x'\]\[1\]: .*2 tasks, expected 3")
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(backend: str, dtype: torch.dtype) -> None:
+    inner = loop(mlp(), backend)
+    (x, y), query = data(0), data(1)
+    refused(inner, (x.to(dtype), y), query, InputTypeError, rf"support\[0\]: got {dtype}, expected float32, float64")
+    with pytest.raises(InputTypeError, match=f"parameter 0.weight: got {dtype}, expected float32 or float64"):
+        loop(mlp().to(dtype), backend)
+    model = mlp()
+    inner = loop(model, backend)
+    model.to(dtype)
+    with pytest.raises(InputTypeError, match=f"parameter 0.weight: got {dtype}"):
+        inner((x, y), query)
+
+
+@backends
+def test_a_mix_of_devices(backend: str) -> None:
+    inner = loop(mlp(), backend)
+    (x, y), query = data(0), data(1)
+    text = r'support\[0\]: got device meta, expected the model\'s, cpu; use .to\("cpu"\)'
+    refused(inner, (x.to("meta"), y), query, InputTypeError, text)
+
+
+@backends
+def test_a_mix_of_dtypes(backend: str) -> None:
+    (x, y), query = data(0), data(1)
+    refused(loop(mlp(), backend), (x.float(), y), query, InputError, "task 0, inner step 0: .*float32")
+
+
+@backends
+@pytest.mark.parametrize("bad", [-1, WAYS, 1000])
+def test_labels_out_of_range(backend: str, bad: int) -> None:
+    inner = loop(mlp(), backend)
+    support, (x, y) = data(0), data(1)
+    y = y.clone()
+    y[2, 3] = bad
+    refused(inner, support, (x, y), LabelError, "task 2.*label.*out of range")
+    refused(inner, (x, y), support, LabelError, "task 2.*label.*out of range")
+    with pytest.raises(LabelError, match="task 2"):
+        inner.adapt((x, y))
+    still_right(inner)
+
+
+@backends
+def test_ignored_labels_are_not_out_of_range(backend: str) -> None:
+    support, (x, y) = data(0), data(1)
+    y = y.clone()
+    y[1, 2] = -100
+    close(loop(mlp(), backend)(support, (x, y)), expected(mlp(), support, (x, y)).losses.mean())
+
+
+def test_inputs_of_fast_weights() -> None:
+    x, y = data(0)
+    fast = loop(mlp()).adapt((x, y))
+    with pytest.raises(InputError, match="inputs of FastWeights: got 2 tasks, expected 3 tasks"):
+        fast(x[:2])
+    with pytest.raises(InputTypeError, match="got device meta"):
+        fast(x.to("meta"))
+
+
+# ---- losses --------------------------------------------------------------------------------------------------
+
+
+@backends
+def test_a_loss_that_is_not_a_scalar(backend: str) -> None:
+    def per_example(output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output, target, reduction="none")
+
+    support, query = data(0), data(1)
+    inner = loop(mlp(), backend, per_example)
+    refused(inner, support, query, InputError, r"task 0, inner step 0: loss: got shape \(5,\), expected a scalar")
+    inner = loop(mlp(), backend, query_loss=per_example)
+    refused(inner, support, query, InputError, r"task 0, query loss: loss: got shape \(5,\)")
+    inner = loop(mlp(), backend, lambda output, target: output.argmax())
+    refused(inner, support, query, InputTypeError, "loss: got torch.int64, expected a floating-point")
+    inner = loop(mlp(), backend, lambda output, target: 1.0)
+    refused(inner, support, query, InputTypeError, "loss: got float, expected a 0-dim tensor")
+
+
+@backends
+def test_outputs_that_are_not_there(backend: str) -> None:
+    inner = loop(mlp(), backend, None, objective=lambda m, b: F.cross_entropy(m(b[0]), b[1]), return_outputs=True)
+    refused(inner, data(0), data(1), InputTypeError, r"got a loss alone, expected \(loss, outputs\)")
+
+
+@backends
+def test_a_model_that_raises_for_one_task(backend: str) -> None:
+    class Picky(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if not x.isfinite().all():
+                raise ValueError("the input is not finite")
+            return super().forward(x)
+
+    inner = loop(Picky(6, WAYS).double(), backend)
+    (x, y), query = data(0), data(1)
+    x[1, 2, 3] = math.inf
+    refused(inner, (x, y), query, InputError, "task 1, inner step 0: ValueError: the input is not finite")
+
+
+@backends
+def test_a_model_that_branches_on_data(backend: str) -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, WAYS), nn.Linear(6, WAYS)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) + 0.1 * self.b(x) if x.sum() > 0 else self.b(x) * self.a(x)
+
+    torch.manual_seed(0)
+    model = Branching().double()
+    inner = loop(model, backend)
+    support, query = data(0), data(1)
+    answer = expected(model, support, query)
+    inner(support, query).backward()
+    for name, parameter in model.named_parameters():
+        close(parameter.grad, answer.params[name])
+
+
+# ---- options -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"steps": -1}, InputError, "steps=...: got -1, expected 0 or more"),
+        ({"steps": 1.5}, InputTypeError, "steps=...: got 1.5, expected an int"),
+        ({"steps": True}, InputTypeError, "steps=...: got True"),
+        ({"order": 3}, InputError, "order=...: got 3, expected 1 or 2"),
+        ({"order": True}, InputError, "order=...: got True"),
+        ({"reduction": "avg"}, InputError, "reduction=...: got 'avg', expected 'mean' or 'sum' or 'none'"),
+        ({"backend": "jax"}, InputError, "backend=...: got 'jax', expected 'auto' or 'native' or 'cuda' or 'torch'"),
+        ({"nonfinite": "ignore"}, InputError, "nonfinite=...: got 'ignore'"),
+        ({"return_outputs": "yes"}, InputError, "return_outputs=...: got 'yes'"),
+        ({"params": "nothing.*"}, InputError, "params=...: got 'nothing.*', expected a name or pattern"),
+        ({"params": ["0.weight", "2"]}, InputError, "got '2'.*matched by 'name.*'"),
+        ({"params": nn.Linear(2, 2)}, InputError, "shares no parameter with the model"),
+        ({"params": lambda name, p: False}, InputError, "expected at least one parameter that adapts"),
+        ({"params": []}, InputError, "at least one parameter"),
+        ({"params": 3}, InputTypeError, "params=...: got int"),
+        ({"update": 0.4}, InputTypeError, "update=...: got float, expected an UpdateRule"),
+        ({"objective": lambda m, b: 0}, InputError, "got both, expected one of them"),
+        ({"query_loss": F.cross_entropy, "query_objective": lambda m, b: 0}, InputError, "got both"),
+        ({"query_loss": 3}, InputTypeError, "got int, expected a callable"),
+    ],
+)
+def test_options(options: dict[str, Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error) as caught:
+        loop(mlp(), options.pop("backend", "torch"), **options)
+    got = str(caught.value).replace("(", "").replace(")", "")
+    want = text.replace("(", "").replace(")", "")
+    assert all(part in got for part in want.split(".*", 1) if not part.endswith("nothing")), got
+
+
+def test_model_and_loss() -> None:
+    with pytest.raises(InputTypeError, match=r"InnerLoop\(model\): got function, expected an nn.Module"):
+        loop(lambda x: x)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="a model without parameters"):
+        loop(nn.ReLU())
+    with pytest.raises(InputError, match="got neither, expected one of them"):
+        loop(mlp(), "torch", None)
+
+
+@pytest.mark.parametrize("name", ["steps", "order", "reduction", "backend", "nonfinite"])
+def test_options_set_later_are_checked_too(name: str) -> None:
+    inner = loop(mlp())
+    before = getattr(inner, name)
+    with pytest.raises((InputError, InputTypeError), match=rf"{name}=...\): got"):
+        setattr(inner, name, "nonsense")
+    assert getattr(inner, name) == before
+
+
+def test_cuda_is_not_there() -> None:
+    with pytest.raises(BackendError, match=r"got 'cuda', expected .*; use backend="):
+        loop(mlp(), "cuda")(data(0), data(1))
+
+
+# ---- not finite ----------------------------------------------------------------------------------------------
+
+
+@backends
+def test_a_loss_that_is_not_finite_warns_with_task_and_step(backend: str) -> None:
+    model, (x, y), query = mlp(), data(0), data(1)
+    x[1] = math.nan
+    inner = loop(model, backend)
+    with pytest.warns(NonFiniteWarning, match=r"task 1, inner step 0: loss became nan \(inner lr 0.3\)") as caught:
+        loss = inner((x, y), query)
+    assert caught[0].filename == __file__
+    assert loss.isnan()
+    with pytest.warns(NonFiniteWarning, match="task 1, inner step 0"):
+        loss, grads = inner.meta_gradient((x, y), query)
+    assert loss.isnan() and all(grad.isnan().any() for grad in grads.values())
+    with pytest.warns(NonFiniteWarning, match="task 1, inner step 0"):
+        fast = inner.adapt((x, y))
+    assert fast["2.bias"].isnan().any(1).tolist() == [False, True, False]
+
+
+@backends
+def test_a_query_loss_that_overflows(backend: str) -> None:
+    support, (x, y) = data(0), data(1)
+    x[2] = math.inf
+    with pytest.warns(NonFiniteWarning, match="task 2, query loss: loss became"):
+        losses = loop(nn.Linear(6, WAYS).double(), backend, reduction="none")(support, (x, y))
+    assert losses.isfinite().tolist() == [True, True, False]
+
+
+@backends
+def test_nonfinite_raise(backend: str) -> None:
+    model, (x, y), query = mlp(), data(0), data(1)
+    x[1] = math.nan
+    inner = loop(model, backend, nonfinite="raise")
+    for call in (inner, inner.meta_gradient, lambda s, q: inner.adapt(s)):
+        with pytest.raises(NonFiniteError, match=r"task 1, inner step 0: loss became nan .*; lower the inner"):
+            call((x, y), query)
+    assert all(p.grad is None for p in model.parameters())
+    still_right(inner)
+
+
+@backends
+def test_a_large_but_finite_loss_does_not_warn(backend: str) -> None:
+    support, query = data(0), data(1)
+    scale = 1e308
+
+    def large(output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output, target).detach() * 0 + output.mean() * 0 + scale
+
+    loss = loop(mlp(), backend, query_loss=large)(support, query)
+    assert TASKS > 1 and not loss.isnan()  # the sum of the losses overflows, none of them does

@@ -1,0 +1,218 @@
+"""Running statistics end as the eager loop over the tasks in order would leave them; a replay leaves them alone."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_inner_loop import LR, TASKS, WAYS, backends, close, data, expected, loop
+from torch import Tensor, nn
+
+from metafast.batchnorm import fold, tracked
+
+pytestmark = pytest.mark.filterwarnings("ignore::metafast.FallbackWarning")
+
+momenta = pytest.mark.parametrize("momentum", [0.1, 1.0, None])
+
+
+def net(momentum: float | None = 0.1, **options: Any) -> nn.Sequential:
+    torch.manual_seed(7)
+    norm = nn.BatchNorm1d(8, momentum=momentum, **options)
+    model = nn.Sequential(nn.Linear(6, 8), norm, nn.Tanh(), nn.Linear(8, WAYS)).double()
+    with torch.no_grad():
+        if model[1].running_mean is not None:
+            model[1].running_mean.normal_()
+            model[1].running_var.uniform_(0.5, 2.0)
+    return model
+
+
+def same_buffers(model: nn.Module, want: dict[str, Tensor]) -> None:
+    for name, buffer in model.named_buffers():
+        close(buffer.double(), want[name].double())
+
+
+@backends
+@momenta
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_the_fused_call_folds_once(backend: str, momentum: float | None, reduction: str, steps: int) -> None:
+    model, support, query = net(momentum), data(0), data(1, 7)
+    answer = expected(model, support, query, steps=steps)
+    loss = loop(model, backend, steps=steps, reduction=reduction)(support, query).mean()
+    same_buffers(model, answer.buffers)
+    assert int(model[1].num_batches_tracked) == TASKS * (steps + 1)
+    loss.backward()
+    same_buffers(model, answer.buffers)  # also where backward replays
+    close(loss, answer.losses.mean())
+    for name, parameter in model.named_parameters():
+        close(parameter.grad, answer.params[name])
+
+
+@backends
+@momenta
+def test_no_grad_meta_gradient_and_a_second_call_fold_too(backend: str, momentum: float | None) -> None:
+    model, support, query = net(momentum), data(0), data(1)
+    inner = loop(model, backend)
+    first = expected(model, support, query)
+    with torch.no_grad():
+        inner(support, query)
+    same_buffers(model, first.buffers)
+    second = expected(model, support, query)
+    inner.meta_gradient(support, query)
+    same_buffers(model, second.buffers)
+
+
+@backends
+@momenta
+def test_adapt_folds_its_own_passes_and_fast_weights_theirs(backend: str, momentum: float | None) -> None:
+    model, support, query = net(momentum), data(0), data(1)
+    reference = copy.deepcopy(model)
+    fast = loop(model, backend).adapt(support)
+    assert int(model[1].num_batches_tracked) == 2 * TASKS
+
+    for t in range(TASKS):
+        phi = dict(reference.named_parameters())
+        for _ in range(2):
+            loss = F.cross_entropy(torch.func.functional_call(reference, phi, (support[0][t],)), support[1][t])
+            grads = torch.autograd.grad(loss, list(phi.values()))
+            phi = {n: (p - LR * g).detach().requires_grad_() for (n, p), g in zip(phi.items(), grads, strict=True)}
+    same_buffers(model, dict(reference.named_buffers()))
+
+    logits = fast(query[0])
+    for t in range(TASKS):
+        torch.func.functional_call(reference, fast.task(t), (query[0][t],))
+    same_buffers(model, dict(reference.named_buffers()))
+    after = copy.deepcopy(dict(model.named_buffers()))
+    F.cross_entropy(logits.flatten(0, 1), query[1].flatten()).backward()
+    same_buffers(model, after)
+
+
+@backends
+def test_eval_mode_reads_the_running_statistics_and_leaves_them(backend: str) -> None:
+    model, support, query = net().eval(), data(0), data(1)
+    before = copy.deepcopy(dict(model.named_buffers()))
+    answer = expected(model, support, query)
+    loss = loop(model, backend, reduction="none")(support, query)
+    loss.mean().backward()
+    close(loss, answer.losses)
+    for name, parameter in model.named_parameters():
+        close(parameter.grad, answer.params[name])
+    same_buffers(model, before)
+
+
+@backends
+def test_a_replay_reads_the_statistics_of_the_first_pass(backend: str) -> None:
+    model, support, query = net().eval(), data(0), data(1)
+    answer = expected(model, support, query)
+    loss = loop(model, backend, reduction="none")(support, query)
+    with torch.no_grad():
+        model[1].running_mean.add_(5.0)
+    loss.mean().backward()
+    for name, parameter in model.named_parameters():
+        close(parameter.grad, answer.params[name])
+
+
+@backends
+def test_train_and_eval_in_turn(backend: str) -> None:
+    model, support, query = net(), data(0), data(1)
+    inner = loop(model, backend)
+    for train in (True, False, True):
+        model.train(train)
+        answer = expected(model, support, query)
+        close(inner(support, query), answer.losses.mean())
+        same_buffers(model, answer.buffers)
+    model[1].eval()  # one layer alone
+    answer = expected(model, support, query)
+    close(inner(support, query), answer.losses.mean())
+    same_buffers(model, answer.buffers)
+
+
+@backends
+@pytest.mark.parametrize("options", [{"track_running_stats": False}, {"affine": False}])
+def test_without_tracking_or_affine(backend: str, options: dict[str, bool]) -> None:
+    model, support, query = net(**options), data(0), data(1)
+    answer = expected(model, support, query)
+    inner = loop(model, backend)
+    loss = inner(support, query)
+    loss.backward()
+    close(loss, answer.losses.mean())
+    same_buffers(model, answer.buffers)
+    for name, parameter in model.named_parameters():
+        close(parameter.grad, answer.params[name])
+
+
+class Twice(nn.Module):
+    """One layer called twice in a pass, and a buffer that a module writes on its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.BatchNorm1d(6), nn.Linear(6, WAYS)
+        self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("level", torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        self.level = 0.5 * self.level + x.detach().abs().mean(0)  # a new tensor under the old name
+        return self.head(self.norm(torch.tanh(self.norm(x)) / self.level))
+
+
+@backends
+def test_a_layer_used_twice_and_buffers_written_by_the_model(backend: str) -> None:
+    torch.manual_seed(8)
+    model, support, query = Twice().double(), data(0), data(1)
+    reference = copy.deepcopy(model)
+    inner = loop(model, backend)
+    inner(support, query)
+    theta = dict(reference.named_parameters())
+    for t in range(TASKS):
+        phi = theta
+        for _ in range(2):
+            loss = F.cross_entropy(torch.func.functional_call(reference, phi, (support[0][t],)), support[1][t])
+            grads = torch.autograd.grad(loss, list(phi.values()))
+            phi = {n: (p - LR * g).detach().requires_grad_() for (n, p), g in zip(phi.items(), grads, strict=True)}
+        torch.func.functional_call(reference, phi, (query[0][t],))
+    assert int(model.passes) == 3 * TASKS
+    close(model.norm.running_mean, reference.norm.running_mean)
+    close(model.norm.running_var, reference.norm.running_var)
+
+
+@backends
+def test_an_error_leaves_the_statistics(backend: str) -> None:
+    model, support = net(), data(0)
+    before = copy.deepcopy(dict(model.named_buffers()))
+    labels = data(1)[1].clone()
+    labels[TASKS - 1] = WAYS  # the last task's query fails, after all other passes
+    with pytest.raises(ValueError, match="task 2"):
+        loop(model, backend)(support, (data(1)[0], labels))
+    same_buffers(model, before)
+
+
+@backends
+def test_nonfinite_raise_leaves_the_statistics(backend: str) -> None:
+    model, (x, y) = net(), data(0)
+    before = copy.deepcopy(dict(model.named_buffers()))
+    x[1] = float("nan")
+    with pytest.raises(ArithmeticError, match="task 1"):
+        loop(model, backend, nonfinite="raise")((x, y), data(1))
+    same_buffers(model, before)
+
+
+@momenta
+def test_fold_is_the_layers_own_recurrence(momentum: float | None) -> None:
+    torch.manual_seed(0)
+    layer, want = (nn.BatchNorm1d(3, momentum=momentum).double() for _ in range(2))
+    for passes in (1, 4):
+        x = torch.randn(passes, 5, 3, dtype=torch.float64)
+        for batch in x:
+            want(batch)
+        fold(layer, x.mean(1), x.var(1, unbiased=True))
+        same_buffers(layer, dict(want.named_buffers()))
+
+
+def test_tracked() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3, track_running_stats=False), nn.BatchNorm1d(3))
+    model[2].eval()
+    assert list(tracked(model)) == ["0"]
