@@ -20,10 +20,10 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -32,6 +32,7 @@ from .batchnorm import copied
 from .errors import BackendError, DoubleBackwardError, InputChangedError, TransformError, message
 from .externs import find_externs
 from .problem import Backend, Outcome, Problem
+from .reference import swapping
 from .transforms import outside_compile, tracing, transformed
 
 __all__ = ["AdaptCall", "Call", "FusedCall", "launch"]
@@ -194,7 +195,10 @@ class AdaptCall(Call):
         return [outcome.fast[name] for name in problem.adapted]
 
     def replay(self, problem: Problem, cotangents: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
-        given = {name: c for name, c in zip(problem.adapted, cotangents, strict=True) if c is not None}
+        given = {}
+        for name, cotangent in zip(problem.adapted, cotangents, strict=True):
+            leaf = problem.leaves["param/" + name]
+            given[name] = leaf.new_zeros((problem.tasks, *leaf.shape)) if cotangent is None else cotangent
         return self.backend(problem).adapt_vjp(problem, given)
 
     def fake(self, leaves: Sequence[Tensor]) -> list[Tensor]:
@@ -352,6 +356,30 @@ def _autograd_inside() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _installed(problem: Problem) -> Iterator[None]:
+    """Put the leaves themselves on the model, where functional_call may have left tensors of a transform."""
+    slots = []
+    for name, leaf in problem.group("param").items():
+        for alias in problem.aliases.get(name, (name,)):
+            path, _, key = alias.rpartition(".")
+            slots.append((problem.model.get_submodule(path)._parameters, key, leaf))
+    with swapping:
+        before = [store[key] for store, key, _ in slots]
+        for store, key, leaf in slots:
+            store[key] = cast(nn.Parameter, leaf)
+        try:
+            yield
+        finally:
+            for (store, key, _), tensor in zip(slots, before, strict=True):
+                store[key] = tensor
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A registered operation's results are contiguous and share no memory, not with each other either."""
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
 @torch.library.custom_op("metafast::replay", mutates_args=())
 def _replay(leaves: list[Tensor], call: int) -> list[Tensor]:
     known = _call(call)
@@ -359,10 +387,10 @@ def _replay(leaves: list[Tensor], call: int) -> list[Tensor]:
     assert known.surroundings is not None
     known.surroundings.rewind()  # every slice of a vmap draws the same
     problem = known.problem.with_leaves(leaves)
-    with _autograd_inside(), known.surroundings.precision(), torch.no_grad(), _Watched():
+    with _autograd_inside(), known.surroundings.precision(), torch.no_grad(), _installed(problem), _Watched():
         if not problem.group("extern") and find_externs(problem):
             raise _unseen("one that requires grad")
-        return [t.contiguous() for t in known.forward(problem)]
+        return [_own(t) for t in known.forward(problem)]
 
 
 @_replay.register_fake
@@ -373,9 +401,10 @@ def _(leaves: list[Tensor], call: int) -> list[Tensor]:
 @torch.library.custom_op("metafast::replay_vjp", mutates_args=())
 def _replay_vjp(leaves: list[Tensor], cotangents: list[Tensor], call: int) -> list[Tensor]:
     known = _call(call)
-    with _autograd_inside():
-        grads = known.backward(known.problem.with_leaves(leaves), cotangents)
-    return [_filled(g, leaf).contiguous() for g, leaf in zip(grads, known.wanted(leaves), strict=True)]
+    problem = known.problem.with_leaves(leaves)
+    with _autograd_inside(), _installed(problem), _Watched():
+        grads = known.backward(problem, cotangents)
+    return [_own(_filled(g, leaf)) for g, leaf in zip(grads, known.wanted(leaves), strict=True)]
 
 
 @_replay_vjp.register_fake

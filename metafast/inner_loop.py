@@ -222,6 +222,8 @@ class InnerLoop(nn.Module):
         for place, _, tensors in batches:
             for index, tensor in enumerate(tensors):
                 leaves[f"{place}/{index}"] = tensor
+        if any(leaf.is_inference() for leaf in leaves.values()):
+            leaves = {key: _ordinary(leaf) for key, leaf in leaves.items()}
         problem = Problem(
             model=self.model,
             inner_objective=layout.objectives[0],
@@ -297,6 +299,9 @@ class InnerLoop(nn.Module):
 
     def _guarded(self, function: Callable[[Any], Any], argument: Any, problem: Problem) -> Any:
         """Run a call; with `nonfinite="raise"` an error leaves the buffers as they were."""
+        if torch.is_inference_mode_enabled():  # what is saved between passes must be ordinary tensors
+            with torch.inference_mode(False), torch.no_grad():
+                return self._guarded(function, argument, problem)
         if self.nonfinite == "warn" or not problem.buffers:
             return function(argument)
         before = {name: buffer.detach().clone() for name, buffer in problem.buffers.items()}
@@ -469,6 +474,14 @@ def _first_nonfinite(outcome: Outcome) -> tuple[int, int, float] | None:
         return None
     task, step = int(bad[0, 0]), int(bad[0, 1])
     return task, step, float(table[task, step])
+
+
+def _ordinary(leaf: Tensor) -> Tensor:
+    """Inference tensors cannot take part in autograd; copies made outside of that mode can."""
+    if not leaf.is_inference():
+        return leaf
+    with torch.inference_mode(False):
+        return leaf.clone()
 
 
 def _require_dtype(name: str, parameter: Tensor) -> None:

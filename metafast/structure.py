@@ -80,8 +80,8 @@ class Structure:
         """The buffers as they are now, parallel to `buffer_names`."""
         return [store[key] for store, key in self._buffers]
 
-    def training(self) -> tuple[bool, ...]:
-        """The training flag of every module, in the order of `modules()`."""
-        return tuple(d["training"] for d in self._dicts)
+    def training(self) -> tuple[bool | None, ...]:
+        """The training flag of every module, in the order of `modules()`; None where another module keeps it."""
+        return tuple(d.get("training") for d in self._dicts)
 
 
