@@ -66,6 +66,29 @@ def _linear(c: Context, x: Any, weight: Any, bias: Any = None) -> Value:
     return y if bias is None else c("add", y, bias)
 
 
+@rule("_trilinear")
+def _trilinear(
+    c: Context,
+    x: Any,
+    y: Any,
+    z: Any,
+    expand1: Sequence[int],
+    expand2: Sequence[int],
+    expand3: Sequence[int],
+    sumdim: Sequence[int],
+    unroll_dim: int = 1,
+) -> Value:
+    """The product of three arrays, each given dims of size 1, summed over some dims (bilinear layers)."""
+    rank = len(c.shape(x)) + len(expand1)
+
+    def laid(v: Any, ones: Sequence[int]) -> Value:
+        sizes = iter(c.shape(v))
+        return c.reshape(v, [1 if d in ones else next(sizes) for d in range(rank)])
+
+    product = c("mul", c("mul", laid(x, expand1), laid(y, expand2)), laid(z, expand3))
+    return c.total(product, sumdim)
+
+
 # ---- convolution ----------------------------------------------------------------------------------------------
 
 

@@ -41,7 +41,7 @@ def _rows(c: Context, logs: Any, target: Any) -> tuple[Any, Any]:
 
 
 def _nll(c: Context, logs: Any, hot: Value, weight: Any, reduction: int) -> tuple[Value, Value]:
-    """−w_y·log p_y of each row, reduced, and the total weight. `where`, not a product: −∞ of another class is no NaN."""
+    """−w_y·log p_y of each row, reduced, and the total weight. `where`: −∞ of another class must not become NaN."""
     picked = c("where", hot, logs, 0.0)
     if weight is None:
         losses, weights = c.total(c("neg", picked), 1), hot
@@ -144,8 +144,8 @@ def _bernoulli(c: Context, p: Any, target: Any) -> Value:
 
 @rule("binary_cross_entropy")
 def _bce(c: Context, p: Any, target: Any, weight: Any = None, reduction: int = 1) -> Value:
-    """Where p(1−p) < 1e-12 PyTorch's gradient is (p − target)/1e-12: there the value is constant, and a parabola that is
-    zero carries that slope. Elsewhere p is replaced by ½ on the branch not taken, and so never divides by zero."""
+    """Where p(1−p) < 1e-12 PyTorch's gradient is (p − target)/1e-12: there a parabola less its own value carries that
+    slope. On the branch not taken p is replaced by ½, and so never divides by zero."""
     p = c.real(p)
     flat = c("lt", c("mul", c("sub", 1.0, p), p), 1e-12)
     inside = _bernoulli(c, c("where", flat, 0.5, p), target)

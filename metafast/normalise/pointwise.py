@@ -1,21 +1,23 @@
 """Rules for arithmetic, comparison and choice, element by element, and for activations.
 
-At a kink each rule picks the side whose derivative PyTorch's backward uses; a branch that was not taken is computed on a
-harmless value, so that it cannot turn a zero cotangent into 0·∞.
+At a kink each rule picks the side whose derivative PyTorch's backward uses; a branch that was not taken is computed on
+a harmless value, so that it cannot turn a zero cotangent into 0·∞.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from metafast.graph import Value
-from metafast.normalise.table import Context, Rule, rule
+from metafast.normalise.table import Context, rule
 
-_SAME_NAME = ("neg", "exp", "log", "sqrt", "rsqrt", "square", "abs", "sign", "tanh", "sigmoid", "erf", "relu", "expm1")
-_SAME_NAME += ("log1p", "sin", "cos", "floor", "maximum", "minimum")
+_SAME_NAME = "neg exp log sqrt rsqrt square abs sign tanh sigmoid erf relu expm1 log1p sin cos floor maximum minimum"
+_SAME_NAME += " gt ge lt le eq ne"
+_OTHER_NAME = {"reciprocal": "recip", "sgn": "sign", "max.other": "maximum", "min.other": "minimum"}
 
 
 def _enter_direct(aten: str, op: str) -> None:
@@ -24,13 +26,8 @@ def _enter_direct(aten: str, op: str) -> None:
         return c(op, *x)
 
 
-for _name in _SAME_NAME:
-    _enter_direct(_name, _name)
-for _aten, _op in {"reciprocal": "recip", "sgn": "sign", "gt": "gt", "ge": "ge", "lt": "lt", "le": "le", "eq": "eq"}.items():
+for _aten, _op in {**{n: n for n in _SAME_NAME.split()}, **_OTHER_NAME}.items():
     _enter_direct(_aten, _op)
-for _aten, _op in {"ne": "ne", "max.other": "maximum", "min.other": "minimum", "fmod": "", "logical_xor": ""}.items():
-    if _op:
-        _enter_direct(_aten, _op)
 
 
 # ---- arithmetic -----------------------------------------------------------------------------------------------
@@ -69,7 +66,7 @@ def _div(c: Context, x: Any, y: Any, *, rounding_mode: str | None = None) -> Val
 def _pow(c: Context, x: Any, y: Any) -> Value:
     number = y if isinstance(y, (int, float)) else None
     if number in (0.5, -0.5, -1):
-        return c({0.5: "sqrt", -0.5: "rsqrt", -1: "recip"}[float(number)], x)  # type: ignore[arg-type]
+        return c({0.5: "sqrt", -0.5: "rsqrt", -1: "recip"}[float(number)], x)
     if number == 3:
         return c("mul", c("square", x), x)
     if number == 4:
@@ -155,15 +152,16 @@ def _not(c: Context, x: Any) -> Value:
     return c("eq", x, 0.0)
 
 
-def _enter_bitwise(name: str, of_bools: Rule) -> None:
+def _enter_bitwise(name: str, of_bools: Callable[..., Value]) -> None:
     @rule(name)
     def bitwise(c: Context, *x: Any) -> Value:
         if c.out[0].dtype != torch.bool:
             raise c.refuse("bitwise operations on integers have no native form")
-        return of_bools(c, *x)  # type: ignore[no-any-return]
+        return of_bools(c, *x)
 
 
-for _name, _rule in {"and": _and, "or": _or, "xor": _xor, "not": _not}.items():
+_OF_BOOLS: dict[str, Callable[..., Value]] = {"and": _and, "or": _or, "xor": _xor, "not": _not}
+for _name, _rule in _OF_BOOLS.items():
     _enter_bitwise(f"bitwise_{_name}", _rule)
     _enter_bitwise(f"__{_name}__", _rule)
 
@@ -248,6 +246,11 @@ def _leaky_relu(c: Context, x: Any, negative_slope: float = 0.01) -> Value:
 @rule("_prelu_kernel")
 def _prelu(c: Context, x: Any, weight: Any) -> Value:
     return c("where", c("step", x), x, c("mul", weight, x))
+
+
+@rule("rrelu_with_noise")
+def _rrelu(c: Context, x: Any, noise: Any, lower: float = 0.125, upper: float = 1 / 3, *_: Any) -> Value:
+    return _leaky_relu(c, x, (lower + upper) / 2)  # in evaluation mode; in training it draws, and is refused before
 
 
 @rule("elu")

@@ -1,9 +1,9 @@
 """The walk over a Trace: what each tensor holds now, call by call.
 
-A *cell* is one tensor. It holds a Value of the Graph, or a real tensor where everything it was made of is constant (those
-are simply computed), or the error that its making met: raised only if an output needs it, so that a dead unsupported op
-costs nothing. A view's cell has a parent and the view between them; writing through it rewrites the parent, and a view
-whose parent has changed is derived anew. That is all of functionalisation.
+A *cell* is one tensor. It holds a Value of the Graph, or a real tensor where everything it was made of is constant
+(those are simply computed), or the error that its making met: raised only if an output needs it, so that a dead
+unsupported op costs nothing. A view's cell has a parent and the view between them; writing through it rewrites the
+parent, and a view whose parent has changed is derived anew. That is all of functionalisation.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from metafast.capture import Call, OpInfo, Ref, TensorInfo, Trace, Unsupported, op_info
 from metafast.graph import Builder, Graph, GraphError, Value
 from metafast.normalise.table import RULES, Context, NeedsReal
-from metafast.normalise.views import Stop, View, views_of
+from metafast.normalise.views import Stop, View, past_autograd, views_of
 
 Content = Any  # Value | Tensor | Unsupported
 
@@ -25,10 +25,10 @@ Content = Any  # Value | Tensor | Unsupported
 def normalise(trace: Trace, *, outputs: bool = True) -> Graph:
     """Write a trace as a Graph.
 
-    **Arguments**: `outputs`, whether what the objective returned beside the loss is wanted. **Returns** a Graph with an
-    input of role `param`, `buffer`, `support`, `extern`... for each leaf that is read, and outputs "loss",
-    "output/<i>", "stat/<module path>/<call>/mean" and ".../var" (or, of an update rule, its own names). Labels stay "int";
-    boolean inputs, and integer ones that are computed with, are declared "real", and the caller converts them.
+    **Arguments**: `outputs`, whether what the objective returned beside the loss is wanted. **Returns** a Graph with
+    an input of role `param`, `buffer`, `support`, `extern`... for each leaf that is read, and outputs "loss",
+    "output/<i>", "stat/<module path>/<call>/mean" and ".../var" (or, of an update rule, its own names). Labels stay
+    "int"; boolean inputs, and integer ones that are computed with, are declared "real": the caller converts them.
     **Raises** `Unsupported`, which names the op, the module path and the user's line.
     """
     as_real: set[str] = set()
@@ -109,7 +109,7 @@ class _Rewriter:
             return info.literal.clone()
         assert info.key is not None, "a tensor that no call made is a leaf"
         role, _, name = info.key.partition("/")
-        if info.dtype.is_floating_point and info.dtype != self.trace.dtype or info.dtype.is_complex:
+        if info.dtype.is_complex or (info.dtype.is_floating_point and info.dtype != self.trace.dtype):
             return Unsupported(info.key, "", f"it is {info.dtype}, the parameters are {self.trace.dtype}")
         whole = not info.dtype.is_floating_point and info.dtype != torch.bool and info.key not in self.as_real
         value = self.b.input(role, name, info.shape, "int" if whole else "real")
@@ -212,8 +212,6 @@ class _Rewriter:
         shapes = [self.trace.tensors[r.id].shape for r in refs]
         chains = views_of(self.c, info.base, self.c.shape(content), shapes, call.args[1:], call.kwargs)
         for ref, chain in zip(refs, chains, strict=True):
-            if ref.id in self.cells:  # the op returned its argument
-                continue
             if not call.grad and Stop() not in chain:
                 chain = (*chain, Stop())
             last = cell
@@ -227,18 +225,24 @@ class _Rewriter:
     def _in_place(self, call: Call, info: OpInfo) -> None:
         """`f_(x, ...)`: write f(x, ...) to x."""
         targets = _written(call, info)
-        if info.reshapes or len(targets) != 1 or call.args[0] != targets[0] or not info.base.endswith("_"):
+        if not info.base.endswith("_") and any(r != t for r, t in zip(_refs(call.outputs), targets, strict=False)):
+            self._compute(call, info)  # it writes what its results do not show (noise, saved for its backward)
+            for ref in targets:
+                self._write(self._cell(ref), Unsupported(call.op, call.origin, "it is written by this op"))
+            return
+        if len(targets) != 1 or call.args[0] != targets[0] or not info.base.endswith("_"):
             raise Unsupported(call.op, call.origin, "this way of writing in place has no native form")
         cell = self._cell(targets[0])
         args, kwargs, static = self._arguments(call)
         if static:
             call.func(*args, **kwargs)  # views of constants are true views: one write is seen by all
             return
-        if not call.grad and self.trace.tensors[targets[0].id].requires_grad:
-            raise Unsupported(call.op, call.origin, "changes a value that has a gradient where gradients are off")
-        made = self.c.real(self._rule(call, info)(self.c, *args, **kwargs))
-        shape = self.trace.tensors[targets[0].id].shape
-        self._write(cell, self._checked(made if made.shape == shape else self.c.spread(made, shape), targets[0], call))
+        made = self._rule(call, info)(self.c, *args, **kwargs)
+        target = self.trace.tensors[targets[0].id]
+        made = self._checked(self.c.spread(made, target.shape), targets[0], call)
+        if not call.grad and target.requires_grad:
+            made = past_autograd(self.c, self.c.real(args[0]), made)
+        self._write(cell, made)
 
     def _compute(self, call: Call, info: OpInfo | None) -> None:
         args, kwargs, static = self._arguments(call)
@@ -270,11 +274,7 @@ class _Rewriter:
         return content
 
 
-class _Same(View):
-    """A second tensor over the same memory."""
-
-
-_SAME = _Same()
+_SAME = View()  # a second tensor over the same memory
 
 
 def _refs(x: Any) -> list[Ref]:

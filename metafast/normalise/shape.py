@@ -185,8 +185,8 @@ def _index(c: Context, x: Any, indices: Sequence[Any]) -> Value:
     rows_labels = [i for _, i in used]
     if len(c.shape(x)) == 2 and len(used) == 2 and isinstance(rows_labels[0], torch.Tensor):
         rows, labels = rows_labels
-        if rows.shape == c.shape(labels) and torch.equal(rows, torch.arange(c.shape(x)[0])) and isinstance(labels, Value):
-            return pick(c, x, labels)
+        if isinstance(labels, Value) and rows.dim() == 1 and torch.equal(rows, torch.arange(labels.shape[0])):
+            return pick(c, c.piece(x, 0, 0, len(rows)), labels)
     raise c.refuse("the index depends on the data, or runs over several dims")
 
 
@@ -293,8 +293,7 @@ def _norm(c: Context, x: Any, p: float | None = 2, dim: Any = None, keepdim: boo
 
 @rule("logsumexp")
 def _logsumexp(c: Context, x: Any, dim: Sequence[int], keepdim: bool = False) -> Value:
-    """Σ p·(x − log p) with p = softmax x: each term of weight is exact, and Σ dp = 0 makes its derivatives those of
-    logsumexp."""
+    """Σ p·(x − log p) with p = softmax x: exact where p weighs, and Σ dp = 0 makes its derivatives logsumexp's."""
     (d,) = c.dims(x, dim)
     logs = c("log_softmax", x, dim=d)
     p = c("exp", logs)

@@ -1,13 +1,14 @@
 """The table of rules: how each aten op is written in metafast's ops, and what a rule is given to write with.
 
-A rule is called as the aten op was (`rule(c, *args, **kwargs)`, tensors replaced by what they hold) and returns what the
-outputs hold. It is found by "base.overload", else by "base". An in-place op has no rule of its own: `add_` is `add`.
+A rule is called as the aten op was (`rule(c, *args, **kwargs)`, tensors replaced by what they hold) and returns what
+the outputs hold. It is found by "base.overload", else by "base". An in-place op has no rule of its own (`add_` is
+`add`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,6 +18,7 @@ from metafast.ops import numel
 from metafast.ops.shape import literal
 
 Rule = Callable[..., Any]
+Entered = TypeVar("Entered", bound=Rule)
 RULES: dict[str, Rule] = {}
 
 
@@ -28,10 +30,10 @@ class NeedsReal(Unsupported):
         super().__init__(op, origin, f"computes with the integers of {key}")
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
+def rule(*names: str) -> Callable[[Entered], Entered]:
     """Enter a rule under these names."""
 
-    def enter(f: Rule) -> Rule:
+    def enter(f: Entered) -> Entered:
         for name in names:
             if name in RULES:
                 raise ValueError(f"rule {name!r} is entered twice")
@@ -42,7 +44,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 class Context:
-    """What a rule writes with. Calling it writes an op: `c("add", x, 1.0)`; numbers and constant tensors are converted."""
+    """What a rule writes with. Calling it writes an op, `c("add", x, 1.0)`, converting numbers and constant tensors."""
 
     def __init__(self, b: Builder, keys: dict[Value, str]) -> None:
         self.b = b

@@ -16,7 +16,10 @@ from metafast.normalise.table import Context
 
 @dataclass(frozen=True)
 class View:
-    """`get` reads through the view, `put` is the parent after `new` was written through it, `of_tensor` is PyTorch's."""
+    """`get` reads through the view, `put` is the parent after `new` was written through it, `of_tensor` is PyTorch's.
+
+    The base class is the view of everything.
+    """
 
     def get(self, b: Builder, v: Value) -> Value:
         """The view of a Value."""
@@ -110,21 +113,30 @@ class Expand(View):
         return t.expand(self.shape)
 
 
+def is_constant(b: Builder, v: Value) -> bool:
+    """Whether nothing flows back through the value anyway."""
+    node = b.producer(v)
+    while node is not None and node.op in ("reshape", "permute", "expand", "slice"):
+        node = b.producer(node.inputs[0])
+    return node is not None and node.op in ("stop_gradient", "const", "literal")
+
+
+def past_autograd(c: Context, old: Value, new: Value) -> Value:
+    """What a tensor holds after a write that autograd did not see: the new value, with the old one's gradient."""
+    if is_constant(c.b, old):
+        return new
+    return c("add", Stop().get(c.b, new), c("sub", old, Stop().get(c.b, old)))
+
+
 @dataclass(frozen=True)
 class Stop(View):
     """`detach`: the same values, without gradient."""
 
     def get(self, b: Builder, v: Value) -> Value:
-        node = b.producer(v)
-        if v.dtype != "real" or (node is not None and node.op in ("stop_gradient", "const", "literal")):
-            return v
-        return b.op("stop_gradient", v)
+        return v if v.dtype != "real" or is_constant(b, v) else b.op("stop_gradient", v)
 
     def put(self, c: Context, parent: Value, new: Any) -> Value:
-        node = c.b.producer(parent)
-        if node is not None and node.op in ("stop_gradient", "const", "literal"):
-            return c.real(new)
-        raise c.refuse("writes through a detached tensor, past autograd")
+        return past_autograd(c, parent, c.real(new))
 
     def of_tensor(self, t: Tensor) -> Tensor:
         return t.detach()

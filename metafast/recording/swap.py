@@ -1,0 +1,139 @@
+"""A model with other tensors for the time of a run, and a look at what the run did to it."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from metafast.recording.recorder import Recorder
+
+_SIMPLE = (bool, int, float, complex, str, bytes, type(None))
+_STORES = ("_parameters", "_buffers")
+
+
+def copy_of(tensor: Tensor, requires_grad: bool) -> Tensor:
+    """A leaf with the same values."""
+    copy = tensor.detach().clone()
+    return copy.requires_grad_() if requires_grad and copy.is_floating_point() else copy
+
+
+class Swapped:
+    """The model with copies for its parameters and buffers, until `leave`.
+
+    Only the modules' own dictionaries are touched; a tied tensor has one copy, under its first name.
+    """
+
+    def __init__(self, model: nn.Module, recorder: Recorder) -> None:
+        self._model, self._recorder = model, recorder
+        self._copies: dict[int, Tensor] = {}
+        self._stores: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = []
+        self._modules: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = []
+
+    def enter(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Swap in copies of these; returns the copies by leaf key."""
+        leaves: dict[str, Tensor] = {}
+        for path, module in self._model.named_modules():
+            self._save(path, module)
+            before = dict(module._parameters), dict(module._buffers)
+            self._swap(path, "param", module._parameters, params, leaves)
+            self._swap(path, "buffer", module._buffers, buffers, leaves)
+            self._hide_counter(path, module)
+            for store, old in zip((module._parameters, module._buffers), before, strict=True):
+                self._stores.append((path, store, old, dict(store)))
+        for key, copy in leaves.items():
+            self._recorder.leaf(key, copy)
+        return leaves
+
+    def _swap(
+        self, path: str, kind: str, store: dict[str, Any], given: Mapping[str, Tensor], leaves: dict[str, Tensor]
+    ) -> None:
+        for name, own in list(store.items()):
+            if own is None:
+                continue
+            if id(own) not in self._copies:
+                full = _join(path, name)
+                value = given.get(full, own)
+                copy = copy_of(value, kind == "param" or value.requires_grad)
+                leaves[f"{kind}/{full}"] = self._copies[id(own)] = copy
+                if own.layout is torch.strided:
+                    self._recorder.originals[own.untyped_storage()._cdata] = full
+            store[name] = self._copies[id(own)]
+
+    def _hide_counter(self, path: str, module: nn.Module) -> None:
+        """A layer that sees no counter of its batches neither writes nor reads one; its passes are folded elsewhere."""
+        if not (isinstance(module, _NormBase) and module.training and module.running_mean is not None):
+            return
+        counted = module._buffers.get("num_batches_tracked") is not None
+        momentum = module.momentum if counted else module.momentum or 0.0
+        self._recorder.momenta.setdefault(path, momentum)
+        if counted:
+            module._buffers["num_batches_tracked"] = None
+
+    def _save(self, path: str, module: nn.Module) -> None:
+        plain = {k: v for k, v in module.__dict__.items() if k not in _STORES}
+        containers = {k: c for k, v in plain.items() if (c := _contents(v)) is not None}
+        self._modules.append((path, module.__dict__, plain, containers))
+
+    def leave(self) -> str | None:
+        """Restore everything; returns the path of an attribute that had changed, if one had."""
+        changed: list[str] = []
+        for path, store, before, swapped in self._stores:
+            changed += [_join(path, n) for n in {**store, **swapped} if store.get(n) is not swapped.get(n)]
+            store.clear()
+            store.update(before)
+        for path, now, plain, containers in self._modules:
+            changed += [_join(path, n) for n in _restore(now, plain, containers)]
+        return changed[0] if changed else None
+
+
+def _restore(now: dict[str, Any], plain: dict[str, Any], containers: dict[str, Any]) -> list[str]:
+    """Bring a module's attributes back; returns the names of those that had changed."""
+    changed = [name for name in now if name not in plain and name not in _STORES]
+    for name in changed:
+        del now[name]
+    for name, value in plain.items():
+        if name not in now or not _same(now[name], value):
+            changed.append(name)
+            now[name] = value
+    for name, contents in containers.items():
+        if not _same_all(_contents(plain[name]), contents):
+            changed.append(name)
+            _refill(plain[name], contents)
+    return changed
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _contents(value: Any) -> Any:
+    """A container's elements, to compare and restore; None for anything else."""
+    if isinstance(value, dict):
+        return list(value.items())
+    return list(value) if isinstance(value, (list, set, collections.deque, bytearray)) else None
+
+
+def _refill(value: Any, contents: list[Any]) -> None:
+    value.clear()
+    if isinstance(value, (dict, set)):
+        value.update(contents)
+    else:
+        value.extend(contents)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """The same object, an equal number or string, or tuples of such."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    return _same_all(a, b) if isinstance(a, tuple) else isinstance(a, _SIMPLE) and bool(a == b)
+
+
+def _same_all(a: Any, b: Any) -> bool:
+    return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))

@@ -1,0 +1,87 @@
+"""The two modes under which the user's code runs: one sees the dispatcher's calls, one what never reaches it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from metafast.recording.recorder import Recorder
+
+
+class Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Hands every call of the dispatcher to the recorder."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._recorder = recorder
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # True, the default, wraps __torch_dispatch__ so that its first call imports torch._dynamo: half a second.
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._recorder.call(func, args, kwargs or {})
+
+
+_READS_DATA = "its values leave for Python or NumPy"
+_TAKES_GRADIENT = "a gradient is taken inside the loss"
+_WATCHED: dict[Any, str] = {
+    torch.Tensor.register_hook: "a tensor hook changes the gradient out of sight",
+    torch.Tensor.register_post_accumulate_grad_hook: "a tensor hook acts out of sight",
+    torch.Tensor.backward: _TAKES_GRADIENT,
+    torch.autograd.grad: _TAKES_GRADIENT,
+    torch.autograd.backward: _TAKES_GRADIENT,
+    torch.Tensor.tolist: _READS_DATA,
+    torch.Tensor.numpy: _READS_DATA,
+    torch.Tensor.__array__: _READS_DATA,
+    torch.Tensor.__dlpack__: _READS_DATA,
+    torch.Tensor.data_ptr: _READS_DATA,
+    torch.Tensor.untyped_storage: _READS_DATA,
+    torch.Tensor.apply_: _READS_DATA,
+    torch.Tensor.map_: _READS_DATA,
+    torch.Tensor.set_: "replaces a tensor's memory",
+}
+
+
+class Functions(TorchFunctionMode):
+    """Watches functions that act out of the dispatcher's sight, and takes some functions as one call."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        recorder = self._recorder
+        constant = bool(args) and isinstance(args[0], Tensor) and recorder.is_static(args[0])
+        if (reason := _WATCHED.get(func)) is not None and not constant:
+            recorder.refuse(_name(func), reason)
+        elif getattr(func, "__self__", None) is torch.Tensor.data and not constant:
+            recorder.refuse("Tensor.data", "reads or writes a value past autograd")
+        elif func is torch.tensor and type(args[0] if args else kwargs["data"]).__module__ == "numpy":
+            recorder.refuse("torch.tensor", "reads a NumPy array, whose values would be frozen")
+        elif (name := _macro(func, args, kwargs)) is not None:
+            return recorder.macro(name, func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+def _name(func: Any) -> str:
+    return str(getattr(func, "__qualname__", func)).replace("TensorBase", "Tensor")
+
+
+def _macro(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
+    """The name of a function to take as one call: one whose decomposition computes with labels, or reads them."""
+    if func is torch.nn.functional.cross_entropy:
+        target = args[1] if len(args) > 1 else kwargs.get("target")
+        labels = isinstance(target, Tensor) and not target.is_floating_point()
+        return "cross_entropy" if labels and kwargs.get("label_smoothing") else None
+    if func is torch.nn.functional.one_hot:
+        classes = args[1] if len(args) > 1 else kwargs.get("num_classes", -1)
+        return "one_hot" if classes > 0 else None
+    return None

@@ -1,0 +1,634 @@
+"""Every rule: a small function, captured on some numbers, evaluated as a Graph on others, against eager PyTorch.
+
+Values agree to 1e-12 and so do gradients (through the op table's own rules) in float64, at kinks too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metafast.capture import Unsupported, capture_function
+from metafast.differentiate import pull
+from metafast.graph import Builder, Graph, copy_into, evaluate, same_input
+from metafast.normalise import normalise
+
+Function = Callable[..., Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A function of real arrays of these shapes, and of labels of these (shape, classes)."""
+
+    name: str
+    f: Function
+    shapes: tuple[tuple[int, ...], ...]
+    labels: tuple[tuple[tuple[int, ...], int], ...] = ()
+    make: Callable[[Tensor], Tensor] = field(default=lambda t: t)
+    tolerance: float = 1e-11  # of gradients
+
+    def __str__(self) -> str:
+        return self.name
+
+    def inputs(self, seed: int) -> dict[tuple[str, str], Tensor]:
+        """Numbers, some of them on the kinks at 0, ±1 and 0.5."""
+        g = torch.Generator().manual_seed(seed)
+        made = {}
+        for i, shape in enumerate(self.shapes):
+            t = torch.randn(shape, dtype=torch.float64, generator=g)
+            made["x", str(i)] = self.make(t)
+        for i, (shape, classes) in enumerate(self.labels):
+            made["y", str(i)] = torch.randint(0, classes, shape, generator=g)
+        return made
+
+
+def _positive(t: Tensor) -> Tensor:
+    return t.abs() + 0.1
+
+
+def _unit(t: Tensor) -> Tensor:
+    return t.sigmoid()
+
+
+def _kinks(t: Tensor) -> Tensor:
+    """Round to eighths, and put the kinks of common functions among them."""
+    t = (t * 16).round() / 8
+    flat = t.reshape(-1)
+    points = torch.tensor([0.0, 1.0, -1.0, 0.5, -0.5, 6.0, 3.0, -3.0, 25.0, -25.0], dtype=t.dtype)
+    flat[: len(points)] = points[: flat.numel()]
+    return t
+
+
+CASES: list[Case] = []
+
+
+def case(name: str, *shapes: tuple[int, ...], make: Callable[[Tensor], Tensor] = lambda t: t, **more: Any) -> Any:
+    def enter(f: Function) -> Function:
+        CASES.append(Case(name, f, shapes, make=make, **more))
+        return f
+
+    return enter
+
+
+A, V, M = (3, 4), (4,), (4, 5)
+IMAGE, CONV = (2, 3, 6, 6), (4, 3, 3, 3)
+
+for _n in ("neg", "exp", "square", "abs", "sign", "tanh", "sigmoid", "erf", "relu", "expm1", "sin", "cos", "floor", "ceil", "exp2", "erfc", "tan", "isnan", "isinf"):
+    case(_n, A, make=_kinks)(lambda x, n=_n: getattr(torch, n)(x).double())
+for _n in ("log", "sqrt", "rsqrt", "log1p", "reciprocal", "log2", "log10"):
+    case(_n, A, make=_positive)(lambda x, n=_n: getattr(torch, n)(x))
+for _n in ("maximum", "minimum", "add", "sub", "mul", "max", "min"):
+    case(f"{_n}.ties", A, V, make=_kinks)(lambda x, y, n=_n: getattr(torch, n)(x, y))
+for _n in ("gt", "ge", "lt", "le", "eq", "ne"):
+    case(_n, A, V, make=_kinks)(lambda x, y, n=_n: torch.where(getattr(torch, n)(x, y), x, y * 2))
+    case(f"{_n}.scalar", A, make=_kinks)(lambda x, n=_n: torch.where(getattr(torch, n)(x, 0.5), x, 3.0))
+
+case("div", A, V, make=_positive)(lambda x, y: x / y)
+case("div.scalars", A, make=_positive)(lambda x: 2.0 / x + x / 3)
+case("add.alpha", A, V)(lambda x, y: torch.add(x, y, alpha=2.5))
+case("sub.alpha", A, V)(lambda x, y: torch.sub(x, y, alpha=2.5))
+case("rsub", A)(lambda x: 1.0 - x)
+case("rsub.alpha", A, V)(lambda x, y: torch.rsub(x, y, alpha=3))
+for _p in (0, 1, 2, 3, 4, 5):
+    case(f"pow.{_p}", A, make=_kinks)(lambda x, p=_p: x**p)
+for _q in (-2, -1, -0.5, 0.5, 1.5, 2.5):
+    case(f"pow.{_q}", A, make=_positive)(lambda x, p=_q: x**p)
+case("pow.tensor", A, V, make=_positive)(lambda x, y: x**y)
+case("pow.scalar_base", A)(lambda x: 0.9**x)
+case("pow.at_zero", A, V)(lambda x, y: (x * 0) ** (y * 0 + 2))
+case("lerp", A, A, V)(lambda x, y, w: torch.lerp(x, y, w))
+case("lerp.scalar", A, A)(lambda x, y: torch.lerp(x, y, 0.3))
+case("addcmul", A, A, V)(lambda x, y, z: torch.addcmul(x, y, z, value=0.5))
+case("addcdiv", A, A, V, make=_positive)(lambda x, y, z: torch.addcdiv(x, y, z, value=0.5))
+case("xlogy", A, A, make=_positive)(lambda x, y: torch.xlogy(x, y))
+case("xlogy.zero", A, A, make=_positive)(lambda x, y: torch.xlogy(x * 0, y))
+case("clamp", A, make=_kinks)(lambda x: x.clamp(-0.5, 1.0))
+case("clamp.min", A, make=_kinks)(lambda x: x.clamp(min=0.5))
+case("clamp.max", A, make=_kinks)(lambda x: x.clamp(max=0.5))
+case("clamp.crossed", A, make=_kinks)(lambda x: x.clamp(1.0, -1.0))
+case("clamp.tensors", A, V)(lambda x, y: x.clamp(y, y + 1))
+case("clamp_min", A, make=_kinks)(lambda x: x.clamp_min(0.5))
+case("clamp_max", A, make=_kinks)(lambda x: x.clamp_max(0.5))
+case("where", A, A, make=_kinks)(lambda x, y: torch.where(x > 0, x * y, y))
+case("where.scalar", A, make=_kinks)(lambda x: torch.where(x > 0, 1.0, x))
+case("where.safe", A, make=_kinks)(lambda x: torch.where(x > 0, torch.where(x > 0, x, 1.0).log(), 0.0))
+case("masked_fill", A, make=_kinks)(lambda x: x.masked_fill(x > 0.5, -2.0))
+case("masked_fill.tensor", A, (), make=_kinks)(lambda x, v: x.masked_fill(x > 0.5, v * 2))
+case("logical", A, A, make=_kinks)(
+    lambda x, y: torch.where((x > 0) & ~(y > 0) | ((x < -1) ^ (y > 2)), x, y) * torch.logical_not(x)
+)
+case("logical_and", A, A, make=_kinks)(
+    lambda x, y: x * torch.logical_and(x, y) + y * torch.logical_or(x > 0, y) + torch.logical_xor(x, y)
+)
+case("bool.sum", A)(lambda x: x / ((x > 0).sum() + 1))
+case("bool.any_arithmetic", A)(lambda x: x * (x > 0) + (x < 0).to(x.dtype) + (x < 1).double())
+case("isfinite", A)(lambda x: torch.where(torch.isfinite(x / x.relu()), x, 0.5))
+
+ACTIVATIONS: dict[str, Function] = {
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "hardtanh": lambda x: F.hardtanh(x, -0.5, 1.0),
+    "leaky_relu": lambda x: F.leaky_relu(x, 0.2),
+    "elu": lambda x: F.elu(x, 0.7),
+    "selu": F.selu,
+    "gelu": F.gelu,
+    "gelu.tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "mish": F.mish,
+    "softplus": F.softplus,
+    "softplus.beta": lambda x: F.softplus(x, 2.0, 5.0),
+    "logsigmoid": F.logsigmoid,
+    "softsign": F.softsign,
+    "tanhshrink": F.tanhshrink,
+    "hardshrink": F.hardshrink,
+    "softshrink": F.softshrink,
+    "threshold": lambda x: F.threshold(x, 0.5, -1.0),
+    "glu": lambda x: F.glu(x, 1),
+    "rrelu": lambda x: F.rrelu(x, training=False),
+    "dropout.eval": lambda x: F.dropout(x, 0.5, training=False),
+    "softmax": lambda x: F.softmax(x, 1),
+    "softmax.0": lambda x: F.softmax(x, 0),
+    "log_softmax": lambda x: F.log_softmax(x, -1),
+    "softmin": lambda x: F.softmin(x, 1),
+    "softmax.masked": lambda x: F.softmax(x.masked_fill(torch.eye(4, dtype=torch.bool)[:3], -math.inf), 1),
+    "logsumexp": lambda x: x.logsumexp(1),
+    "logsumexp.masked": lambda x: (x.masked_fill(torch.eye(4, dtype=torch.bool)[:3], -math.inf)).logsumexp(1, True),
+}
+for _n, _f in ACTIVATIONS.items():
+    case(f"act.{_n}", A, make=_kinks)(_f)
+# PyTorch's own backward of these rounds a coefficient (1/6, 1/α) to float32: 7e-9 and 9e-9 seen.
+case("act.hardsigmoid", A, make=_kinks, tolerance=1e-7)(F.hardsigmoid)
+case("act.celu", A, make=_kinks, tolerance=1e-7)(lambda x: F.celu(x, 0.7))
+case("act.prelu", A, (1,), make=_kinks)(F.prelu)
+
+# ---- shape ----------------------------------------------------------------------------------------------------
+
+case("view", A)(lambda x: x.view(2, 6) * 2)
+case("reshape.t", A)(lambda x: x.t().reshape(6, 2) * 2)
+case("flatten", IMAGE)(lambda x: x.flatten(1).exp())
+case("permute", IMAGE)(lambda x: x.permute(0, 2, 3, 1).contiguous().view(2, -1))
+case("transpose", A)(lambda x: x.transpose(0, 1).exp().mT)
+case("movedim", IMAGE)(lambda x: x.movedim(1, -1).exp())
+case("expand", V)(lambda x: x.expand(3, 4).exp() + x.unsqueeze(1).expand(-1, 2).sum())
+case("squeeze", (3, 1, 4))(lambda x: x.squeeze(1).exp().unsqueeze(0).squeeze())
+case("cat", A, (2, 4))(lambda x, y: torch.cat([x, y, x * 2], 0))
+case("cat.constant", A)(lambda x: torch.cat([x, torch.zeros(3, 2, dtype=x.dtype)], -1))
+case("stack", A, A)(lambda x, y: torch.stack([x, y], 1) * torch.stack([y, x], -1).mT)
+case("select", A)(lambda x: x[1] * x[:, -1, None][0])
+case("slice", A)(lambda x: x[:, 1:3] * x[::2, :2].sum() + x[1:, ::3][0].sum())
+case("split", A)(lambda x: sum(p.exp() for p in x.split(2, 1)))
+case("chunk", A)(lambda x: torch.cat([p.sum(1, keepdim=True).exp() for p in x.chunk(3, 1)], 1))
+case("unbind", A)(lambda x: sum(r.exp() * i for i, r in enumerate(x)))
+case("narrow", A)(lambda x: x.narrow(1, 1, 2).exp())
+case("repeat", A)(lambda x: x.repeat(2, 3, 1).exp())
+case("tile", A)(lambda x: x.tile(2).exp())
+case("repeat_interleave", A)(lambda x: x.repeat_interleave(2, 0).exp())
+case("pad", IMAGE)(lambda x: F.pad(x, (1, 2, 0, 1)) * 2)
+case("pad.value", A)(lambda x: F.pad(x, (1, -1), value=3.0).exp())
+case("index.list", A)(lambda x: x[:, [2, 0, 3, 3]].exp() + x[[0, 1, 2]][:, [1]])
+case("index.tensor", A)(lambda x: x[torch.tensor([[0, 2], [1, -1]])].exp())
+case("index.bool", A)(lambda x: x[:, torch.tensor([True, False, True, True])].exp())
+case("index_select", A)(lambda x: x.index_select(1, torch.arange(3, -1, -1)).exp())
+case("flip", A)(lambda x: x.flip(1).exp() * x)
+case("roll", A)(lambda x: x.roll(1, 1) * x + x.roll(5))
+case("tril", A)(lambda x: x.tril().exp() + x.triu(1))
+case("diagonal", (4, 4))(lambda x: x.diagonal().exp())
+case("inplace.reshape", A)(lambda x: (x * 1).unsqueeze_(0).transpose_(1, 2).squeeze_(0).t_().exp())
+case("trace", (4, 4))(lambda x: (x @ x).diagonal().sum())
+case("gather.labels", A, labels=(((3,), 4),))(lambda x, y: x.gather(1, y[:, None]).exp())
+case("index.labels", A, labels=(((3,), 4),))(lambda x, y: x[torch.arange(3), y].exp())
+case("one_hot", A, labels=(((3,), 4),))(lambda x, y: (x * F.one_hot(y, 4)).sum(1).exp())
+case("one_hot.matrix", (3, 2, 4), labels=(((3, 2), 4),))(lambda x, y: x * F.one_hot(y, 4).to(x.dtype))
+case("labels.float", A, labels=(((3,), 4),))(lambda x, y: x * y.to(x.dtype)[:, None] + y.double().mean())
+case("labels.eq", A, labels=(((3,), 4),))(
+    lambda x, y: x * (y == 2).double()[:, None] + (y[:, None] == torch.arange(4)) * x
+)
+case("labels.both", A, labels=(((3,), 4),))(lambda x, y: F.cross_entropy(x, y) * (y + 1).double().sum())
+
+# ---- sums -----------------------------------------------------------------------------------------------------
+
+case("sum", A)(lambda x: x.exp().sum())
+case("sum.dim", IMAGE)(lambda x: x.exp().sum((0, 2), keepdim=True) * x.sum(-1, keepdim=True))
+case("mean", IMAGE)(lambda x: x.exp().mean() * x.mean((2, 3)) + x.mean([0, -1]).sum())
+case("var", A)(lambda x: x.var() + x.var(1, unbiased=False) * x.var(0).sum())
+case("std", A)(lambda x: x.std(1) * x.std(0, correction=0, keepdim=True).sum())
+case("std.zero", A)(lambda x: (x * 0 + 1).std(1) + x.sum(1))
+case("var_mean", A)(lambda x: sum(torch.var_mean(x, 1)))
+case("std_mean", A)(lambda x: sum(torch.std_mean(x, 1, keepdim=True)))
+case("norm", A)(lambda x: x.norm() * x.norm(dim=1) + torch.linalg.vector_norm(x, dim=1, keepdim=True).sum())
+case("norm.1", A)(lambda x: x.norm(p=1, dim=0))
+case("norm.zero", A)(lambda x: x.relu().mul(0).norm(dim=1) + x.sum(1))
+case("normalize", A)(lambda x: F.normalize(x, dim=1))
+case("cosine", A, A)(lambda x, y: F.cosine_similarity(x, y))
+case("pairwise_distance", A, A)(lambda x, y: F.pairwise_distance(x, y))
+case("cdist", (3, 4), (2, 4))(lambda x, y: torch.cdist(x, y))
+case("cdist.1", (3, 4), (2, 4))(lambda x, y: torch.cdist(x, y, p=1))
+
+# ---- products -------------------------------------------------------------------------------------------------
+
+case("mm", A, M)(lambda x, y: x @ y)
+case("addmm", A, M, (5,))(lambda x, y, b: torch.addmm(b, x, y, beta=0.5, alpha=2))
+case("addmm.beta0", A, M, (5,))(lambda x, y, b: torch.addmm(b, x, y, beta=0))
+case("bmm", (2, 3, 4), (2, 4, 5))(lambda x, y: torch.bmm(x, y))
+case("baddbmm", (2, 3, 4), (2, 4, 5), (3, 5))(lambda x, y, b: torch.baddbmm(b, x, y, beta=2, alpha=0.5))
+case("matmul.broadcast", (2, 3, 4), M)(lambda x, y: x @ y)
+case("matmul.batch", (2, 1, 3, 4), (3, 4, 5))(lambda x, y: x @ y)
+case("mv", A, V)(lambda x, y: x @ y)
+case("vm", (3,), A)(lambda x, y: x @ y)
+case("addmv", (3,), A, V)(lambda b, x, y: torch.addmv(b, x, y, beta=0.5))
+case("dot", V, V)(lambda x, y: x @ y)
+case("outer", V, V)(lambda x, y: torch.outer(x, y))
+case("linear", A, (5, 4), (5,))(F.linear)
+case("linear.3d", (2, 3, 4), (5, 4), (5,))(F.linear)
+case("linear.nobias", (2, 3, 4), (5, 4))(F.linear)
+case("bilinear", A, A, (2, 4, 4))(lambda x, y, w: F.bilinear(x, y, w))
+case("einsum", A, (5, 4))(lambda x, y: torch.einsum("nk,mk->nm", x, y))
+case("einsum.batch", (2, 3, 4), (2, 5, 4))(lambda x, y: torch.einsum("bik,bjk->bij", x, y))
+case("einsum.trace", A, A)(lambda x, y: torch.einsum("ij,ij->", x, y))
+case("conv2d", IMAGE, CONV, (4,))(lambda x, w, b: F.conv2d(x, w, b, padding=1))
+case("conv2d.stride", IMAGE, CONV)(lambda x, w: F.conv2d(x, w, stride=(2, 1), padding=(0, 1), dilation=(1, 2)))
+case("conv2d.same", IMAGE, (4, 3, 3, 5))(lambda x, w: F.conv2d(x, w, padding="same"))
+case("conv2d.single", (3, 6, 6), CONV, (4,))(F.conv2d)
+case("conv1d", (2, 3, 7), (4, 3, 3), (4,))(lambda x, w, b: F.conv1d(x, w, b, stride=2, padding=1))
+case("attention", (1, 2, 3, 4), (1, 2, 5, 4), (1, 2, 5, 4))(F.scaled_dot_product_attention)
+case("attention.causal", (1, 2, 3, 4), (1, 2, 3, 4), (1, 2, 3, 4))(
+    lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)
+)
+
+# ---- normalisation and pooling --------------------------------------------------------------------------------
+
+case("batch_norm", IMAGE, (3,), (3,))(lambda x, w, b: F.batch_norm(x, None, None, w, b, training=True))
+case("batch_norm.2d", (5, 3), (3,))(lambda x, w: F.batch_norm(x, None, None, w, training=True))
+case("batch_norm.eval", IMAGE, (3,), (3,))(lambda x, m, v: F.batch_norm(x, m.detach(), v.detach().square() + 0.5))
+case("layer_norm", IMAGE, (6, 6), (6, 6))(lambda x, w, b: F.layer_norm(x, (6, 6), w, b))
+case("layer_norm.plain", A)(lambda x: F.layer_norm(x, (4,)))
+case("group_norm", (2, 4, 3, 3), (4,), (4,))(lambda x, w, b: F.group_norm(x, 2, w, b))
+case("group_norm.plain", (2, 4, 5))(lambda x: F.group_norm(x, 2))
+case("instance_norm", IMAGE, (3,), (3,))(lambda x, w, b: F.instance_norm(x, weight=w, bias=b))
+case("rms_norm", A, V)(lambda x, w: F.rms_norm(x, (4,), w, eps=1e-6))
+case("max_pool2d", IMAGE)(lambda x: F.max_pool2d(x, 2))
+case("max_pool2d.pad", IMAGE)(lambda x: F.max_pool2d(x, 3, 2, 1, ceil_mode=True))
+case("max_pool2d.single", (3, 6, 6))(lambda x: F.max_pool2d(x, (3, 2), dilation=(1, 2)))
+case("max_pool1d", (2, 3, 6))(lambda x: F.max_pool1d(x, 2))
+case("adaptive_max_pool2d", IMAGE)(lambda x: F.adaptive_max_pool2d(x, (3, 2)))
+case("avg_pool2d", IMAGE)(lambda x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False))
+case("avg_pool2d.ceil", IMAGE)(lambda x: F.avg_pool2d(x, 4, ceil_mode=True, divisor_override=3))
+case("avg_pool1d", (2, 3, 6))(lambda x: F.avg_pool1d(x, 2))
+case("adaptive_avg_pool2d.1", IMAGE)(lambda x: F.adaptive_avg_pool2d(x, 1))
+case("adaptive_avg_pool2d", IMAGE)(lambda x: F.adaptive_avg_pool2d(x, (2, 3)))
+
+# ---- losses ---------------------------------------------------------------------------------------------------
+
+_L = (((3,), 4),)
+
+
+def _batch(reduction: str) -> str:
+    return "batchmean" if reduction == "mean" else reduction  # PyTorch warns of the other
+
+
+for _r in ("mean", "sum", "none"):
+    case(f"cross_entropy.{_r}", A, labels=_L)(lambda x, y, r=_r: F.cross_entropy(x, y, reduction=r))
+    case(f"cross_entropy.weight.{_r}", A, V, labels=_L)(
+        lambda x, w, y, r=_r: F.cross_entropy(x, y, w.exp().detach(), reduction=r)
+    )
+    case(f"cross_entropy.ignore.{_r}", A, labels=_L)(
+        lambda x, y, r=_r: F.cross_entropy(x, y, ignore_index=1, reduction=r)
+    )
+    case(f"cross_entropy.smooth.{_r}", A, labels=_L)(
+        lambda x, y, r=_r: F.cross_entropy(x, y, label_smoothing=0.2, ignore_index=1, reduction=r)
+    )
+    case(f"cross_entropy.smooth.weight.{_r}", A, V, labels=_L)(
+        lambda x, w, y, r=_r: F.cross_entropy(x, y, w.exp().detach(), label_smoothing=0.2, ignore_index=1, reduction=r)
+    )
+    case(f"cross_entropy.probabilities.{_r}", A, A, V)(
+        lambda x, p, w, r=_r: F.cross_entropy(x, p.softmax(1), w.exp().detach(), label_smoothing=0.1, reduction=r)
+    )
+    case(f"nll.{_r}", A, labels=_L)(lambda x, y, r=_r: F.nll_loss(x.log_softmax(1), y, reduction=r))
+    case(f"mse.{_r}", A, A)(lambda x, y, r=_r: F.mse_loss(x, y, reduction=r))
+    case(f"l1.{_r}", A, A, make=_kinks)(lambda x, y, r=_r: F.l1_loss(x, y, reduction=r))
+    case(f"smooth_l1.{_r}", A, V, make=_kinks)(
+        lambda x, y, r=_r: F.smooth_l1_loss(x, y.expand_as(x), reduction=r, beta=0.5)
+    )
+    case(f"huber.{_r}", A, A, make=_kinks)(lambda x, y, r=_r: F.huber_loss(x, y, reduction=r, delta=0.5))
+    case(f"bce_logits.{_r}", A, A, A, V)(
+        lambda x, y, w, p, r=_r: F.binary_cross_entropy_with_logits(
+            x, y.sigmoid(), w.detach(), pos_weight=p.exp().detach(), reduction=r
+        )
+    )
+    case(f"bce.{_r}", A, A, A)(
+        lambda x, y, w, r=_r: F.binary_cross_entropy(x.sigmoid(), y.sigmoid(), w.detach(), reduction=r)
+    )
+    case(f"kl.{_r}", A, A)(lambda x, y, r=_r: F.kl_div(x.log_softmax(1), y.softmax(1), reduction=_batch(r)))
+    case(f"kl.log.{_r}", A, A)(
+        lambda x, y, r=_r: F.kl_div(x.log_softmax(1), y.log_softmax(1), reduction=_batch(r), log_target=True)
+    )
+case("bce_logits.plain", A, A, make=_kinks)(lambda x, y: F.binary_cross_entropy_with_logits(x, (y > 0).to(x.dtype)))
+case("bce.saturated", A, A, make=_kinks)(
+    lambda x, y: F.binary_cross_entropy(x.clamp(0, 1), (y > 0).to(x.dtype), reduction="sum")
+)
+case("cross_entropy.one_dim", V, labels=(((), 4),))(F.cross_entropy)
+case("cross_entropy.image", (2, 4, 3, 3), labels=(((2, 3, 3), 4),))(F.cross_entropy)
+case("cross_entropy.image.smooth", (2, 4, 3, 3), labels=(((2, 3, 3), 4),))(
+    lambda x, y: F.cross_entropy(x, y, label_smoothing=0.1)
+)
+case("cross_entropy.infinite", A, labels=_L)(
+    lambda x, y: F.cross_entropy(torch.cat([x, torch.full((3, 1), -math.inf, dtype=x.dtype)], 1), y)
+)
+case("soft_margin", A, A)(lambda x, y: F.soft_margin_loss(x, y.sign().detach()))
+case("poisson", A, A, make=_positive)(lambda x, y: F.poisson_nll_loss(x, y))
+case("hinge_embedding", A, A, make=_kinks)(lambda x, y: F.hinge_embedding_loss(x, y.sign()))
+case("margin_ranking", A, A, A)(lambda x, y, z: F.margin_ranking_loss(x, y, z.sign()))
+case("triplet", A, A, A)(F.triplet_margin_loss)
+
+# ---- writing in place -----------------------------------------------------------------------------------------
+
+
+@case("inplace.add", A, V)
+def _(x: Tensor, y: Tensor) -> Tensor:
+    h = x * 2
+    h.add_(y, alpha=3)
+    h *= y
+    h -= 1
+    return h.div_(2)
+
+
+@case("inplace.relu", A, make=_kinks)
+def _(x: Tensor) -> Tensor:
+    return F.silu(F.relu(x * 2, inplace=True) + 1, inplace=True)
+
+
+@case("inplace.old_view", A)
+def _(x: Tensor) -> Tensor:
+    h = x * 2
+    row, column = h[0], h.t()[1]
+    h.exp_()
+    return row * column.sum() + h.sum()
+
+
+@case("inplace.through_view", A, (3,))
+def _(x: Tensor, y: Tensor) -> Tensor:
+    h = x * 2
+    h[:, 0] = y
+    h[1:, 1:3] *= 2
+    h[0, 2] += 1
+    h.view(2, 6)[1, ::2] = 0.5
+    h.t()[3].mul_(y)
+    return h * x
+
+
+@case("inplace.nested_views", A)
+def _(x: Tensor) -> Tensor:
+    h = x + 0
+    part = h[1:]
+    inner = part[:, ::2]
+    before = inner * 1
+    h.mul_(2)
+    inner.add_(before)
+    part[0].sigmoid_()
+    return torch.cat([h, inner.sum(1, keepdim=True).expand(2, 4)])
+
+
+@case("inplace.masked", A, make=_kinks)
+def _(x: Tensor) -> Tensor:
+    h = x * 1
+    h.masked_fill_(x > 0, 0.25)
+    h.clamp_(min=-1.0).neg_()
+    h[0].zero_()
+    h[1].fill_(2.0)
+    return h
+
+
+@case("inplace.into_zeros", A, (3,))
+def _(x: Tensor, y: Tensor) -> Tensor:
+    out = torch.zeros(3, 6, dtype=x.dtype)
+    half = out[:, :4]
+    half.copy_(x)
+    out[:, 4] = y
+    out.diagonal()[2:].add_(y[0])
+    for i in range(3):
+        out[i, 5] = x[i].sum()
+    return out * half.sum()
+
+
+@case("inplace.empty", A)
+def _(x: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    out.copy_(x[0])
+    buffer = x.new_empty(3, 2).fill_(1.0)
+    return out.exp() + buffer.sum()
+
+
+@case("inplace.split", A)
+def _(x: Tensor) -> Tensor:
+    h = x * 1
+    left, right = h.chunk(2, 1)
+    left = left * 1
+    right = right.exp()
+    h.unbind(0)
+    return left * right + h[:, :2]
+
+
+@case("inplace.constants", A)
+def _(x: Tensor) -> Tensor:
+    mask = torch.ones(3, 4)
+    mask[1] = 0
+    mask.tril_()
+    early = x + mask
+    mask.add_(1)
+    return early * (x + mask)
+
+
+# ---- constants, detach, regions without gradient --------------------------------------------------------------
+
+
+@case("factories", A)
+def _(x: Tensor) -> Tensor:
+    n = torch.arange(4, dtype=x.dtype)
+    causal = torch.tril(torch.ones(3, 4)) == 0
+    table = torch.stack([torch.sin(n), torch.cos(n)]).sum(0)
+    y = x.masked_fill(causal, -1.0) + table + torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=x.dtype)
+    return y * torch.eye(3, 4, dtype=x.dtype) + torch.full_like(x, 2.0) + x.new_ones(4) + torch.linspace(0, 1, 4)
+
+
+@case("constants.read", A)
+def _(x: Tensor) -> Tensor:
+    scales = torch.tensor([1.0, 2.0, 3.0])
+    for s in scales.tolist():
+        x = x * s
+    return x[: int(scales.argmax())] if bool(scales.sum() > 1) else x
+
+
+@case("detach", A)
+def _(x: Tensor) -> Tensor:
+    h = x.exp()
+    return h * h.detach() + (x - x.detach())
+
+
+@case("no_grad", A)
+def _(x: Tensor) -> Tensor:
+    h = x.exp()
+    with torch.no_grad():
+        centre = h.mean(1, keepdim=True)
+        scale = centre * 2
+        scale += 1
+        view = h[0]
+    return (h - centre) * scale + view
+
+
+@case("detach.write", A)
+def _(x: Tensor) -> Tensor:
+    h = x * 2
+    h.detach().add_(1)
+    h.detach()[:, 1].zero_()
+    return h * 1
+
+
+@case("no_grad.write", A)
+def _(x: Tensor) -> Tensor:
+    h = x * 2
+    with torch.no_grad():
+        h.clamp_(min=0.5)
+        h[0] = 3.0
+    return h * 1
+
+
+@case("straight_through", A, make=_kinks)
+def _(x: Tensor) -> Tensor:
+    return x + (x.floor() - x).detach()
+
+
+@case("dead.unsupported", A)
+def _(x: Tensor) -> Tensor:
+    best = x.argmax(1)
+    x.cumsum(0).amax()
+    (best == 0).float().mean()
+    h = x * 1
+    h.cumprod(0)
+    return h.exp()
+
+
+@case("python_branch_on_shape", A)
+def _(x: Tensor) -> Tensor:
+    return x * 2 if x.shape[0] > 2 and x.dim() == 2 and x.is_contiguous() else x
+
+
+@case("vmap", A)
+def _(x: Tensor) -> Tensor:
+    return torch.vmap(lambda row: (row * 2).exp().sum() * row)(x)
+
+
+@case("same_dtype", A)
+def _(x: Tensor) -> Tensor:
+    return x.to(torch.float64).type_as(x).double().to(x.device) * torch.tensor(2) + torch.tensor(0.5)
+
+
+# ---- the checks -----------------------------------------------------------------------------------------------
+
+
+def _graph(f: Function, inputs: dict[tuple[str, str], Tensor]) -> Graph:
+    return normalise(capture_function(lambda t: {"out": f(*t.values())}, inputs))
+
+
+def _as_reals(graph: Graph, inputs: dict[tuple[str, str], Tensor]) -> dict[tuple[str, str], Tensor]:
+    kinds = {(i.role, i.name): i.value.dtype for i in graph.inputs}
+    return {k: t.double() if kinds.get(k) == "real" else t for k, t in inputs.items()}
+
+
+def _gradient(graph: Graph, values: dict[tuple[str, str], Tensor], seed: Tensor) -> dict[str, Tensor]:
+    """⟨seed, ∂out/∂x⟩ for each real input, through the rules of the op table."""
+    b = Builder()
+    env = copy_into(b, graph, same_input(b))
+    ct = b.input("seed", "seed", tuple(seed.shape))
+    wanted = [i for i in graph.inputs if i.role == "x"]
+    grads = pull(b, {env[graph.outputs["out"]]: ct}, [env[i.value] for i in wanted])
+    made = b.finish({i.name: g for i, g in zip(wanted, grads, strict=True) if g is not None}, keep_inputs=True)
+    return evaluate(made, {**values, ("seed", "seed"): seed})
+
+
+@pytest.mark.parametrize("c", CASES, ids=str)
+def test_rule(c: Case) -> None:
+    graph = _graph(c.f, c.inputs(0))
+    inputs = c.inputs(1)
+    leaves = {k: t.clone().requires_grad_(t.is_floating_point()) for k, t in inputs.items()}
+    expected = c.f(*leaves.values())
+    values = _as_reals(graph, inputs)
+    got = evaluate(graph, values)["out"]
+    torch.testing.assert_close(got, expected.detach().double(), rtol=1e-12, atol=1e-12, equal_nan=True)
+
+    real = {k: t for k, t in leaves.items() if t.is_floating_point()}
+    seed = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    if not expected.requires_grad:
+        return
+    grads = torch.autograd.grad(expected, list(real.values()), seed, allow_unused=True)
+    found = _gradient(graph, values, seed)
+    for (_, name), want in zip(real, grads, strict=True):
+        want = torch.zeros_like(real["x", name]) if want is None else want
+        mine = found.get(name, torch.zeros_like(want))
+        torch.testing.assert_close(mine, want, rtol=c.tolerance, atol=c.tolerance, equal_nan=True)
+
+
+UNSUPPORTED: dict[str, tuple[Function, str]] = {
+    "amax": (lambda x: x.amax(1), "aten.amax"),
+    "max": (lambda x: x.max(1).values, "aten.max.dim"),
+    "sort": (lambda x: x.sort().values, "aten.sort"),
+    "cumsum": (lambda x: x.cumsum(0), "aten.cumsum"),
+    "floor_divide": (lambda x: torch.div(x, 2, rounding_mode="floor"), "rounding_mode"),
+    "groups": (lambda x: F.conv2d(x.view(1, 2, 2, 3), x.view(2, 1, 2, 3)[..., :2], groups=2), "groups"),
+    "transposed": (lambda x: F.conv_transpose2d(x.view(1, 1, 3, 4), x.view(1, 1, 3, 4)), "transposed"),
+    "adaptive": (lambda x: F.adaptive_avg_pool2d(x.view(1, 1, 3, 4), (2, 2)), "unequal"),
+    "norm.inf": (lambda x: x.norm(p=math.inf), "order inf"),
+    "float32": (lambda x: x.float() * 2, "float32"),
+    "complex": (lambda x: torch.view_as_real(torch.view_as_complex(x.view(3, 2, 2)) * 2), "view_as_complex"),
+    "as_strided": (lambda x: x.as_strided((2, 2), (1, 1)) * 2, "as_strided"),
+    "to_int": (lambda x: x * x.to(torch.int64), "cast"),
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_unsupported_names_the_op_and_the_line(name: str) -> None:
+    f, words = UNSUPPORTED[name]
+    x = torch.randn(3, 4, dtype=torch.float64)
+    with pytest.raises(Unsupported, match=words) as caught:
+        _graph(f, {("x", "0"): x})
+    assert "test_normalise.py" in str(caught.value)
+
+
+def test_integer_inputs_that_are_computed_with_become_real() -> None:
+    x, y = torch.randn(3, 4, dtype=torch.float64), torch.tensor([0, 1, 2])
+    inputs = {("x", "0"): x, ("y", "0"): y}
+
+    def kind(f: Function) -> str:
+        graph = _graph(f, inputs)
+        value = graph.input("y", "0")
+        assert value is not None
+        return value.dtype
+
+    assert kind(F.cross_entropy) == "int"
+    assert kind(lambda x, y: x * y[:, None]) == "real"
+    assert kind(lambda x, y: F.cross_entropy(x, y.view(-1).long())) == "int"
+
+
+def test_boolean_inputs_are_real() -> None:
+    inputs = {("x", "0"): torch.randn(3, 4, dtype=torch.float64), ("y", "0"): torch.rand(3, 4) > 0.5}
+    graph = _graph(lambda x, m: torch.where(m, x, 0.0) + (~m).double(), inputs)
+    out = evaluate(graph, _as_reals(graph, inputs))["out"]
+    x, m = inputs.values()
+    torch.testing.assert_close(out, torch.where(m, x, 0.0) + (~m).double())
+
+
+def test_scalars_keep_their_precision() -> None:
+    graph = _graph(lambda x: x * 0.1 + torch.tensor(0.1), {("x", "0"): torch.zeros((), dtype=torch.float64)})
+    out = evaluate(graph, {("x", "0"): torch.ones((), dtype=torch.float64)})["out"]
+    assert out.item() == 0.1 + float(torch.tensor(0.1))
+
+
+def test_constant_arrays_of_one_number_are_no_literals() -> None:
+    graph = _graph(lambda x: x + torch.zeros(3, 4, dtype=x.dtype), {("x", "0"): torch.zeros(3, 4, dtype=torch.float64)})
+    assert "literal" not in {n.op for n in graph.nodes}
