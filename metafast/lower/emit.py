@@ -8,7 +8,7 @@ the section is contiguous. Where an operand lies otherwise, `_dense` copies it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -35,6 +35,8 @@ from metafast.ops.shape import literal_tensor
 from metafast.sweep import Section, Store
 
 NHWC = (0, 2, 3, 1)
+SUM = 2  # the mode of a pointwise output that adds up over its dims of stride 0
+Result = tuple[Array, int, int]  # array, register, mode
 DIRECT = {"matmul", "conv2d", "reduce"}  # kernels that can write, or add, where the caller says
 
 
@@ -147,7 +149,8 @@ class Emitter:
 
     def copy(self, src: Array, dst: Array, *, add: bool = False) -> None:
         """dst = src, or dst += src, element by element."""
-        self._emit_pointwise([src], [dst], [0], [int(add)], [], 1, [], dst.shape, "copy")
+        order = memory_order(dst.shape, dst.strides)
+        self._emit_pointwise([src], [(dst, 0, int(add))], [], 1, [], dst.shape, order, "copy")
 
     def dense(self, a: Array, order: Sequence[int] | None = None) -> Array:
         """The array, dense in that order of dims; copied where it is not."""
@@ -174,14 +177,35 @@ class Emitter:
     def _cluster(self, unit: Unit) -> None:
         if not unit.nodes and not unit.stores:
             return
-        shape = unit.nodes[0].outputs[0].shape if unit.nodes else unit.stores[0][0].shape
-        inside = {n.outputs[0] for n in unit.nodes}
+        inside = [n.outputs[0] for n in unit.nodes]
         code = _Registers(self, unit, inside)
-        arrays = [broadcast_to(self.array(v), shape) for v in code.inputs]
-        outputs, regs, modes = self._results(unit, inside, code, self._layout(arrays, shape), shape)
+        arrays = [broadcast_to(self.array(v), unit.shape) for v in code.inputs]
+        order = self._layout(arrays, unit.shape)
+        sums = [n for n in unit.sums if self._adds_up(n, order, arrays)]
+        for n in unit.sums:
+            self.homes[n] = [unit] if n in sums else [Unit("node")]  # made by another instruction
+        code.allocate(unit, [n.inputs[0] for n in sums])
+        results = self._results(unit, inside, code, order) + [self._summed(n, code) for n in sums]
         self._emit_pointwise(
-            arrays, outputs, regs, modes, code.ops, code.count, code.floats, shape, self._note(unit), len(unit.nodes)
+            arrays, results, code.ops, code.count, code.floats, unit.shape, order, self._note(unit), len(unit.nodes)
         )
+        for n in unit.sums:
+            if n not in sums:
+                self._node(n, self._direct(n, n.outputs[0]))
+
+    def _adds_up(self, node: Node, order: Sequence[int], arrays: Sequence[Array]) -> bool:
+        """Whether the kernel can make this sum: over everything, or all but what lies innermost and is walked as one."""
+        shape = node.inputs[0].shape
+        strides = [[a.strides[d] for d in order] for a in (*arrays, _sum_view(node, Buffer(0), self.item))]
+        strides.append([dense_strides(shape, order)[d] for d in order])
+        _, collapsed = collapse(tuple(shape[d] for d in order), strides)
+        *outer, inner = collapsed[len(arrays)] or [0]
+        return numel(shape) > 0 and not any(outer) and inner in (0, 1)
+
+    def _summed(self, node: Node, code: _Registers) -> Result:
+        out, mode = self._result(node, self._direct(node, node.outputs[0]), None)
+        view = _sum_view(node, out.buffer, self.item)
+        return replace(view, offset=out.offset), code.register(node.inputs[0]), SUM + mode
 
     @staticmethod
     def _note(unit: Unit) -> str:
@@ -198,29 +222,23 @@ class Emitter:
                 return order
         return plain
 
-    def _results(
-        self, unit: Unit, inside: set[Value], code: _Registers, order: Sequence[int], shape: Shape
-    ) -> tuple[list[Array], list[int], list[int]]:
-        outputs: list[Array] = []
-        regs: list[int] = []
-        modes: list[int] = []
+    def _results(self, unit: Unit, inside: Sequence[Value], code: _Registers, order: Sequence[int]) -> list[Result]:
+        """The cluster's outputs: array, register, mode. First what is kept here, then what is stored elsewhere."""
+        stored: list[Result] = []
         for value, store in unit.stores:
             where = self.target(store, value)
             if where is None:
                 continue
-            outputs.append(where)
-            regs.append(code.register(value))
-            modes.append(int(store.add))
+            stored.append((where, code.register(value), int(store.add)))
             if value in inside and not store.add:
                 self.env[value] = where
+        made: list[Result] = []
         for v in inside:
             if v not in self.env and self._needed(v, unit):
-                self.env[v] = self.fresh(shape, order)
-                outputs.append(self.env[v])
-                regs.append(code.register(v))
-                modes.append(0)
+                self.env[v] = self.fresh(unit.shape, order)
+                made.append((self.env[v], code.register(v), 0))
         self._keep(unit)
-        return outputs, regs, modes
+        return made + stored
 
     def _needed(self, v: Value, unit: Unit) -> bool:
         """Whether anything outside the cluster reads the value (through views too), or the section keeps it."""
@@ -256,30 +274,26 @@ class Emitter:
     def _emit_pointwise(
         self,
         inputs: list[Array],
-        outputs: list[Array],
-        regs: list[int],
-        modes: list[int],
+        results: Sequence[Result],
         ops: list[int],
         count: int,
         floats: list[float],
         shape: Shape,
+        order: Sequence[int],
         note: str,
         work: int = 0,
     ) -> None:
-        if not outputs or numel(shape) == 0:
+        if not results or numel(shape) == 0:
             return
-        order = memory_order(shape, outputs[0].strides)
-        shape = tuple(shape[d] for d in order)
-        strides = [[a.strides[d] for d in order] for a in (*inputs, *outputs)]
-        dims, strides = collapse(shape, strides)
+        outputs, regs, modes = ([r[k] for r in results] for k in range(3))
+        operands: list[Array] = [*inputs, *outputs]
+        strides = [[a.strides[d] for d in order] for a in operands]
+        dims, strides = collapse(tuple(shape[d] for d in order), strides)
         ints = [len(dims), len(inputs), len(outputs), len(ops) // 5, count, *dims]
         ints += [s for each in strides for s in each] + regs + modes + ops
-        n = len(inputs)
-        operands = inputs + outputs
+        writes = list(range(len(inputs), len(operands)))
         flops = float(work * numel(shape))
-        self.code.append(
-            Instruction("pointwise", operands, list(range(n, len(operands))), ints, floats, flops, note)
-        )
+        self.code.append(Instruction("pointwise", operands, writes, ints, floats, flops, note))
 
     # ---- kernels
 
@@ -504,8 +518,8 @@ class Emitter:
 class _Registers:
     """Registers of one cluster: inputs first, then results, reused once nothing more reads them."""
 
-    def __init__(self, emitter: Emitter, unit: Unit, inside: set[Value]) -> None:
-        self.emitter, self.inside = emitter, inside
+    def __init__(self, emitter: Emitter, unit: Unit, inside: Sequence[Value]) -> None:
+        self.emitter, self.inside = emitter, set(inside)
         self.inputs: list[Value] = []
         self.floats: list[float] = []
         self.ops: list[int] = []
@@ -516,7 +530,6 @@ class _Registers:
         for v, _ in unit.stores:
             self._outside(v)
         self.count = len(self.inputs)
-        self._allocate(unit)
 
     def _alias(self, v: Value) -> Value:
         while (n := self.emitter.producer.get(v)) is not None and n.op == "stop_gradient":
@@ -537,13 +550,14 @@ class _Registers:
             self.where[v] = len(self.inputs)
             self.inputs.append(v)
 
-    def _allocate(self, unit: Unit) -> None:
+    def allocate(self, unit: Unit, read_at_end: Sequence[Value]) -> None:
+        """Write the operations; what is stored, needed outside or in `read_at_end` keeps its register."""
         last: dict[Value, int] = {}
         for k, n in enumerate(unit.nodes):
             for v in n.inputs:
                 last[self._alias(v)] = k
         free: list[int] = []
-        kept = {self._alias(v) for v, _ in unit.stores}
+        kept = {self._alias(v) for v in (*(v for v, _ in unit.stores), *read_at_end)}
         kept |= {v for v in self.inside if self.emitter._needed(v, unit)}
         for k, n in enumerate(unit.nodes):
             args = [self._alias(v) for v in n.inputs]
@@ -567,6 +581,14 @@ class _Registers:
             r = self.where[v] = self.count
             self.count += 1
         return r
+
+
+def _sum_view(node: Node, buffer: Buffer, itemsize: int) -> Array:
+    """The result of a sum, seen with the shape of what is summed: stride 0 where it adds up."""
+    shape, dims = node.inputs[0].shape, node.attrs["dims"]
+    kept = iter(dense_strides(node.outputs[0].shape))
+    strides = tuple(0 if d in dims else next(kept) for d in range(len(shape)))
+    return Array(buffer, shape, strides, itemsize)
 
 
 def _nhwc(shape: Shape) -> list[int]:

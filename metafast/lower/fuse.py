@@ -4,7 +4,8 @@ A *cluster* is a set of pointwise nodes of one shape that run block by block thr
 the cluster of one of its producers where no path leaves that cluster and comes back. A *sum* is an addition whose terms
 are all kernels that can accumulate (`x·Ẇ + ẋ·W`): the terms write into one buffer. A *biased* unit is a product or
 convolution that starts from its bias. A *lazy* node is a cheap function of one value (a mask, a multiple) that only clusters
-read: each of them computes it again, which costs less than writing it down.
+read: each of them computes it again, which costs less than writing it down. A sum over what a cluster makes is the cluster's
+own output.
 """
 
 from __future__ import annotations
@@ -34,8 +35,14 @@ class Unit:
     stores: list[tuple[Value, Store]] = field(default_factory=list)
     result: Value | None = None
     bias: Value | None = None
+    sums: list[Node] = field(default_factory=list)
     order: int = 0
     inputs: set[Value] = field(default_factory=set)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What a cluster runs over."""
+        return self.nodes[0].outputs[0].shape if self.nodes else self.stores[0][0].shape
 
 
 def is_free(node: Node) -> bool:
@@ -63,6 +70,7 @@ class _Fuser:
             self.uses[v] += 1
         self.lazy = self._lazy()
         self.units: list[Unit] = []
+        self.summed: dict[Value, int] = {}  # the sums that a cluster makes of its own values
         self.unit_of: dict[Value, int] = {}
         self.before: list[int] = []  # bit set of the units each unit depends on, transitively
 
@@ -70,8 +78,11 @@ class _Fuser:
         for k, node in enumerate(self.graph.nodes):
             if is_free(node) or node in self.lazy:
                 continue
-            if not (node.op == "add" and (self._sum(node, k) or self._bias(node, k))):
-                self._pointwise(node, k) if node.op in POINTWISE else self._single(node, k)
+            if node.op == "add" and (self._sum(node, k) or self._bias(node, k)):
+                continue
+            if node.op == "sum" and self._reduction(node):
+                continue
+            self._pointwise(node, k) if node.op in POINTWISE else self._single(node, k)
         for store in self.section.stores:
             self._store(store)
         return self._ordered()
@@ -148,9 +159,10 @@ class _Fuser:
     def _home(self, shape: tuple[int, ...], inputs: tuple[Value, ...], deps: set[int]) -> int | None:
         """The latest cluster that makes one of the inputs and may take one more node of that shape."""
         makers = {self.unit_of[v] for v in map(self._alias, inputs) if v in self.unit_of}
+        makers -= {u for v in map(self._root, inputs) if (u := self.summed.get(v)) is not None}
         for u in sorted(makers, reverse=True):
             unit = self.units[u]
-            if unit.kind != "pointwise" or unit.nodes[0].outputs[0].shape != shape:
+            if unit.kind != "pointwise" or unit.shape != shape:
                 continue
             if len(unit.nodes) >= MAX_OPS or len(unit.inputs | set(inputs)) >= MAX_INPUTS:
                 continue
@@ -198,6 +210,19 @@ class _Fuser:
         self.unit_of[node.outputs[0]] = new
         return True
 
+    # -- reductions of what a cluster makes
+
+    def _reduction(self, node: Node) -> bool:
+        """Let the cluster that makes the values add them up, while they are in L1; no later node may join through it."""
+        u = self.unit_of.get(self._alias(node.inputs[0]))
+        if u is None or self.units[u].kind != "pointwise" or node.inputs[0].shape != self.units[u].shape:
+            return False
+        if len(self.units[u].sums) + len(self.units[u].inputs) >= MAX_INPUTS or node.inputs[0] in self.summed:
+            return False
+        self.units[u].sums.append(node)
+        self.unit_of[node.outputs[0]] = self.summed[node.outputs[0]] = u
+        return True
+
     # -- biases
 
     def _bias(self, node: Node, k: int) -> bool:
@@ -227,7 +252,7 @@ class _Fuser:
     def _store(self, store: Store) -> None:
         value = self.graph.outputs[store.output]
         u = self.unit_of.get(self._alias(value))
-        if u is None or self.units[u].kind != "pointwise" or self.units[u].nodes[0].outputs[0].shape != value.shape:
+        if u is None or self._alias(value) in self.summed or self.units[u].kind != "pointwise" or self.units[u].shape != value.shape:
             u = self._new(Unit("pointwise", order=len(self.graph.nodes)), self._deps((value,)))
         self.units[u].stores.append((value, store))
 

@@ -2,12 +2,16 @@
 
 #include "../common/opcodes.hpp"
 #include "math.hpp"
+#include "sums.hpp"
 
 namespace metafast::kernels::METAFAST_ISA {
 namespace {
 
 constexpr int kMaxRank = kPointwiseRank, kMaxOperands = kPointwiseOperands, kMaxRegs = kPointwiseRegisters,
               kMaxOps = kPointwiseOps;
+
+constexpr int64_t kSum = 2;          // bit of an output mode: add up over the dimensions of stride 0
+constexpr int64_t kFlushBlocks = 64;  // partial sums of so many blocks go into the total at once
 
 // A run of vectors in memory, or one vector again and again (step 0).
 template <class T>
@@ -113,6 +117,21 @@ struct Program {
       for (int j = 0; j < OpcodeArity::of[ops[5 * k]]; ++j) lowest = min64(lowest, ops[5 * k + 2 + j]);
     return -lowest;
   }
+
+  bool sums() const {
+    for (int64_t o = 0; o < n_out; ++o)
+      if (out_mode[o] & kSum) return true;
+    return false;
+  }
+
+  // Elements of output o that are kept apart, a vector of slack included.
+  template <class T>
+  int64_t sum_elements(int64_t o) const {
+    int64_t kept = kLanes<T>;
+    for (int64_t d = 0; d < rank; ++d)
+      if (strides[(n_in + o) * rank + d] != 0) kept *= dims[d];
+    return kept + kLanes<T>;
+  }
 };
 
 // Elements of a block: all registers together fill half of a small L1.
@@ -162,13 +181,14 @@ struct Space {
 
  private:
   int outermost_first(const Program& p, int* order) {
-    const int64_t* out = p.strides + p.n_in * p.rank;
+    // A sum has no place of its own for what it adds up: where one comes first, the order given holds.
+    const int64_t* out = p.out_mode[0] < kSum ? p.strides + p.n_in * p.rank : nullptr;
     int count = 0;
     for (int d = 0; d < p.rank; ++d) {
       elements *= p.dims[d];
       if (p.dims[d] == 1) continue;
       int at = count++;
-      for (; at > 0 && out[order[at - 1]] < out[d]; --at) order[at] = order[at - 1];
+      for (; out && at > 0 && out[order[at - 1]] < out[d]; --at) order[at] = order[at - 1];
       order[at] = d;
     }
     return count;
@@ -233,6 +253,9 @@ struct Interpreter {
   Access access[kMaxOperands];
   bool in_place[kMaxOperands];  // per output: its register is the output's memory
   T* buffers;                   // one block and a vector for each register
+  T* sums[kMaxOperands];        // per summing output: partial sums, then totals
+  int64_t sum_size[kMaxOperands];
+  int64_t unflushed = 0;
 
   Interpreter(const Args& a) : args(a), p(a.i), s(p), block(block_elements<T>(p.n_regs)) {
     by_rows = s.rank > 1 && 2 * s.inner() <= block;
@@ -247,6 +270,14 @@ struct Interpreter {
     for (int64_t k = 0; k < p.n_ops; ++k) decode(p.ops + 5 * k, &ops[k]);
     for (int o = 0; o < p.n_in; ++o) access[o] = input_access(o);
     for (int o = 0; o < p.n_out; ++o) in_place[o] = may_write_in_place(o);
+    T* after = buffer(p.n_regs + 1);
+    for (int o = 0; o < p.n_out; ++o) {
+      if (!(p.out_mode[o] & kSum)) continue;
+      sums[o] = after;
+      sum_size[o] = inner_stride(static_cast<int>(p.n_in) + o) ? s.inner() : L;
+      for (int64_t k = 0; k < 2 * (sum_size[o] + L); ++k) after[k] = 0;
+      after += 2 * (sum_size[o] + L);
+    }
   }
 
   T* buffer(int64_t r) const { return buffers + r * (block + L); }
@@ -286,7 +317,7 @@ struct Interpreter {
   // input that lies there, or another output claims the register.
   bool may_write_in_place(int o) const {
     const int64_t reg = p.out_reg[o];
-    if (reg < p.n_in || p.out_mode[o] != 0 || !contiguous_output(o)) return false;
+    if ((p.out_mode[o] & kSum) || reg < p.n_in || p.out_mode[o] != 0 || !contiguous_output(o)) return false;
     for (int other = 0; other < o; ++other)
       if (p.out_reg[other] == reg) return false;
     for (int in = 0; in < p.n_in; ++in)
@@ -330,8 +361,64 @@ struct Interpreter {
       const Op& op = ops[k];
       op.run(views[op.dst].p, views[op.a], views[op.b], views[op.c], n);
     }
-    for (int o = 0; o < p.n_out; ++o)
-      if (!in_place[o]) write_output(o, row, at, n, rows);
+    for (int o = 0; o < p.n_out; ++o) {
+      if (p.out_mode[o] & kSum)
+        add_to_sum(o, at, n, rows);
+      else if (!in_place[o])
+        write_output(o, row, at, n, rows);
+    }
+    if (++unflushed == kFlushBlocks) flush();
+  }
+
+  // Adds a block to the partial sums of output o: by columns where the last dimension is kept, else by lanes.
+  void add_to_sum(int o, int64_t at, int64_t n, int64_t rows) {
+    const View<T> value = views[p.out_reg[o]];
+    if (inner_stride(static_cast<int>(p.n_in) + o) == 0) {
+      Vec<T> total = load(sums[o]);
+      const T* src = value.p;
+      for (int64_t k = n / L; k > 0; --k, src += value.step) total = total + load(src);
+      if (n % L) total = total + keep<T>(load(src, Mask<T>(n % L)), Mask<T>(n % L));
+      store(sums[o], total);
+      return;
+    }
+    const T* src = value.p;
+    if (value.step == 0) {
+      loop<T, Opcode::copy, 1>(buffer(p.n_regs), value, {}, {}, n);
+      src = buffer(p.n_regs);
+    }
+    const int64_t width = by_rows ? s.inner() : n;
+    T* to = sums[o] + (by_rows ? 0 : at);
+    for (int64_t k = 0; k < width; k += L) {
+      const Mask<T> m(min64(L, width - k));
+      Vec<T> total = load(to + k, m);
+      for (int64_t r = 0; r < rows; ++r) total = total + load(src + r * width + k, m);
+      store(to + k, total, m);
+    }
+  }
+
+  void flush() {
+    for (int o = 0; o < p.n_out; ++o) {
+      if (!(p.out_mode[o] & kSum)) continue;
+      T *partial = sums[o], *total = partial + sum_size[o] + L;
+      for (int64_t k = 0; k < sum_size[o]; ++k) total[k] += partial[k], partial[k] = 0;
+    }
+    unflushed = 0;
+  }
+
+  void write_sums() {
+    flush();
+    for (int o = 0; o < p.n_out; ++o) {
+      if (!(p.out_mode[o] & kSum)) continue;
+      const int operand = static_cast<int>(p.n_in) + o;
+      const T* total = sums[o] + sum_size[o] + L;
+      const bool add = p.out_mode[o] & 1, columns = inner_stride(operand) != 0;
+      T* y = pointer(operand);
+      if (!columns) {
+        const T sum = sum_lanes<T>(load(total));
+        *y = add ? *y + sum : sum;
+      }
+      for (int64_t k = 0; columns && k < s.inner(); ++k) y[k] = add ? y[k] + total[k] : total[k];
+    }
   }
 
   void gather_piece(int o, int64_t row, int64_t at, int64_t n) {
@@ -365,17 +452,25 @@ struct Interpreter {
     }
   }
 
+  // A sum is one part's work: its order must not depend on the number of parts.
   void run() {
+    const bool adds_up = p.sums();
+    if (adds_up && args.part > 0) return;
+    run_share(adds_up ? 1 : args.parts);
+    if (adds_up) write_sums();
+  }
+
+  void run_share(int parts) {
     const int64_t inner = s.inner(), rows = s.elements / inner;
     if (by_rows) {
       const int64_t per_block = block / inner;
-      const Range mine = share(rows, args.part, args.parts, per_block);
+      const Range mine = share(rows, args.part, parts, per_block);
       for (int64_t row = mine.begin; row < mine.end; row += per_block)
         run_block(row, 0, min64(per_block, mine.end - row) * inner);
       return;
     }
     const int64_t pieces = (inner + block - 1) / block;
-    const Range mine = share(rows * pieces, args.part, args.parts);
+    const Range mine = share(rows * pieces, args.part, parts);
     for (int64_t b = mine.begin; b < mine.end; ++b) {
       const int64_t row = b / pieces, at = b % pieces * block;
       run_block(row, at, min64(block, inner - at));
@@ -388,7 +483,9 @@ struct Interpreter {
 template <class T>
 int64_t pointwise_scratch(const int64_t* ints) noexcept {
   const Program p(ints);
-  const int64_t elements = p.immediates() * kLanes<T> + (p.n_regs + 1) * (block_elements<T>(p.n_regs) + kLanes<T>);
+  int64_t elements = p.immediates() * kLanes<T> + (p.n_regs + 1) * (block_elements<T>(p.n_regs) + kLanes<T>);
+  for (int64_t o = 0; o < p.n_out; ++o)
+    if (p.out_mode[o] & kSum) elements += 2 * p.sum_elements<T>(o);
   return elements * static_cast<int64_t>(sizeof(T));
 }
 
