@@ -19,7 +19,7 @@ from metafast.graph import Builder, Graph, copy_into
 from metafast.lower import Lowered, lower
 from metafast.normalise import normalise
 from metafast.problem import Outcome, Problem, hyper_tree
-from metafast.sweep import SECTIONS, Loop, Section, Store, Sweep
+from metafast.sweep import SECTIONS, Loop, Section, Store, Sweep, gradient_section
 
 LABEL_OUT_OF_RANGE = 1  # a kernel's error codes, csrc/kernels/common/kernels.hpp
 
@@ -172,7 +172,7 @@ class Native:
             extra = self._output_cotangents(problem, output_cotangents)
         call = self._run(problem, "outputs" if extra else "fused", weights=weights, extra=extra)
         outcome = self._outcome(problem, call, fold)
-        outcome.gradients = call.gradients(problem)
+        outcome.gradients = call.gradients(problem.wrt)
         return outcome
 
     def adapt(self, problem: Problem, *, fold: bool) -> Outcome:
@@ -185,7 +185,7 @@ class Native:
     def adapt_vjp(self, problem: Problem, cotangents: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
         """The gradient of Σ ⟨fast, cotangents⟩."""
         extra = {f"fast/{n}": c for n, c in cotangents.items()}
-        return self._run(problem, "adapt_vjp", extra=extra).gradients(problem)
+        return self._run(problem, "adapt_vjp", extra=extra).gradients(problem.wrt)
 
     # -- one call
 
@@ -322,9 +322,9 @@ class Call:
         scale = stat.count / (stat.count - 1) if stat.count > 1 else float("nan")
         return mean, self.made[f"{part}_stat", f"{stat.output}/var"] * scale
 
-    def gradients(self, problem: Problem) -> dict[str, Tensor | None]:
+    def gradients(self, wanted: Sequence[str]) -> dict[str, Tensor | None]:
         """The gradient of every wanted leaf; None where nothing depends on it."""
-        out: dict[str, Tensor | None] = dict.fromkeys(problem.wrt)
+        out: dict[str, Tensor | None] = dict.fromkeys(wanted)
         for key, (offset, shape) in self.lowered.accumulators.items():
             out[key] = self.result[offset : offset + int(np.prod(shape))].view(shape)
         out.update({name: t for (kind, name), t in self.made.items() if kind == "gradient"})
@@ -342,13 +342,13 @@ def disagreement(plan: Plan, problem: Problem, traces: Sequence[Trace]) -> str |
     """
     first = _first_task(problem)
     for trace, graph in zip(traces, (plan.loop.support, plan.loop.query), strict=False):
+        if graph is None:
+            continue
         keys = tuple(trace.gradients)
-        loop = replace(plan.loop, query=graph, wrt=keys)
-        part = replace(first, steps=0, wrt=keys)
-        probe = Plan(loop, plan.dtype, plan.externs)
-        call = Call(probe, probe.program("fused"), part, {})
+        section = gradient_section(graph, keys)
+        call = Call(plan, lower({}, {"query": section}, plan.dtype), replace(first, steps=0, wrt=keys), {})
         call.run(None)
-        if found := _compare(trace, call.made["loss", "loss"], call.gradients(part), plan.dtype):
+        if found := _compare(trace, call.made["loss", "loss"], call.gradients(keys), plan.dtype):
             return found
     return None
 

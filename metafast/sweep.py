@@ -432,6 +432,26 @@ class Sweep:
         return {name: sections[name] for name in SECTIONS if name in sections}
 
 
+def gradient_section(graph: Graph, keys: Sequence[str]) -> Section:
+    """A captured loss and its gradient in the leaves `keys`, as one section that adapts nothing."""
+    w = _Writer()
+    leaves: dict[str, Value] = {}
+
+    def bind(i: Input) -> Value:
+        key = leaf_key(i)
+        leaves[key] = w.b.input("leaf", key, i.value.shape, i.value.dtype)
+        return leaves[key]
+
+    env = copy_into(w.b, graph, bind)
+    loss = env[graph.outputs["loss"]]
+    w.store(loss, "loss", "loss")
+    wanted = [k for k in keys if k in leaves]
+    pulled = pull(w.b, {loss: w.b.const(1.0)}, [leaves[k] for k in wanted])
+    for key, ct in zip(wanted, pulled, strict=True):
+        w.store(ct, "gradient", key, add=True)
+    return w.finish()
+
+
 def _hoist_section(section: Section, prologue: _Writer, prefix: str) -> Section:
     graph = section.graph
     moving = [i.value for i in graph.inputs if i.role not in ("leaf", "hoisted")]
