@@ -267,7 +267,9 @@ class _Eager(torch.autograd.Function):
         saved = _saved(ctx)
         with torch.no_grad():
             if call.ready:
-                grads = _scaled(saved[count:], cotangents[0])
+                seed = cotangents[0]
+                whole = seed is not None and seed.device.type == "cpu" and seed.item() == 1.0
+                grads = list(saved[count:]) if whole else _scaled(saved[count:], seed)
             else:
                 grads = call.backward(call.problem, cotangents)
         if torch.is_grad_enabled():  # create_graph: whoever differentiates these shall hear of it

@@ -99,7 +99,7 @@ class Places:
         self._inside = {id(m) for m in model.modules()}
         for module in model.modules():
             self._hooks(module)
-            if not type(module).__module__.startswith("torch.nn."):  # those read what they were built with
+            if not _known(type(module)):  # torch's own read what they were built with
                 self._read(module.__dict__, 1)
                 self._look(type(module).forward, 1)
         for root in roots:
@@ -147,6 +147,13 @@ class Places:
             return
         self._visited.add(id(value))
         self._keep.append(value)
+        if isinstance(value, nn.Module) and _known(type(value)):
+            for store in (value._parameters, value._buffers, value._modules):
+                if store:
+                    self._read(store, depth)
+            return
+        if isinstance(value, types.FunctionType) and _known(value):
+            return
         if isinstance(value, (dict, list, tuple, set)):
             if isinstance(value, dict) and any(not isinstance(k, (str, int)) for k in value):
                 return
@@ -173,6 +180,11 @@ class Places:
             self._readers.append(functools.partial(_named, scope, names))
             for content in _named(scope, names):
                 self._look(content, depth + 1)
+
+
+def _known(value: Any) -> bool:
+    """Whether a class or function is torch's or our own, which read nothing but their arguments and tensors."""
+    return str(value.__module__).startswith(("torch.nn.", "metafast."))
 
 
 def _parts(value: Any) -> Iterator[Any]:

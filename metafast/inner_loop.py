@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 import math
-import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from . import dispatch, tasks
+from . import dispatch
 from .autograd import AdaptCall, FusedCall, launch
 from .errors import (
     InputError,
@@ -25,17 +23,14 @@ from .errors import (
     position,
     warn,
 )
-from .externs import Places, find_externs
 from .fast_weights import FastWeights
-from .problem import Objective, Outcome, Problem
+from .outline import Outline
+from .problem import Loss, Objective, Outcome, Problem
 from .reference import swapping
-from .structure import Structure
-from .transforms import outside_compile, tracing, transformed
+from .transforms import outside_compile, tracing
 from .updates import UpdateRule
 
 __all__ = ["InnerLoop"]
-
-Loss = Callable[[Any, Any], Tensor]
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "order": (1, 2),
@@ -118,8 +113,8 @@ class InnerLoop(nn.Module):
         self.backend = backend
         self.nonfinite = nonfinite
         self._params = (params,)  # in a tuple: a module in here is no submodule
-        self._layout: _Layout | None = None
-        self._layout_now()
+        self._outline: Outline | None = None
+        self._outline = Outline(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "steps":
@@ -127,11 +122,11 @@ class InnerLoop(nn.Module):
         elif name in _CHOICES:
             _require_choice(name, value)
         super().__setattr__(name, value)
-        if name not in _CHOICES and name != "_layout":
-            self.__dict__["_layout"] = None
+        if name not in _CHOICES and name != "_outline":
+            self.__dict__["_outline"] = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_layout": None}
+        return {**self.__dict__, "_outline": None}
 
     def extra_repr(self) -> str:
         """The options, for `print(inner)`."""
@@ -152,12 +147,11 @@ class InnerLoop(nn.Module):
         range, `TaskError` (both with task and step) for what model or loss raise, `NonFiniteError` if asked for.
         **Warns** `NonFiniteWarning`. Under `torch.no_grad()` only the forward runs.
         """
-        problem = self._problem(support, query, gradient=torch.is_grad_enabled())
-        ready = bool(problem.wrt) and self.reduction != "none" and not self.return_outputs
-        weights = functools.partial(self._layout_now().weights, self.reduction)
-        call = FusedCall(
-            problem, self.backend, self._checked, ready=ready, reduction=self.reduction, weights=weights
-        )
+        problem, outline = self._problem(support, query, gradient=torch.is_grad_enabled())
+        reduction = self.reduction
+        ready = bool(problem.wrt) and reduction != "none" and not self.return_outputs
+        weights = functools.partial(outline.weights, reduction)
+        call = FusedCall(problem, self.backend, self._checked, ready=ready, reduction=reduction, weights=weights)
         results = self._guarded(launch, call, problem)
         if not self.return_outputs:
             return results[0]
@@ -178,11 +172,11 @@ class InnerLoop(nn.Module):
             way_out = "differentiate the loss of inner(support, query) instead"
             place = "InnerLoop.meta_gradient under a transform or forward-mode autograd"
             raise TransformError(message(place, "a gradient that is a plain value", "one to differentiate", way_out))
-        problem = self._problem(support, query, gradient=True)
-        outcome = self._guarded(self._with_gradient, problem, problem)
+        problem, outline = self._problem(support, query, gradient=True)
+        outcome = self._guarded(functools.partial(self._with_gradient, outline), problem, problem)
         losses = cast(Tensor, outcome.losses)
         loss = losses if self.reduction == "none" else losses.mean() if self.reduction == "mean" else losses.sum()
-        return loss, self._named(problem, outcome)
+        return loss, outline.named(problem, cast("dict[str, Tensor | None]", outcome.gradients))
 
     @outside_compile
     def adapt(self, support: Any) -> FastWeights:
@@ -191,109 +185,30 @@ class InnerLoop(nn.Module):
         **Arguments**: `support`, as for the call. **Returns** a `FastWeights`: a mapping from name to `(T, *shape)`;
         any loss on it may be differentiated, its backward runs the inner loop again. **Raises** as the call does.
         """
-        problem = self._problem(support, None, gradient=torch.is_grad_enabled())
+        problem, outline = self._problem(support, None, gradient=torch.is_grad_enabled())
         call = AdaptCall(problem, self.backend, self._checked)
         tensors = self._guarded(launch, call, problem)
-        layout = self._layout_now()
         adapted = dict(zip(problem.adapted, tensors, strict=True))
-        return FastWeights(self.model, layout.structure, adapted, problem.tasks)
+        return FastWeights(self.model, outline.structure, adapted, problem.tasks)
 
     @outside_compile
     def explain(self, support: Any, query: Any) -> Any:
         """Which backend takes a call with these batches and why, with graph, plan, flops and memory; print it."""
-        return dispatch.explain(self._problem(support, query, gradient=True), self.backend)
-
-    # What one call means
-
-    def _problem(self, support: Any, query: Any | None, *, gradient: bool) -> Problem:
-        """The problem that a call with these batches poses, validated."""
-        with swapping:  # another thread may have other tensors on the model just now
-            return self._pose(support, query, gradient=gradient)
-
-    def _pose(self, support: Any, query: Any | None, *, gradient: bool) -> Problem:
-        layout = self._layout_now()
-        batches, specs = self._batches(support, query)
-        parameters = layout.structure.parameters()
-        _require_dtype(layout.adapted[0], parameters[layout.first_adapted])
-        count = tasks.count_tasks(batches, parameters[0].device)
-        leaves: dict[str, Tensor] = dict(zip(layout.parameter_keys, parameters, strict=True))
-        for name, value in self.update.hyper(parameters[layout.first_adapted]).items():
-            leaves["hyper/" + name] = value
-        for place, _, tensors in batches:
-            for index, tensor in enumerate(tensors):
-                leaves[f"{place}/{index}"] = tensor
-        if any(leaf.is_inference() for leaf in leaves.values()):
-            leaves = {key: _ordinary(leaf) for key, leaf in leaves.items()}
-        problem = Problem(
-            model=self.model,
-            inner_objective=layout.objectives[0],
-            query_objective=layout.objectives[1],
-            update=self.update,
-            steps=self.steps,
-            order=self.order,
-            leaves=leaves,
-            adapted=layout.adapted,
-            support_spec=specs[0],
-            query_spec=specs[1] if query is not None else None,
-            tasks=count,
-            wrt=(),
-            return_outputs=self.return_outputs and query is not None,
-            buffers=dict(zip(layout.structure.buffer_names, layout.structure.buffers(), strict=True)),
-            aliases=layout.structure.aliases,
-        )
-        if gradient or tracing():
-            self._want(problem, leaves, layout)
-        return problem
-
-    def _batches(self, support: Any, query: Any | None) -> tuple[list[tuple[str, Any, list[Tensor]]], list[Any]]:
-        """The batches with their places, tensors and nesting."""
-        batches: list[tuple[str, Any, list[Tensor]]] = []
-        specs = []
-        for place, batch, plain in self._given(support, query):
-            tensors, spec = tasks.flatten(batch, place)
-            if plain:
-                tasks.require_pair(place, spec, tensors)
-            batches.append((place, batch, tensors))
-            specs.append(spec)
-        return batches, specs
-
-    def _given(self, support: Any, query: Any | None) -> Iterable[tuple[str, Any, bool]]:
-        """Place, batch, and whether a plain loss reads it."""
-        yield "support", support, self.objective is None
-        if query is not None:
-            replaced = self.query_loss is not None or self.query_objective is not None
-            yield "query", query, (self.query_objective if replaced else self.objective) is None
-
-    def _want(self, problem: Problem, leaves: dict[str, Tensor], layout: _Layout) -> None:
-        """Add tensors found in closures and attributes, and say which leaves want a gradient."""
-        if not transformed():  # there they are looked for once the wrappers are off
-            for index, tensor in enumerate(layout.externs(problem)):
-                leaves[f"extern/{index}"] = tensor
-        if tracing():  # what requires grad does not show through all transforms: take every leaf that could
-            wrt = tuple(key for key, leaf in leaves.items() if leaf.is_floating_point())
-        else:
-            wrt = tuple(key for key, leaf in leaves.items() if leaf.requires_grad)
-        object.__setattr__(problem, "wrt", wrt)
-
-    def _objectives(self) -> tuple[Objective, Objective]:
-        inner = self.objective if self.objective is not None else _LossObjective(cast(Loss, self.loss))
-        if self.query_objective is not None:
-            return inner, self.query_objective
-        return inner, inner if self.query_loss is None else _LossObjective(self.query_loss)
-
-    def _layout_now(self) -> _Layout:
-        """The cached layout, rebuilt when the model's structure or the update rule changed."""
-        layout = self._layout
-        if layout is None or not layout.current(self):
-            layout = _Layout(self)
-            self.__dict__["_layout"] = layout
-        return layout
+        return dispatch.explain(self._problem(support, query, gradient=True)[0], self.backend)
 
     # Running it
 
-    def _with_gradient(self, problem: Problem) -> Outcome:
+    def _problem(self, support: Any, query: Any | None, *, gradient: bool) -> tuple[Problem, Outline]:
+        """The problem that a call with these batches poses, validated, and the outline it was made from."""
+        with swapping:  # another thread may have other tensors on the model just now
+            outline = self._outline
+            if outline is None or not outline.current():
+                outline = self.__dict__["_outline"] = Outline(self)
+            return outline.problem(self, support, query, gradient=gradient), outline
+
+    def _with_gradient(self, outline: Outline, problem: Problem) -> Outcome:
         backend = dispatch.choose(problem, self.backend)
-        outcome = backend.meta_gradient(problem, self._layout_now().weights(self.reduction, problem), fold=True)
+        outcome = backend.meta_gradient(problem, outline.weights(self.reduction, problem), fold=True)
         self._checked(outcome, problem)
         return outcome
 
@@ -328,134 +243,6 @@ class InnerLoop(nn.Module):
             raise NonFiniteError(text)
         warn(text, NonFiniteWarning)
 
-    def _named(self, problem: Problem, outcome: Outcome) -> dict[str, Tensor]:
-        """Gradients by the names that `meta_gradient` promises; a tensor that is several leaves appears once."""
-        assert outcome.gradients is not None
-        named: dict[str, Tensor] = {}
-        names: dict[int, str] = {}
-        for key, grad in outcome.gradients.items():
-            leaf = problem.leaves[key]
-            name = names.setdefault(id(leaf), self._name(key, leaf))
-            grad = torch.zeros_like(leaf) if grad is None else grad
-            named[name] = named[name] + grad if name in named else grad
-        return named
-
-    def _name(self, key: str, leaf: Tensor) -> str:
-        kind, _, name = key.partition("/")
-        if kind == "param":
-            return name
-        if kind == "hyper":
-            return "update." + name
-        if kind == "extern":
-            return next((n for n, p in self.named_parameters() if p is leaf), key)
-        return key
-
-
-class _LossObjective:
-    """A loss of (output, target) as an objective on batches (x, y)."""
-
-    def __init__(self, loss: Loss) -> None:
-        self.loss = loss
-
-    def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
-        x, y = batch
-        output = model(x)
-        return self.loss(output, y), output
-
-
-class _Layout:
-    """What holds from call to call: names, what adapts, tensors found outside."""
-
-    def __init__(self, inner: InnerLoop) -> None:
-        self.structure = Structure(inner.model)
-        names, tensors = self.structure.parameter_names, self.structure.parameters()
-        if not names:
-            way_out = "there is nothing to adapt; give it parameters"
-            raise InputError(message("InnerLoop(model)", "a model without parameters", "at least one", way_out))
-        self.parameter_keys = ["param/" + name for name in names]
-        self.adapted = _select(inner.model, inner._params[0], names, tensors, self.structure.aliases)
-        self.first_adapted = names.index(self.adapted[0])
-        shapes = {name: tensor.shape for name, tensor in zip(names, tensors, strict=True) if name in set(self.adapted)}
-        for name, tensor in zip(names, tensors, strict=True):
-            if name in shapes:
-                _require_dtype(name, tensor)
-        inner.update.check(shapes, self.structure.aliases)
-        self._changes = inner.update.changes
-        self.objectives = inner._objectives()
-        self._places: Places | None = None
-        self._externs: dict[Any, list[Any]] = {}
-        self._weights: dict[Any, Tensor] = {}
-
-    def current(self, inner: InnerLoop) -> bool:
-        """Whether it still describes the model and the update rule."""
-        return self._changes == inner.update.changes and self.structure.current()
-
-    def weights(self, reduction: str, problem: Problem) -> Tensor:
-        """`(T,)`, the weights of the losses: 1/T for "mean", else 1."""
-        like = problem.parameter
-        key = (problem.tasks, reduction, like.dtype, like.device)
-        if key not in self._weights:
-            value = 1.0 / problem.tasks if reduction == "mean" else 1.0
-            self._weights[key] = torch.full((problem.tasks,), value, dtype=like.dtype, device=like.device)
-        return self._weights[key]
-
-    def externs(self, problem: Problem) -> list[Tensor]:
-        """Tensors that the losses read from outside; looked for again when the places that can hold them changed."""
-        if self._places is None or not self._places.same():
-            roots = (problem.inner_objective, problem.query_objective, problem.update)
-            self._places = Places(problem.model, *roots)
-            self._externs.clear()
-        key: tuple[Any, ...] = (self.structure.training(), problem.steps > 0)
-        key += (problem.query_spec is None, problem.return_outputs)
-        key += tuple((leaf.shape[1:], leaf.dtype, leaf.requires_grad) for leaf in problem.leaves.values())
-        refs = self._externs.get(key)
-        found = None if refs is None else [ref() for ref in refs]
-        if found is None or any(tensor is None for tensor in found):
-            found = list(find_externs(problem))
-            self._externs[key] = [weakref.ref(tensor) for tensor in found]
-        return cast("list[Tensor]", found)
-
-
-def _select(
-    model: nn.Module, params: Any, names: tuple[str, ...], tensors: list[Tensor], aliases: Mapping[str, tuple[str, ...]]
-) -> tuple[str, ...]:
-    """The names of the parameters that `params` selects, in the model's order."""
-    if params is None:
-        return names
-    chosen: set[str] = set()
-    for item in params if isinstance(params, (list, tuple, set, frozenset)) else (params,):
-        chosen |= _matches(model, item, names, tensors, aliases)
-    if not chosen:
-        way_out = "pass names, glob patterns, a submodule or a predicate"
-        raise InputError(message("InnerLoop(params=...)", repr(params), "at least one parameter that adapts", way_out))
-    return tuple(name for name in names if name in chosen)
-
-
-def _matches(
-    model: nn.Module, item: Any, names: tuple[str, ...], tensors: list[Tensor], aliases: Mapping[str, tuple[str, ...]]
-) -> set[str]:
-    """What one entry of `params` selects; never nothing, unless it is a predicate."""
-    place = "InnerLoop(params=...)"
-    if isinstance(item, str):
-        found = {name for name in names if any(fnmatch.fnmatchcase(alias, item) for alias in aliases[name])}
-        if not found:
-            known = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-            way_out = f"the model has {known}; a module's parameters are matched by 'name.*'"
-            raise InputError(message(place, f"{item!r}", "a name or pattern that matches something", way_out))
-        return found
-    if isinstance(item, nn.Module):
-        own = {id(p) for p in item.parameters()}
-        found = {name for name, tensor in zip(names, tensors, strict=True) if id(tensor) in own}
-        if not found:
-            got = f"a {type(item).__name__} that shares no parameter with the model"
-            raise InputError(message(place, got, "a submodule with parameters", "pass a part of this model"))
-        return found
-    if callable(item):
-        pairs = zip(names, tensors, strict=True)
-        return {name for name, tensor in pairs if any(item(alias, tensor) for alias in aliases[name])}
-    expected = "names, glob patterns, a submodule, or a predicate (name, parameter) -> bool"
-    raise InputTypeError(message(place, type(item).__name__, expected, 'pass e.g. "head.*"'))
-
 
 def _all_finite(outcome: Outcome) -> bool:
     """One number tells for all: a sum is finite only if its terms are (a sum that overflows is looked at again)."""
@@ -474,20 +261,6 @@ def _first_nonfinite(outcome: Outcome) -> tuple[int, int, float] | None:
         return None
     task, step = int(bad[0, 0]), int(bad[0, 1])
     return task, step, float(table[task, step])
-
-
-def _ordinary(leaf: Tensor) -> Tensor:
-    """Inference tensors cannot take part in autograd; copies made outside of that mode can."""
-    if not leaf.is_inference():
-        return leaf
-    with torch.inference_mode(False):
-        return leaf.clone()
-
-
-def _require_dtype(name: str, parameter: Tensor) -> None:
-    if parameter.dtype is not torch.float32 and parameter.dtype is not torch.float64:
-        way_out = "use model.float(), or leave it out of params="
-        raise InputTypeError(message(f"parameter {name}", parameter.dtype, "float32 or float64", way_out))
 
 
 def _require_steps(value: Any) -> None:

@@ -21,10 +21,13 @@ from torch.utils import _pytree as pytree
 if TYPE_CHECKING:
     from .updates import UpdateRule
 
-__all__ = ["Backend", "Objective", "Outcome", "Problem", "hyper_tree"]
+__all__ = ["Backend", "Loss", "Objective", "Outcome", "Problem", "hyper_tree"]
 
 #: `objective(model, batch of one task) -> scalar loss`, or `(scalar loss, outputs)`.
 Objective = Callable[[nn.Module, Any], Any]
+
+#: `loss(output, target) -> scalar`.
+Loss = Callable[[Any, Any], Tensor]
 
 
 @dataclass(frozen=True)

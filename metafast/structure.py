@@ -23,14 +23,15 @@ class Structure:
     """
 
     def __init__(self, module: nn.Module) -> None:
+        self.module = module
         modules = list(module.modules())
         self._children = [(m._modules, list(m._modules.values())) for m in modules if m._modules]
-        stores: list[dict[str, Any]] = [d for m in modules for d in (m._parameters, m._buffers, m._modules)]
-        self._sizes = [(store, len(store)) for store in stores]
+        self._stores: list[dict[str, Any]] = [d for m in modules for d in (m._parameters, m._buffers, m._modules)]
+        self._sizes = list(map(len, self._stores))
         self._empty: list[_Slot] = [
             (d, key) for m in modules for d in (m._parameters, m._buffers) for key in d if d[key] is None
         ]
-        self._dicts = [m.__dict__ for m in modules]
+        self._dicts = [m.__dict__ for m in modules if "training" in m.__dict__]
         self.aliases: dict[str, tuple[str, ...]] = {}
         self._same: list[tuple[_Slot, _Slot]] = []
         self.parameter_names, self._parameters = self._find(module, "_parameters")
@@ -56,14 +57,15 @@ class Structure:
         for store, children in self._children:
             if list(store.values()) != children:
                 return False
-        for store, size in self._sizes:
-            if len(store) != size:
-                return False
+        if list(map(len, self._stores)) != self._sizes:
+            return False
         try:
-            if any(store[key] is not None for store, key in self._empty):
-                return False
-            if any(a[0][a[1]] is not b[0][b[1]] for a, b in self._same):
-                return False
+            for store, key in self._empty:
+                if store[key] is not None:
+                    return False
+            for (store, key), (other, name) in self._same:
+                if store[key] is not other[name]:
+                    return False
             for slots in (self._parameters, self._buffers):
                 tensors = {id(store[key]) for store, key in slots}
                 if len(tensors) != len(slots) or id(None) in tensors:
@@ -80,8 +82,8 @@ class Structure:
         """The buffers as they are now, parallel to `buffer_names`."""
         return [store[key] for store, key in self._buffers]
 
-    def training(self) -> tuple[bool | None, ...]:
-        """The training flag of every module, in the order of `modules()`; None where another module keeps it."""
-        return tuple(d.get("training") for d in self._dicts)
+    def training(self) -> tuple[bool, ...]:
+        """The training flag of every module that has one of its own, in the order of `modules()`."""
+        return tuple([d["training"] for d in self._dicts])
 
 

@@ -26,16 +26,25 @@ def tracing() -> bool:
     return transformed() or getattr(forward_ad, "_current_level", 0) >= 0
 
 
+def _watched() -> bool:
+    """Whether dynamo looks at every Python frame that runs now."""
+    if "torch._dynamo" not in sys.modules:
+        return False
+    callback = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
+    current = getattr(callback, "get_eval_frame_callback", None)
+    return current is None or current() is not None
+
+
 def outside_compile(function: Function) -> Function:
     """Break the graph of torch.compile around `function`, and run it, and all it calls, as it is.
 
-    The autograd engine may call back from a compiled step too, where nothing says so: so where dynamo is loaded at all,
-    it is switched off for the call.
+    The autograd engine may call back from a compiled step too, where `is_compiling` is false, but dynamo still watches
+    for frames to compile: it is switched off for the call.
     """
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or "torch._dynamo" in sys.modules:
+        if torch.compiler.is_compiling() or _watched():
             from .uncompiled import run
 
             return run(function, *args, **kwargs)

@@ -1,0 +1,242 @@
+"""What holds of an `InnerLoop` from call to call, and the problem that a call poses.
+
+Traversing a model, matching patterns and looking for tensors in closures happens once; a call reads the tensors from
+where they are known to lie, and checks that nothing was added, removed or replaced since.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import weakref
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from . import tasks
+from .errors import InputError, InputTypeError, message
+from .externs import Places, find_externs
+from .problem import Loss, Objective, Problem
+from .structure import Structure
+from .transforms import tracing, transformed
+
+if TYPE_CHECKING:
+    from .inner_loop import InnerLoop
+
+__all__ = ["LossObjective", "Outline"]
+
+
+class LossObjective:
+    """A loss of (output, target) as an objective on batches (x, y)."""
+
+    def __init__(self, loss: Loss) -> None:
+        self.loss = loss
+
+    def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
+        x, y = batch
+        output = model(x)
+        return self.loss(output, y), output
+
+
+class Outline:
+    """Names, what adapts, objectives, and which tensors the losses read from outside."""
+
+    def __init__(self, inner: InnerLoop) -> None:
+        self.structure = structure = Structure(inner.model)
+        self.update = inner.update
+        names, tensors = structure.parameter_names, structure.parameters()
+        if not names:
+            way_out = "there is nothing to adapt; give it parameters"
+            raise InputError(message("InnerLoop(model)", "a model without parameters", "at least one", way_out))
+        self.adapted = _select(inner.model, inner._params[0], names, tensors, structure.aliases)
+        by_name = dict(zip(names, tensors, strict=True))
+        for name in self.adapted:
+            _require_dtype(name, by_name[name])
+        self.update.check({name: by_name[name].shape for name in self.adapted}, structure.aliases)
+        self.objectives, self._pairs = _objectives(inner)
+        self._changes = self.update.changes
+        self._first = names.index(self.adapted[0])
+        self._keys = ["param/" + name for name in names]
+        self._names = dict(zip(self._keys, names, strict=True))
+        self._inner = weakref.ref(inner)
+        self._places: Places | None = None
+        self._externs: dict[Any, list[weakref.ref[Tensor]]] = {}
+        self._weights: dict[Any, Tensor] = {}
+
+    def current(self) -> bool:
+        """Whether it still describes the model and the update rule."""
+        return self._changes == self.update.changes and self.structure.current()
+
+    def problem(self, inner: InnerLoop, support: Any, query: Any | None, *, gradient: bool) -> Problem:
+        """The problem that a call with these batches poses, validated."""
+        structure = self.structure
+        parameters = structure.parameters()
+        first = parameters[self._first]
+        _require_dtype(self.adapted[0], first)
+        leaves: dict[str, Tensor] = dict(zip(self._keys, parameters, strict=True))
+        for name, value in self.update.hyper(first).items():
+            leaves["hyper/" + name] = value
+        count, specs = self._add_batches(leaves, first.device, support, query)
+        problem = Problem(
+            model=structure.module,
+            inner_objective=self.objectives[0],
+            query_objective=self.objectives[1],
+            update=self.update,
+            steps=inner.steps,
+            order=inner.order,
+            leaves=leaves,
+            adapted=self.adapted,
+            support_spec=specs[0],
+            query_spec=specs[1],
+            tasks=count,
+            wrt=(),
+            return_outputs=inner.return_outputs and query is not None,
+            buffers=dict(zip(structure.buffer_names, structure.buffers(), strict=True)),
+            aliases=structure.aliases,
+        )
+        if gradient or tracing():
+            self._want(problem, leaves)
+        return problem
+
+    def _add_batches(
+        self, leaves: dict[str, Tensor], device: torch.device, support: Any, query: Any | None
+    ) -> tuple[int, list[Any]]:
+        """Put the tensors of the batches among the leaves; returns the number of tasks and the two nestings."""
+        checked: list[tuple[str, Any, list[Tensor]]] = []
+        specs: list[Any] = []
+        for place, batch, pair in zip(("support", "query"), (support, query), self._pairs, strict=True):
+            if batch is None and place == "query":
+                specs.append(None)
+                continue
+            tensors, spec = tasks.flatten(batch, place)
+            if pair:
+                tasks.require_pair(place, spec, tensors)
+            checked.append((place, batch, tensors))
+            specs.append(spec)
+            for index, tensor in enumerate(tensors):
+                leaves[f"{place}/{index}"] = _ordinary(tensor) if tensor.is_inference() else tensor
+        return tasks.count_tasks(checked, device), specs
+
+    def _want(self, problem: Problem, leaves: dict[str, Tensor]) -> None:
+        """Add tensors found in closures and attributes, and say which leaves want a gradient."""
+        if not transformed():  # there they are looked for once the wrappers are off
+            for index, tensor in enumerate(self._found(problem)):
+                leaves[f"extern/{index}"] = tensor
+        if tracing():  # what requires grad does not show through all transforms: take every leaf that could
+            wrt = [key for key, leaf in leaves.items() if leaf.is_floating_point()]
+        else:
+            wrt = [key for key, leaf in leaves.items() if leaf.requires_grad]
+        object.__setattr__(problem, "wrt", tuple(wrt))
+
+    def _found(self, problem: Problem) -> list[Tensor]:
+        """Tensors that the losses read from outside; looked for again when the places that can hold them changed."""
+        if self._places is None or not self._places.same():
+            self._places = Places(problem.model, *self.objectives, self.update)
+            self._externs.clear()
+        shapes = tuple([leaf.shape[1:] for key, leaf in problem.leaves.items() if key[0] in "sq"])
+        key = (self.structure.training(), problem.steps > 0, problem.query_spec is None, shapes)
+        refs = self._externs.get(key)
+        if refs is not None:
+            found = [tensor for tensor in (ref() for ref in refs) if tensor is not None]
+            if len(found) == len(refs):
+                return found
+        fresh = find_externs(problem)
+        self._externs[key] = [weakref.ref(tensor) for tensor in fresh]
+        return fresh
+
+    def weights(self, reduction: str, problem: Problem) -> Tensor:
+        """`(T,)`, the weights of the losses: 1/T for "mean", else 1."""
+        like = problem.parameter
+        key = (problem.tasks, reduction, like.dtype, like.device)
+        if key not in self._weights:
+            value = 1.0 / problem.tasks if reduction == "mean" else 1.0
+            self._weights[key] = torch.full((problem.tasks,), value, dtype=like.dtype, device=like.device)
+        return self._weights[key]
+
+    def named(self, problem: Problem, gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        """Gradients by the names that `meta_gradient` promises; a tensor that is several leaves appears once."""
+        leaves = problem.leaves
+        named: dict[str, Tensor] = {}
+        names: dict[int, str] = {}
+        for key, grad in gradients.items():
+            if grad is None:
+                grad = torch.zeros_like(leaves[key])
+            name = self._names.get(key)
+            if name is None:  # a hyper-parameter or found tensor may be one of the others as well
+                names = names or {id(leaves[k]): n for k, n in self._names.items()}
+                name = names.setdefault(id(leaves[key]), self._name(key, leaves[key]))
+            named[name] = named[name] + grad if name in named else grad
+        return named
+
+    def _name(self, key: str, leaf: Tensor) -> str:
+        kind, _, name = key.partition("/")
+        if kind == "hyper":
+            return "update." + name
+        inner = self._inner()
+        if kind == "extern" and inner is not None:
+            return next((n for n, p in inner.named_parameters() if p is leaf), key)
+        return key
+
+
+def _objectives(inner: InnerLoop) -> tuple[tuple[Objective, Objective], tuple[bool, bool]]:
+    """The objectives of support and query, and whether each reads a pair (x, y)."""
+    own, query = inner.objective, inner.query_objective
+    if own is None:
+        own = LossObjective(cast(Loss, inner.loss))
+    if query is None:
+        query = own if inner.query_loss is None else LossObjective(inner.query_loss)
+    return (own, query), (isinstance(own, LossObjective), isinstance(query, LossObjective))
+
+
+def _ordinary(leaf: Tensor) -> Tensor:
+    """Inference tensors cannot take part in autograd; copies made outside of that mode can."""
+    with torch.inference_mode(False):
+        return leaf.clone()
+
+
+def _require_dtype(name: str, parameter: Tensor) -> None:
+    if parameter.dtype is not torch.float32 and parameter.dtype is not torch.float64:
+        way_out = "use model.float(), or leave it out of params="
+        raise InputTypeError(message(f"parameter {name}", parameter.dtype, "float32 or float64", way_out))
+
+
+def _select(
+    model: nn.Module, params: Any, names: tuple[str, ...], tensors: list[Tensor], aliases: Mapping[str, tuple[str, ...]]
+) -> tuple[str, ...]:
+    """The names of the parameters that `params` selects, in the model's order."""
+    if params is None:
+        return names
+    chosen: set[str] = set()
+    for item in params if isinstance(params, (list, tuple, set, frozenset)) else (params,):
+        chosen |= _matches(model, item, names, tensors, aliases)
+    if not chosen:
+        way_out = "pass names, glob patterns, a submodule or a predicate"
+        raise InputError(message("InnerLoop(params=...)", repr(params), "at least one parameter that adapts", way_out))
+    return tuple(name for name in names if name in chosen)
+
+
+def _matches(
+    model: nn.Module, item: Any, names: tuple[str, ...], tensors: list[Tensor], aliases: Mapping[str, tuple[str, ...]]
+) -> set[str]:
+    """What one entry of `params` selects; never nothing, unless it is a predicate."""
+    place = "InnerLoop(params=...)"
+    if isinstance(item, str):
+        found = {name for name in names if any(fnmatch.fnmatchcase(alias, item) for alias in aliases[name])}
+        if not found:
+            known = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+            way_out = f"the model has {known}; a module's parameters are matched by 'name.*'"
+            raise InputError(message(place, f"{item!r}", "a name or pattern that matches something", way_out))
+        return found
+    if isinstance(item, nn.Module):
+        own = {id(p) for p in item.parameters()}
+        found = {name for name, tensor in zip(names, tensors, strict=True) if id(tensor) in own}
+        if not found:
+            got = f"a {type(item).__name__} that shares no parameter with the model"
+            raise InputError(message(place, got, "a submodule with parameters", "pass a part of this model"))
+        return found
+    if callable(item):
+        pairs = zip(names, tensors, strict=True)
+        return {name for name, tensor in pairs if any(item(alias, tensor) for alias in aliases[name])}
+    expected = "names, glob patterns, a submodule, or a predicate (name, parameter) -> bool"
+    raise InputTypeError(message(place, type(item).__name__, expected, 'pass e.g. "head.*"'))
