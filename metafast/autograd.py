@@ -465,8 +465,9 @@ def _op_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
     return [torch.stack(column) for column in zip(*runs, strict=True)], [0] * len(runs[0])
 
 
-_replay.register_vmap(_op_vmap)
-_replay_vjp.register_vmap(_op_vmap)
+if hasattr(_replay, "register_vmap"):  # from torch 2.5; before, vmap over the bare operation raises
+    _replay.register_vmap(_op_vmap)
+    _replay_vjp.register_vmap(_op_vmap)
 
 
 def _slices(info: Any, in_dims: Sequence[Any], tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

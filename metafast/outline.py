@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import tasks
-from .errors import InputError, InputTypeError, message
+from .errors import InputError, InputTypeError, LabelError, message
 from .externs import Places, find_externs
 from .problem import Loss, Objective, Problem
 from .structure import Structure
@@ -24,7 +25,7 @@ from .transforms import tracing, transformed
 if TYPE_CHECKING:
     from .inner_loop import InnerLoop
 
-__all__ = ["LossObjective", "Outline"]
+__all__ = ["LossObjective", "Outline", "require_labels"]
 
 
 class LossObjective:
@@ -36,7 +37,26 @@ class LossObjective:
     def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
         x, y = batch
         output = model(x)
+        if isinstance(y, Tensor) and y.is_cuda:
+            require_labels(self.loss, output, y)
         return self.loss(output, y), output
+
+
+def require_labels(loss: Loss, output: Any, target: Tensor) -> None:
+    """Labels must name a class of the output. On the CPU the loss says so itself; a GPU would abort the process.
+
+    **Raises** `LabelError` for cross_entropy and nll_loss, as functions or modules; other losses are not looked into.
+    """
+    known = loss in (F.cross_entropy, F.nll_loss) or isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss))
+    if not known or target.is_floating_point() or not isinstance(output, Tensor) or not target.numel():
+        return
+    classes = output.shape[1] if output.dim() > 1 else output.shape[0]
+    ignored = getattr(loss, "ignore_index", -100)
+    wrong = ((target < 0) | (target >= classes)) & (target != ignored)
+    if wrong.any():
+        got, expected = f"label {int(target[wrong][0])}", f"0 .. {classes - 1}"
+        way_out = "number the classes of each task from 0, or widen the model's output"
+        raise LabelError(message("label out of range", got, expected, way_out))
 
 
 class Outline:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import metafast
 from metafast.errors import BackendError, InputError, InputTypeError, LabelError, NonFiniteError, NonFiniteWarning
+from metafast.outline import require_labels
 
 pytestmark = pytest.mark.filterwarnings("ignore::metafast.FallbackWarning")
 
@@ -142,6 +143,17 @@ def test_labels_out_of_range(backend: str, bad: int) -> None:
     with pytest.raises(LabelError, match="task 2"):
         inner.adapt((x, y))
     still_right(inner)
+
+
+def test_the_check_of_labels_that_stands_before_a_gpu() -> None:
+    output, target = torch.zeros(3, WAYS), torch.tensor([0, WAYS, -100])
+    for loss in (F.cross_entropy, nn.CrossEntropyLoss(), F.nll_loss, nn.NLLLoss()):
+        with pytest.raises(LabelError, match=r"got label 4, expected 0 .. 3"):
+            require_labels(loss, output, target)
+        require_labels(loss, output, target[[0, 2]])
+    require_labels(nn.CrossEntropyLoss(ignore_index=WAYS), output, target[:2])
+    require_labels(F.mse_loss, output, target)
+    require_labels(F.cross_entropy, output, torch.full((3, WAYS), 9.0))
 
 
 @backends

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import pickle
 import threading
+import types
 import warnings
 import weakref
 from collections.abc import Callable
@@ -340,6 +342,71 @@ def test_gradients_of_tensors_in_closures_and_attributes(backend: str, order: in
         answers.append(answer)
         scale.grad = source.grad = None
     assert not torch.equal(answers[0].externs[1], answers[1].externs[1])
+
+
+class Scaled(nn.Module):
+    """A loss that is learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.3, dtype=torch.float64))
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output * self.scale, target)
+
+
+@backends
+@pytest.mark.parametrize("part", ["loss", "query_loss"])
+def test_a_learned_loss(backend: str, part: str) -> None:
+    model, support, query, learned = mlp(), data(0), data(1), Scaled()
+    inner = loop(model, backend, learned) if part == "loss" else loop(model, backend, query_loss=learned)
+    assert f"{part}.scale" in dict(inner.named_parameters())
+    own = minimised(learned if part == "loss" else F.cross_entropy)
+    answer = expected(model, support, query, own, query_objective=minimised(learned), externs=[learned.scale])
+    inner(support, query).backward()
+    close(learned.scale.grad, answer.externs[0])
+    close(inner.meta_gradient(support, query)[1][f"{part}.scale"], answer.externs[0])
+
+
+TABLE: dict[str, Tensor] = {}
+
+
+@backends
+@pytest.mark.parametrize("where", ["attribute", "list", "dict", "object", "partial", "default", "global", "late grad"])
+def test_tensors_found_wherever_they_lie_and_when_they_come_late(backend: str, where: str) -> None:
+    torch.manual_seed(3)
+    model, support, query = Gated().double(), data(0), data(1)
+    one = torch.ones((), dtype=torch.float64)
+    box = types.SimpleNamespace(scale=one)
+    TABLE["scale"] = one
+    model.extras = [one]
+    model.extra = one
+
+    def objective(m: nn.Module, b: Any, given: list[Tensor] = [one]) -> Tensor:  # noqa: B006
+        scale = {
+            "attribute": m.extra, "list": m.extras[0], "dict": TABLE["scale"], "object": box.scale,
+            "global": TABLE["scale"], "default": given[0],
+        }.get(where, one)  # fmt: skip
+        return F.cross_entropy(m(b[0]) * scale, b[1])
+
+    def scaled(m: nn.Module, b: Any, *, scale: Tensor) -> Tensor:
+        return F.cross_entropy(m(b[0]) * scale, b[1])
+
+    bound = functools.partial(scaled, scale=one)
+    inner = loop(model, backend, None, objective=bound if where == "partial" else objective)
+    assert "extern/0" not in inner.meta_gradient(support, query)[1]
+
+    late = torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
+    model.extra = model.extras[0] = TABLE["scale"] = box.scale = late
+    objective.__defaults__[0][0] = late
+    bound.keywords["scale"] = late
+    if where == "late grad":
+        late = one.requires_grad_()
+    answer = expected(model, support, query, lambda m, b: scaled(m, b, scale=late), externs=[late])
+    close(inner.meta_gradient(support, query)[1]["extern/0"], answer.externs[0])
+    late.grad = None
+    inner(support, query).backward()
+    close(late.grad, answer.externs[0])
 
 
 @backends
