@@ -85,7 +85,13 @@ def check(call: Call, results: list[Tensor]) -> None:
 
 def all_cases() -> Iterator[Case]:
     yield from itertools.chain(
-        gemm_cases(), conv_cases(), reduce_cases(), middle_cases(), pool_cases(), small_cases(), pointwise_cases()
+        gemm_cases(),
+        conv_cases(),
+        reduce_cases(),
+        middle_cases(),
+        pool_cases(),
+        small_cases(),
+        pointwise_cases(),
     )
 
 
@@ -294,7 +300,9 @@ def test_pointwise_reuses_registers(dtype: str, isa: str) -> None:
 def arguments(name: str, arity: int, dtype: torch.dtype) -> list[Tensor]:
     """Many magnitudes of both signs, dense around zero, one and the ends of the function's range."""
     draw = Draw(torch.float64)
-    spread = torch.cat([draw.flat(2000) * 10.0**e for e in (-8, -3, -1, 0, 1, 2)] + [draw.flat(500) / 1000 + 1])
+    spread = torch.cat(
+        [draw.flat(2000) * 10.0**e for e in (-8, -3, -1, 0, 1, 2)] + [draw.flat(500) / 1000 + 1]
+    )
     if name in ("log", "sqrt", "rsqrt", "pow"):
         spread = spread.abs()
     if name == "log1p":
@@ -323,7 +331,9 @@ def test_opcode(name: str, dtype: str, isa: str) -> None:
     got, exact = apply(name, args, dtype, isa).double(), function(*(a.double() for a in args))
     info = torch.finfo(DTYPES[dtype])
     clipped = exact.to(DTYPES[dtype]).double()
-    spacing = 2.0 ** (torch.frexp(exact.abs().clamp_min(info.smallest_normal)).exponent - 1).double() * info.eps
+    spacing = (
+        2.0 ** (torch.frexp(exact.abs().clamp_min(info.smallest_normal)).exponent - 1).double() * info.eps
+    )
     room = (ulps if dtype == "f32" else max(ulps, 4.0)) * spacing
     if name == "fma":  # one rounding or two
         room = (args[0] * args[1]).double().abs() * info.eps + room
@@ -347,7 +357,20 @@ def function_arity(name: str) -> int:
 def test_opcode_on_special_values(name: str, dtype: str, isa: str) -> None:
     function = ROUNDED[name][0] if name in ROUNDED else EXACT[name]
     info = torch.finfo(DTYPES[dtype])
-    special = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, info.max, -info.max, 1.0, -1.0, 90.0, -90.0, 1e-20]
+    special = [
+        0.0,
+        -0.0,
+        torch.inf,
+        -torch.inf,
+        torch.nan,
+        info.max,
+        -info.max,
+        1.0,
+        -1.0,
+        90.0,
+        -90.0,
+        1e-20,
+    ]
     if name == "fma":  # with one rounding, max * max - max * max stays finite
         special = [x for x in special if abs(x) != info.max]
     grid = list(itertools.product(special, repeat=function_arity(name)))
@@ -355,14 +378,28 @@ def test_opcode_on_special_values(name: str, dtype: str, isa: str) -> None:
     got = apply(name, args, dtype, isa)
     expected = function(*args)
     torch.testing.assert_close(got, expected, rtol=8 * info.eps, atol=info.smallest_normal, equal_nan=True)
-    if name not in ("maximum", "minimum", "relu", "where", "fma", "step", "softplus"):  # either zero will do there
+    if name not in (
+        "maximum",
+        "minimum",
+        "relu",
+        "where",
+        "fma",
+        "step",
+        "softplus",
+    ):  # either zero will do there
         zero = (got == 0) & (expected == 0)
         assert torch.equal(got.signbit()[zero], expected.signbit()[zero])
 
 
 @EACH_ISA
 def test_log_softmax_of_extremes(isa: str) -> None:
-    rows = [[0.0, -torch.inf, 1.0], [-torch.inf] * 3, [torch.inf, 0.0, 0.0], [torch.nan, 0.0, 0.0], [1e30, 0.0, -1e30]]
+    rows = [
+        [0.0, -torch.inf, 1.0],
+        [-torch.inf] * 3,
+        [torch.inf, 0.0, 0.0],
+        [torch.nan, 0.0, 0.0],
+        [1e30, 0.0, -1e30],
+    ]
     x = torch.tensor(rows)
     y = torch.empty_like(x)
     assert _C.run_kernel("log_softmax", "f32", isa, [x.data_ptr(), y.data_ptr()], [5, 3, 1], []) == 0

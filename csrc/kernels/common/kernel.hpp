@@ -1,5 +1,5 @@
-// One kernel: the record every backend fills in and the replay calls. Plain C++; included by files compiled for any
-// instruction set, so it holds no function and no template of the standard library.
+// One kernel: the record every backend fills in and the replay calls. Plain C++; included by files compiled
+// for any instruction set, so it holds no function and no template of the standard library.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -29,8 +29,8 @@ enum Status : int { kOk = 0, kLabelOutOfRange = 1 };
 using Run = int (*)(const Args&) noexcept;               // a Status
 using Scratch = int64_t (*)(const int64_t* i) noexcept;  // bytes of scratch one call needs
 
-// A splittable kernel may be called once for each part 0..parts-1, in any order and at the same time; together the
-// parts write what one whole call writes, bit for bit.
+// A splittable kernel may be called once for each part 0..parts-1, in any order and at the same time;
+// together the parts write what one whole call writes, bit for bit.
 struct Kernel {
   const char* name;
   Run run;

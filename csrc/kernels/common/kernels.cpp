@@ -24,11 +24,14 @@ bool processor_runs(Isa isa) noexcept {
 #if defined(METAFAST_X86_SETS)
   __builtin_cpu_init();
   switch (isa) {
-    case Isa::baseline: return true;
-    case Isa::avx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    case Isa::baseline:
+      return true;
+    case Isa::avx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     case Isa::avx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+             __builtin_cpu_supports("fma");
   }
   return false;
 #else
@@ -53,28 +56,19 @@ struct Shape {
   int bias_flag;  // position of the flag that adds one operand, or -1
 };
 constexpr Shape kShapes[] = {
-    {"gemm", 3, 15, 0, 14},
-    {"conv_fwd", 3, 21, 0, 20},
-    {"conv_dx", 3, 21, 0, -1},
-    {"conv_dw", 3, 21, 0, -1},
-    {"standardize", 5, 3, 1, -1},
-    {"project", 5, 4, 0, -1},
-    {"project_tangent", 6, 4, 0, -1},
-    {"log_softmax", 2, 3, 0, -1},
-    {"max_pool", 3, 14, 0, -1},
-    {"pool_gather", 3, 6, 0, -1},
-    {"pool_scatter", 3, 7, 0, -1},
-    {"avg_pool", 2, 15, 0, -1},
-    {"avg_pool_adj", 2, 15, 0, -1},
-    {"one_hot", 2, 4, 0, -1},
-    {"fill", 1, 1, 1, -1},
+    {"gemm", 3, 15, 0, 14},           {"conv_fwd", 3, 21, 0, 20},    {"conv_dx", 3, 21, 0, -1},
+    {"conv_dw", 3, 21, 0, -1},        {"standardize", 5, 3, 1, -1},  {"project", 5, 4, 0, -1},
+    {"project_tangent", 6, 4, 0, -1}, {"log_softmax", 2, 3, 0, -1},  {"max_pool", 3, 14, 0, -1},
+    {"pool_gather", 3, 6, 0, -1},     {"pool_scatter", 3, 7, 0, -1}, {"avg_pool", 2, 15, 0, -1},
+    {"avg_pool_adj", 2, 15, 0, -1},   {"one_hot", 2, 4, 0, -1},      {"fill", 1, 1, 1, -1},
 };
 
 bool pointwise_arity(const int64_t* ints, int64_t n, Arity* arity) noexcept {
   if (n < 5) return false;
   const int64_t rank = ints[0], n_in = ints[1], n_out = ints[2], n_ops = ints[3], n_regs = ints[4];
   if (rank < 0 || n_in < 0 || n_out < 1 || n_ops < 0 || n_regs < n_in) return false;
-  if (rank > kPointwiseRank || n_in + n_out > kPointwiseOperands || n_ops > kPointwiseOps || n_regs > kPointwiseRegisters)
+  if (rank > kPointwiseRank || n_in + n_out > kPointwiseOperands || n_ops > kPointwiseOps ||
+      n_regs > kPointwiseRegisters)
     return false;
   const int64_t before_ops = 5 + rank + (n_in + n_out) * rank + 2 * n_out;
   *arity = {n_in + n_out, before_ops + 5 * n_ops, 0};
@@ -99,12 +93,16 @@ bool pointwise_arity(const int64_t* ints, int64_t n, Arity* arity) noexcept {
 KernelTable kernels(DType dtype, Isa isa) noexcept {
   const bool f32 = dtype == DType::f32;
   switch (isa) {
-    case Isa::baseline: return f32 ? baseline::table_f32() : baseline::table_f64();
+    case Isa::baseline:
+      return f32 ? baseline::table_f32() : baseline::table_f64();
 #if defined(METAFAST_X86_SETS)
-    case Isa::avx2: return f32 ? avx2::table_f32() : avx2::table_f64();
-    case Isa::avx512: return f32 ? avx512::table_f32() : avx512::table_f64();
+    case Isa::avx2:
+      return f32 ? avx2::table_f32() : avx2::table_f64();
+    case Isa::avx512:
+      return f32 ? avx512::table_f32() : avx512::table_f64();
 #else
-    default: break;
+    default:
+      break;
 #endif
   }
   return {nullptr, 0};

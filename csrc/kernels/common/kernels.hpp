@@ -1,34 +1,34 @@
 // The catalogue of native kernels: look one up by name, element type and instruction set.
 //
-// T is the element type (float or double); "dense" is contiguous in the order listed; booleans are 0/1 values of T;
-// indices of pools are int32, labels int64. `mode` 0 assigns, 1 adds to what the output holds. NaN and Inf propagate
-// as in PyTorch. Outputs never overlap inputs unless the row says so.
+// T is the element type (float or double); "dense" is contiguous in the order listed; booleans are 0/1 values
+// of T; indices of pools are int32, labels int64. `mode` 0 assigns, 1 adds to what the output holds. NaN and
+// Inf propagate as in PyTorch. Outputs never overlap inputs unless the row says so.
 //
-//   name             ptr                                 ints                                                 floats
-//   pointwise        in[n_in], out[n_out]                rank, n_in, n_out, n_ops, n_regs, dims[rank],        immediates
+//   name             ptr                                 ints floats pointwise        in[n_in], out[n_out]
+//   rank, n_in, n_out, n_ops, n_regs, dims[rank],        immediates
 //                                                        in_strides[n_in][rank], out_strides[n_out][rank],
 //                                                        out_reg[n_out], out_mode[n_out],
 //                                                        ops[n_ops][5] = opcode, dst, a, b, c
-//   reduce           in, out                             nk, nr, kdims[nk], rdims[nr], in_kstrides[nk],       scale
+//   reduce           in, out                             nk, nr, kdims[nk], rdims[nr], in_kstrides[nk], scale
 //                                                        in_rstrides[nr], out_kstrides[nk], mode,
 //                                                        kind (0 sum, 1 max)
-//   gemm             A, B, C, [bias]                     batch, M, N, K, a_bs, a_rs, a_cs, b_bs, b_rs, b_cs,  -
+//   gemm             A, B, C, [bias]                     batch, M, N, K, a_bs, a_rs, a_cs, b_bs, b_rs, b_cs,
+//   -
 //                                                        c_bs, c_rs, c_cs, mode, has_bias
-//   conv_fwd         x(N,H,W,C), w, y(N,OH,OW,O), [bias] N, H, W, C, O, KH, KW, sh, sw, ph, pw, dh, dw,       -
+//   conv_fwd         x(N,H,W,C), w, y(N,OH,OW,O), [bias] N, H, W, C, O, KH, KW, sh, sw, ph, pw, dh, dw, -
 //   conv_dx          dy, w, dx                           OH, OW, w_so, w_sc, w_skh, w_skw, mode, has_bias
 //   conv_dw          x, dy, dw
-//   standardize      x, xhat, rstd, mean, var            outer, reduce, inner                                 eps
-//   project          v, xhat, rstd, out, corr            outer, reduce, inner, mode                           -
-//   project_tangent  v, xhat, xhat_dot, rstd, corr_dot,  outer, reduce, inner, mode                           -
+//   standardize      x, xhat, rstd, mean, var            outer, reduce, inner eps project          v, xhat,
+//   rstd, out, corr            outer, reduce, inner, mode                           - project_tangent  v,
+//   xhat, xhat_dot, rstd, corr_dot,  outer, reduce, inner, mode                           -
 //                    out
-//   log_softmax      x, y                                outer, reduce, inner                                 -
-//   max_pool         x, y, idx                           N, H, W, C, KH, KW, sh, sw, ph, pw, dh, dw, OH, OW   -
-//   pool_gather      x(N,H,W,C), idx(N,OH,OW,C), y       N, H, W, C, OH, OW                                   -
-//   pool_scatter     dy, idx, dx                         N, H, W, C, OH, OW, mode                             -
-//   avg_pool         x, y                                N, H, W, C, KH, KW, sh, sw, ph, pw, OH, OW,          -
-//   avg_pool_adj     dy, dx                              count_include_pad, divisor_override (0 none), mode
-//   one_hot          labels, out(N,C)                    N, C, ignore_index, label_stride                     -
-//   fill             out                                 n                                                    value
+//   log_softmax      x, y                                outer, reduce, inner - max_pool         x, y, idx N,
+//   H, W, C, KH, KW, sh, sw, ph, pw, dh, dw, OH, OW   - pool_gather      x(N,H,W,C), idx(N,OH,OW,C), y N, H,
+//   W, C, OH, OW                                   - pool_scatter     dy, idx, dx                         N,
+//   H, W, C, OH, OW, mode                             - avg_pool         x, y N, H, W, C, KH, KW, sh, sw, ph,
+//   pw, OH, OW,          - avg_pool_adj     dy, dx                              count_include_pad,
+//   divisor_override (0 none), mode one_hot          labels, out(N,C)                    N, C, ignore_index,
+//   label_stride                     - fill             out                                 n value
 //
 // The header of each family (cpu/<family>.hpp) has the formula, what may alias, and the error bound.
 #pragma once
@@ -45,29 +45,31 @@ struct KernelTable {
   const Kernel* end() const noexcept { return rows + count; }
 };
 
-// All kernels of one element type and instruction set, in the order above; empty where the build lacks the set.
+// All kernels of one element type and instruction set, in the order above; empty where the build lacks the
+// set.
 KernelTable kernels(DType, Isa) noexcept;
 
 // The kernel called `name`, or nullptr where there is none.
 const Kernel* find_kernel(std::string_view name, DType, Isa) noexcept;
 
-// The widest instruction set of both this build and this processor; METAFAST_ISA=baseline|avx2|avx512 lowers it.
+// The widest instruction set of both this build and this processor; METAFAST_ISA=baseline|avx2|avx512 lowers
+// it.
 Isa best_isa() noexcept;
 
 // Whether this build holds kernels for the set and the processor (and its operating system) runs them.
 bool isa_available(Isa) noexcept;
 
 inline constexpr int kIsaCount = 3;
-const char* isa_name(Isa) noexcept;                           // "baseline", "avx2", "avx512"
-bool isa_from_name(std::string_view name, Isa* isa) noexcept; // false where the name is none of these
+const char* isa_name(Isa) noexcept;                            // "baseline", "avx2", "avx512"
+bool isa_from_name(std::string_view name, Isa* isa) noexcept;  // false where the name is none of these
 
 // Opcodes of `pointwise`: names in the order of their numbers.
 int pointwise_opcode_count() noexcept;
 const char* pointwise_opcode_name(int opcode) noexcept;
 int pointwise_opcode_arity(int opcode) noexcept;  // how many of the operands a, b, c it reads
 
-// How many operands (ptr), ints and floats a call of this kernel takes given the ints, so that a program can be
-// validated before it runs. False where the ints are too few or make no sense.
+// How many operands (ptr), ints and floats a call of this kernel takes given the ints, so that a program can
+// be validated before it runs. False where the ints are too few or make no sense.
 struct Arity {
   int64_t ptrs, ints;
   int64_t floats;  // the least number

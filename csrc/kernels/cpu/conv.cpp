@@ -1,7 +1,8 @@
-// Forward and backward-data are one thing: a correlation of a channels-last source with taps at given offsets. The
-// forward pass correlates x; backward-data correlates dy, once for each residue of the output position modulo the
-// stride, with those taps that meet it. Rows of the source are copied with their zeros into scratch, so that a run of
-// taps and channels lies together and the register tile reads pixels in place, without a patch matrix.
+// Forward and backward-data are one thing: a correlation of a channels-last source with taps at given
+// offsets. The forward pass correlates x; backward-data correlates dy, once for each residue of the output
+// position modulo the stride, with those taps that meet it. Rows of the source are copied with their zeros
+// into scratch, so that a run of taps and channels lies together and the register tile reads pixels in place,
+// without a patch matrix.
 #include "conv.hpp"
 
 #include "conv_window.hpp"
@@ -13,7 +14,8 @@ namespace {
 
 constexpr int64_t kWindowBytes = 131072;
 
-// Along one axis: output position i reads source position i * step + offset(t) for its tap t of weight index(t).
+// Along one axis: output position i reads source position i * step + offset(t) for its tap t of weight
+// index(t).
 struct Axis {
   int64_t outputs, step, taps;
   int64_t low, offset_step;  // offset_step > 0: offsets ascend
@@ -39,9 +41,9 @@ struct Correlation {
 
 template <class T>
 struct Plan {
-  int64_t vectors, strip;       // of the columns
-  int64_t depth;                // taps × channels
-  int64_t rows;                 // output rows a window serves
+  int64_t vectors, strip;  // of the columns
+  int64_t depth;           // taps × channels
+  int64_t rows;            // output rows a window serves
   int64_t window_elements;
   T *packed, *window, *unused;  // unused: where rows of taps that take no part are packed
   int64_t *segments, *slots;
@@ -62,7 +64,9 @@ struct Plan {
     slots = scratch.take<int64_t>(most_taps);
   }
 
-  static int64_t window_rows(const Correlation<T>& c, int64_t rows) { return (rows - 1) * c.v.step + c.v.span(); }
+  static int64_t window_rows(const Correlation<T>& c, int64_t rows) {
+    return (rows - 1) * c.v.step + c.v.span();
+  }
   static int64_t window_columns(const Correlation<T>& c) { return (c.h.outputs - 1) * c.h.step + c.h.span(); }
 };
 
@@ -85,20 +89,23 @@ void pack_weights(const Correlation<T>& c, const Plan<T>& plan, int64_t KH, int6
       return slot < 0 ? plan.unused : packed + (slot * C + channel) * strip;
     };
     if (channels_then_taps) {
-      pack_rows<T>(w, 1, c.w_column, C * taps, columns, strip, [&](int64_t k) { return place(k % taps, k / taps); });
+      pack_rows<T>(w, 1, c.w_column, C * taps, columns, strip,
+                   [&](int64_t k) { return place(k % taps, k / taps); });
     } else if (columns_then_taps) {
       for (int64_t k = 0; k < C; ++k)
-        pack_rows<T>(w + k * c.w_channel, 1, taps, taps, columns, strip, [&](int64_t tap) { return place(tap, k); });
+        pack_rows<T>(w + k * c.w_channel, 1, taps, taps, columns, strip,
+                     [&](int64_t tap) { return place(tap, k); });
     } else {
       for (int64_t tap = 0; tap < taps; ++tap)
         if (plan.slots[tap] >= 0)
-          pack_rows<T>(w + tap / KW * c.w_row_tap + tap % KW * c.w_column_tap, c.w_channel, c.w_column, C, columns,
-                       strip, [&](int64_t k) { return place(tap, k); });
+          pack_rows<T>(w + tap / KW * c.w_row_tap + tap % KW * c.w_column_tap, c.w_channel, c.w_column, C,
+                       columns, strip, [&](int64_t k) { return place(tap, k); });
     }
   }
 }
 
-// Offsets of the runs that the tile reads for one pixel, in a source of the given line length; returns their number.
+// Offsets of the runs that the tile reads for one pixel, in a source of the given line length; returns their
+// number.
 template <class T>
 int64_t find_segments(const Correlation<T>& c, const Plan<T>& plan, int64_t line) {
   const bool together = c.h.together();
@@ -111,7 +118,8 @@ int64_t find_segments(const Correlation<T>& c, const Plan<T>& plan, int64_t line
 
 // Output rows [first, first + rows) of one image, from the source as the tile reads it.
 template <class T>
-void run_rows(const Correlation<T>& c, const Plan<T>& plan, const T* source, int64_t line, T* out, int64_t rows) {
+void run_rows(const Correlation<T>& c, const Plan<T>& plan, const T* source, int64_t line, T* out,
+              int64_t rows) {
   constexpr int L = kLanes<T>;
   TileCall<T> call{};
   call.a_rs = c.h.step * c.channels, call.a_cs = 1;
@@ -138,11 +146,13 @@ void correlate(const Correlation<T>& c, const Plan<T>& plan, int part, int parts
   for (int64_t at = mine.begin; at < mine.end;) {
     const int64_t image = at / c.v.outputs, first = at % c.v.outputs;
     const int64_t rows = min64(min64(plan.rows, c.v.outputs - first), mine.end - at);
-    const Window window{first * c.v.step + c.v.low, c.h.low, plan.window_rows(c, rows), plan.window_columns(c)};
+    const Window window{first * c.v.step + c.v.low, c.h.low, plan.window_rows(c, rows),
+                        plan.window_columns(c)};
     const T* picture = c.source + image * c.height * c.width * c.channels;
     T* out = c.out + image * c.out_image + first * c.out_row;
     if (window.inside(c.height, c.width)) {
-      run_rows(c, plan, picture + (window.top * c.width + window.left) * c.channels, c.width * c.channels, out, rows);
+      run_rows(c, plan, picture + (window.top * c.width + window.left) * c.channels, c.width * c.channels,
+               out, rows);
     } else {
       copy_window(plan.window, picture, c.height, c.width, c.channels, window);
       run_rows(c, plan, plan.window, window.columns * c.channels, out, rows);
@@ -156,14 +166,21 @@ Axis forward_axis(int64_t outputs, int64_t stride, int64_t pad, int64_t dilation
 }
 
 // Input positions residue, residue + stride, ... and the taps that meet them, those for which
-// residue + pad - tap * dilation is a multiple of the stride: every period-th one, taken from the last to the first.
-Axis adjoint_axis(int64_t inputs, int64_t residue, int64_t stride, int64_t pad, int64_t dilation, int64_t taps) {
+// residue + pad - tap * dilation is a multiple of the stride: every period-th one, taken from the last to the
+// first.
+Axis adjoint_axis(int64_t inputs, int64_t residue, int64_t stride, int64_t pad, int64_t dilation,
+                  int64_t taps) {
   int64_t period = 1, last = taps - 1;
   while (period * dilation % stride != 0) ++period;
   while (last >= 0 && last > taps - 1 - period && (residue + pad - last * dilation) % stride != 0) --last;
   const int64_t met = last < 0 || last == taps - 1 - period ? 0 : last / period + 1;
-  return {(inputs - residue + stride - 1) / stride, 1, met,    (residue + pad - last * dilation) / stride,
-          period * dilation / stride,               last, -period};
+  return {(inputs - residue + stride - 1) / stride,
+          1,
+          met,
+          (residue + pad - last * dilation) / stride,
+          period * dilation / stride,
+          last,
+          -period};
 }
 
 template <class T>
@@ -176,7 +193,8 @@ Correlation<T> forward(const ConvInts& i, void* const* ptr) {
   c.v = forward_axis(i.OH, i.sh, i.ph, i.dh, i.KH);
   c.h = forward_axis(i.OW, i.sw, i.pw, i.dw, i.KW);
   if (ptr) {
-    c.source = static_cast<const T*>(ptr[0]), c.w = static_cast<const T*>(ptr[1]), c.out = static_cast<T*>(ptr[2]);
+    c.source = static_cast<const T*>(ptr[0]), c.w = static_cast<const T*>(ptr[1]),
+    c.out = static_cast<T*>(ptr[2]);
     c.bias = i.has_bias ? static_cast<const T*>(ptr[3]) : nullptr;
   }
   return c;
@@ -265,9 +283,9 @@ int64_t conv_dx_scratch(const int64_t* ints) noexcept {
   return most;
 }
 
-#define METAFAST_INSTANTIATE(name)                        \
-  template int name<float>(const Args&) noexcept;         \
-  template int name<double>(const Args&) noexcept;        \
+#define METAFAST_INSTANTIATE(name)                                 \
+  template int name<float>(const Args&) noexcept;                  \
+  template int name<double>(const Args&) noexcept;                 \
   template int64_t name##_scratch<float>(const int64_t*) noexcept; \
   template int64_t name##_scratch<double>(const int64_t*) noexcept;
 METAFAST_INSTANTIATE(conv_fwd)

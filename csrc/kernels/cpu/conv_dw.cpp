@@ -1,6 +1,7 @@
-// The weight gradient is a product over pixels, dw[(kh, kw, c)][o] = sum_p x[p moved by the tap][c] dy[p][o], taken
-// block of pixels by block of pixels: the register tile sums over a block while x and dy lie in the first cache, and
-// adds the block's sum to an accumulator in scratch. (The order of the sums depends on the shape alone.)
+// The weight gradient is a product over pixels, dw[(kh, kw, c)][o] = sum_p x[p moved by the tap][c] dy[p][o],
+// taken block of pixels by block of pixels: the register tile sums over a block while x and dy lie in the
+// first cache, and adds the block's sum to an accumulator in scratch. (The order of the sums depends on the
+// shape alone.)
 #include "conv.hpp"
 #include "conv_window.hpp"
 #include "pack.hpp"
@@ -13,11 +14,11 @@ constexpr int64_t kBlockPixels = 112;
 
 template <class T>
 struct Plan {
-  int64_t runs, run;  // runs of taps and channels that lie together in a row of x, and their length
-  int64_t vectors, strip;       // of the output channels
-  int64_t rows;                 // output rows of a block
-  Window window;                // of a whole block
-  T *sums, *copy;               // sums: [runs][run][O]
+  int64_t runs, run;       // runs of taps and channels that lie together in a row of x, and their length
+  int64_t vectors, strip;  // of the output channels
+  int64_t rows;            // output rows of a block
+  Window window;           // of a whole block
+  T *sums, *copy;          // sums: [runs][run][O]
   int64_t* segments;
 
   Plan(const ConvInts& i, Carver& scratch) {
@@ -34,7 +35,9 @@ struct Plan {
     segments = scratch.take<int64_t>(rows);
   }
 
-  static int64_t window_rows(const ConvInts& i, int64_t rows) { return (rows - 1) * i.sh + (i.KH - 1) * i.dh + 1; }
+  static int64_t window_rows(const ConvInts& i, int64_t rows) {
+    return (rows - 1) * i.sh + (i.KH - 1) * i.dh + 1;
+  }
 
   // Where run r starts for output pixel (0, 0), in a source of this line length.
   int64_t run_offset(const ConvInts& i, int64_t r, int64_t line) const {
@@ -66,8 +69,8 @@ struct Items {
 
 // Adds one block of output rows to the sums of items [mine.begin, mine.end).
 template <class T>
-void add_block(const ConvInts& i, const Plan<T>& p, const Items<T>& items, Range mine, const T* x, int64_t line,
-               const T* dy, int64_t rows) {
+void add_block(const ConvInts& i, const Plan<T>& p, const Items<T>& items, Range mine, const T* x,
+               int64_t line, const T* dy, int64_t rows) {
   constexpr int L = kLanes<T>;
   for (int64_t r = 0; r < rows; ++r) p.segments[r] = r * i.sh * line;
   TileCall<T> call{};
@@ -76,7 +79,8 @@ void add_block(const ConvInts& i, const Plan<T>& p, const Items<T>& items, Range
   call.b_rs = i.O, call.c_rs = i.O, call.add = true;
   for (int64_t k = mine.begin; k < mine.end; ++k) {
     const Item item = items.at(k);
-    const int64_t n = item.strip * p.strip, columns = min64(p.strip, i.O - n), vectors = (columns + L - 1) / L;
+    const int64_t n = item.strip * p.strip, columns = min64(p.strip, i.O - n),
+                  vectors = (columns + L - 1) / L;
     call.last = columns - (vectors - 1) * L;
     call.a = x + p.run_offset(i, item.run, line) + item.begin;
     call.b = dy + n;

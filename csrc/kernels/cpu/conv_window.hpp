@@ -1,4 +1,5 @@
-// What the three convolutions share: the call's integers by name, and the copy of an image's rows with zeros around it.
+// What the three convolutions share: the call's integers by name, and the copy of an image's rows with zeros
+// around it.
 #pragma once
 #include "vec.hpp"
 
@@ -9,8 +10,8 @@ struct ConvInts {
   static const ConvInts& of(const int64_t* i) { return *reinterpret_cast<const ConvInts*>(i); }
 };
 
-// Rows [top, top + rows) and columns [left, left + columns) of one image (height, width, channels); whatever lies
-// outside the image is zero.
+// Rows [top, top + rows) and columns [left, left + columns) of one image (height, width, channels); whatever
+// lies outside the image is zero.
 struct Window {
   int64_t top, left, rows, columns;
   bool inside(int64_t height, int64_t width) const {

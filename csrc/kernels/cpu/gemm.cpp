@@ -6,7 +6,8 @@
 namespace metafast::kernels::METAFAST_ISA {
 namespace {
 
-constexpr int64_t kDepth = 512;  // k a tile runs before C is touched: a strip of B of this depth stays in cache
+constexpr int64_t kDepth =
+    512;  // k a tile runs before C is touched: a strip of B of this depth stays in cache
 
 template <class T>
 struct Matrix {

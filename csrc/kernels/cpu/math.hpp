@@ -1,9 +1,9 @@
 // Elementary functions of vectors.
 //
-// float: polynomials on a reduced argument (least-maximum fits to 2^-28 or better before rounding); error at most
-// 2 ulp for exp, log, log1p, expm1, erf, sin, cos and 4 ulp for tanh, sigmoid, softplus where the result is a normal
-// number; sin and cos of |x| > 8192 and pow go through the C library lane by lane. double: the C library. Special
-// values (zeros with their sign, infinities, NaN, domain errors) as in the C library.
+// float: polynomials on a reduced argument (least-maximum fits to 2^-28 or better before rounding); error at
+// most 2 ulp for exp, log, log1p, expm1, erf, sin, cos and 4 ulp for tanh, sigmoid, softplus where the result
+// is a normal number; sin and cos of |x| > 8192 and pow go through the C library lane by lane. double: the C
+// library. Special values (zeros with their sign, infinities, NaN, domain errors) as in the C library.
 #pragma once
 #include "vec.hpp"
 
@@ -74,7 +74,9 @@ METAFAST_INLINE Nearest nearest(Vec<float> x) {
   return {shifted - shift, bits_of<float>(shifted) - bits_of<float>(shift)};
 }
 
-METAFAST_INLINE Vec<float> pow2(Bits<float> n) { return from_bits<float>((n + 127) << 23); }  // -127 < n < 128
+METAFAST_INLINE Vec<float> pow2(Bits<float> n) {
+  return from_bits<float>((n + 127) << 23);
+}  // -127 < n < 128
 
 METAFAST_INLINE Vec<float> clamp(Vec<float> x, float lo, float hi) {
   x = x < lo ? splat(lo) : x;
@@ -196,9 +198,11 @@ METAFAST_INLINE Vec<float> sine(Vec<float> x, int quarter) {
   r = r - n.value * 7.54978942e-8f;
   const Bits<float> k = n.integer + quarter;
   const Vec<float> s = r * r;
-  const Vec<float> sin_r = r + (r * s) * (-0.166666672f + s * (0.00833332911f + s * (-0.000198391761f + s * 2.71681029e-06f)));
+  const Vec<float> sin_r =
+      r + (r * s) * (-0.166666672f + s * (0.00833332911f + s * (-0.000198391761f + s * 2.71681029e-06f)));
   const Vec<float> cos_r =
-      (1.0f - 0.5f * s) + (s * s) * (0.0416666679f + s * (-0.00138888834f + s * (2.47993503e-05f - s * 2.71963046e-07f)));
+      (1.0f - 0.5f * s) +
+      (s * s) * (0.0416666679f + s * (-0.00138888834f + s * (2.47993503e-05f - s * 2.71963046e-07f)));
   Vec<float> y = (k & 1) != 0 ? cos_r : sin_r;
   y = (k & 2) != 0 ? -y : y;
   int any = 0;

@@ -6,8 +6,9 @@
 namespace metafast::kernels::METAFAST_ISA {
 namespace {
 
-// The same formulas serve two layouts. Columns: a vector holds neighbouring `inner` positions of one row, statistics
-// are vectors. Runs (inner = 1): a vector holds neighbouring `reduce` positions, statistics are equal in all lanes.
+// The same formulas serve two layouts. Columns: a vector holds neighbouring `inner` positions of one row,
+// statistics are vectors. Runs (inner = 1): a vector holds neighbouring `reduce` positions, statistics are
+// equal in all lanes.
 
 // A vector of columns over all rows.
 template <class T>
@@ -43,7 +44,8 @@ struct Run {
   template <int Q, class Term>
   METAFAST_INLINE void means(Vec<T>* out, Term term) const {
     T sum[Q];
-    sum_run<T, Q>(sum, reduce, [&](auto get, Vec<T>* q) { term([&](const T* p) { return get(p + at); }, q); });
+    sum_run<T, Q>(sum, reduce,
+                  [&](auto get, Vec<T>* q) { term([&](const T* p) { return get(p + at); }, q); });
     for (int q = 0; q < Q; ++q) out[q] = splat(sum[q] / static_cast<T>(reduce));
   }
   template <class F>
@@ -71,7 +73,8 @@ METAFAST_INLINE void for_groups(const Args& a, F f) {
   const Range mine = share(outer * vectors, a.part, a.parts);
   for (int64_t k = mine.begin; k < mine.end; ++k) {
     const int64_t o = k / vectors, column = k % vectors * L;
-    f(Columns<T>{o * reduce * inner + column, reduce, inner, Mask<T>(min64(L, inner - column))}, o * inner + column);
+    f(Columns<T>{o * reduce * inner + column, reduce, inner, Mask<T>(min64(L, inner - column))},
+      o * inner + column);
   }
 }
 
@@ -131,9 +134,8 @@ int project_tangent(const Args& a) noexcept {
   const bool add = a.i[3] != 0;
   for_groups<T>(a, [&](const auto& g, int64_t s) {
     Vec<T> m[3];
-    g.template means<3>(m, [&](auto get, Vec<T>* q) {
-      q[0] = get(v), q[1] = q[0] * get(xhat), q[2] = q[0] * get(xhat_dot);
-    });
+    g.template means<3>(
+        m, [&](auto get, Vec<T>* q) { q[0] = get(v), q[1] = q[0] * get(xhat), q[2] = q[0] * get(xhat_dot); });
     const Vec<T> r = g.statistic(rstd + s), rc = r * g.statistic(corr_dot + s);
     g.each([&](auto get, auto put) {
       const Vec<T> x = get(xhat), p = r * (get(v) - m[0] - x * m[1]);

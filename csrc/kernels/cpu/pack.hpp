@@ -44,10 +44,11 @@ METAFAST_INLINE void transpose_square(Vec<T>* v) {
   }
 }
 
-// row(k)[n] = src[k * rs + n * cs] for k < K, n < N, and 0 for N <= n < width, where N <= width and width is whole
-// vectors. `row` gives the place of a row of `width` elements.
+// row(k)[n] = src[k * rs + n * cs] for k < K, n < N, and 0 for N <= n < width, where N <= width and width is
+// whole vectors. `row` gives the place of a row of `width` elements.
 template <class T, class Row>
-METAFAST_INLINE void pack_rows(const T* src, int64_t rs, int64_t cs, int64_t K, int64_t N, int64_t width, Row row) {
+METAFAST_INLINE void pack_rows(const T* src, int64_t rs, int64_t cs, int64_t K, int64_t N, int64_t width,
+                               Row row) {
   constexpr int L = kLanes<T>;
   if (cs == 1) {
     const int64_t whole = N / L * L;
@@ -66,7 +67,8 @@ METAFAST_INLINE void pack_rows(const T* src, int64_t rs, int64_t cs, int64_t K, 
       for (int64_t k = 0; k < K; k += L) {
         Vec<T> v[L];
         const Mask<T> depth(min64(L, K - k));
-        METAFAST_UNROLL for (int j = 0; j < L; ++j) v[j] = n + j < N ? load(src + k + (n + j) * cs, depth) : Vec<T>{};
+        METAFAST_UNROLL for (int j = 0; j < L; ++j) v[j] =
+            n + j < N ? load(src + k + (n + j) * cs, depth) : Vec<T>{};
         transpose_square<T>(v);
         if (k + L <= K) {
           METAFAST_UNROLL for (int j = 0; j < L; ++j) store(row(k + j) + n, v[j]);

@@ -10,7 +10,7 @@ namespace {
 constexpr int kMaxRank = kPointwiseRank, kMaxOperands = kPointwiseOperands, kMaxRegs = kPointwiseRegisters,
               kMaxOps = kPointwiseOps;
 
-constexpr int64_t kSum = 2;          // bit of an output mode: add up over the dimensions of stride 0
+constexpr int64_t kSum = 2;           // bit of an output mode: add up over the dimensions of stride 0
 constexpr int64_t kFlushBlocks = 64;  // partial sums of so many blocks go into the total at once
 
 // A run of vectors in memory, or one vector again and again (step 0).
@@ -24,43 +24,80 @@ template <class T, Opcode op>
 METAFAST_INLINE Vec<T> apply(Vec<T> a, Vec<T> b, Vec<T> c) {
   const Vec<T> zero{}, one = splat(T(1));
   switch (op) {
-    case Opcode::copy: return a;
-    case Opcode::add: return a + b;
-    case Opcode::sub: return a - b;
-    case Opcode::mul: return a * b;
-    case Opcode::div: return a / b;
-    case Opcode::neg: return -a;
-    case Opcode::exp: return exp_v(a);
-    case Opcode::log: return log_v(a);
-    case Opcode::sqrt: return sqrt_v<T>(a);
-    case Opcode::rsqrt: return one / sqrt_v<T>(a);
-    case Opcode::recip: return one / a;
-    case Opcode::abs: return abs_v<T>(a);
-    case Opcode::sign: return a > zero ? one : (a < zero ? -one : zero);  // 0 for NaN
-    case Opcode::maximum: return max_nan<T>(a, b);
-    case Opcode::minimum: return min_nan<T>(a, b);
-    case Opcode::pow: return pow_v(a, b);
-    case Opcode::tanh: return tanh_v(a);
-    case Opcode::sigmoid: return sigmoid_v(a);
-    case Opcode::erf: return erf_v(a);
-    case Opcode::relu: return a <= zero ? zero : a;
-    case Opcode::step: return a > zero ? one : zero;
-    case Opcode::gt: return a > b ? one : zero;
-    case Opcode::ge: return a >= b ? one : zero;
-    case Opcode::lt: return a < b ? one : zero;
-    case Opcode::le: return a <= b ? one : zero;
-    case Opcode::eq: return a == b ? one : zero;
-    case Opcode::ne: return a != b ? one : zero;
-    case Opcode::where: return a != zero ? b : c;
-    case Opcode::softplus: return softplus_v(a);
-    case Opcode::expm1: return expm1_v(a);
-    case Opcode::log1p: return log1p_v(a);
-    case Opcode::sin: return sin_v(a);
-    case Opcode::cos: return cos_v(a);
-    case Opcode::fma: return fma<T>(a, b, c);
-    case Opcode::square: return a * a;
-    case Opcode::floor: return floor_v(a);
-    case Opcode::count: break;
+    case Opcode::copy:
+      return a;
+    case Opcode::add:
+      return a + b;
+    case Opcode::sub:
+      return a - b;
+    case Opcode::mul:
+      return a * b;
+    case Opcode::div:
+      return a / b;
+    case Opcode::neg:
+      return -a;
+    case Opcode::exp:
+      return exp_v(a);
+    case Opcode::log:
+      return log_v(a);
+    case Opcode::sqrt:
+      return sqrt_v<T>(a);
+    case Opcode::rsqrt:
+      return one / sqrt_v<T>(a);
+    case Opcode::recip:
+      return one / a;
+    case Opcode::abs:
+      return abs_v<T>(a);
+    case Opcode::sign:
+      return a > zero ? one : (a < zero ? -one : zero);  // 0 for NaN
+    case Opcode::maximum:
+      return max_nan<T>(a, b);
+    case Opcode::minimum:
+      return min_nan<T>(a, b);
+    case Opcode::pow:
+      return pow_v(a, b);
+    case Opcode::tanh:
+      return tanh_v(a);
+    case Opcode::sigmoid:
+      return sigmoid_v(a);
+    case Opcode::erf:
+      return erf_v(a);
+    case Opcode::relu:
+      return a <= zero ? zero : a;
+    case Opcode::step:
+      return a > zero ? one : zero;
+    case Opcode::gt:
+      return a > b ? one : zero;
+    case Opcode::ge:
+      return a >= b ? one : zero;
+    case Opcode::lt:
+      return a < b ? one : zero;
+    case Opcode::le:
+      return a <= b ? one : zero;
+    case Opcode::eq:
+      return a == b ? one : zero;
+    case Opcode::ne:
+      return a != b ? one : zero;
+    case Opcode::where:
+      return a != zero ? b : c;
+    case Opcode::softplus:
+      return softplus_v(a);
+    case Opcode::expm1:
+      return expm1_v(a);
+    case Opcode::log1p:
+      return log1p_v(a);
+    case Opcode::sin:
+      return sin_v(a);
+    case Opcode::cos:
+      return cos_v(a);
+    case Opcode::fma:
+      return fma<T>(a, b, c);
+    case Opcode::square:
+      return a * a;
+    case Opcode::floor:
+      return floor_v(a);
+    case Opcode::count:
+      break;
   }
   return a;
 }
@@ -81,7 +118,8 @@ void loop(T* dst, View<T> a, View<T> b, View<T> c, int64_t n) noexcept {
   }
   if (const int64_t rest = n % L) {
     const Mask<T> m(rest);
-    store(dst, apply<T, op>(load(a.p, m), arity > 1 ? load(b.p, m) : none, arity > 2 ? load(c.p, m) : none), m);
+    store(dst, apply<T, op>(load(a.p, m), arity > 1 ? load(b.p, m) : none, arity > 2 ? load(c.p, m) : none),
+          m);
   }
 }
 
@@ -108,8 +146,16 @@ struct Program {
   const int64_t *dims, *strides, *out_reg, *out_mode, *ops;  // strides: of all inputs, then of all outputs
 
   explicit Program(const int64_t* i)
-      : rank(i[0]), n_in(i[1]), n_out(i[2]), n_ops(i[3]), n_regs(i[4]), dims(i + 5), strides(dims + rank),
-        out_reg(strides + (n_in + n_out) * rank), out_mode(out_reg + n_out), ops(out_mode + n_out) {}
+      : rank(i[0]),
+        n_in(i[1]),
+        n_out(i[2]),
+        n_ops(i[3]),
+        n_regs(i[4]),
+        dims(i + 5),
+        strides(dims + rank),
+        out_reg(strides + (n_in + n_out) * rank),
+        out_mode(out_reg + n_out),
+        ops(out_mode + n_out) {}
 
   int64_t immediates() const {
     int64_t lowest = 0;
@@ -141,7 +187,8 @@ int64_t block_elements(int64_t n_regs) {
   return max64(128, min64(1024, fitting / 64 * 64));
 }
 
-// The index space with unit dimensions dropped and neighbours merged, in the order of the first output's memory.
+// The index space with unit dimensions dropped and neighbours merged, in the order of the first output's
+// memory.
 struct Space {
   int rank = 0;
   int64_t dims[kMaxRank], strides[kMaxOperands][kMaxRank];
@@ -313,8 +360,8 @@ struct Interpreter {
     return by_rows ? s.dense(operand) : inner_stride(operand) == 1;
   }
 
-  // The register of output o may live in the output's memory unless an operation after its first write still reads an
-  // input that lies there, or another output claims the register.
+  // The register of output o may live in the output's memory unless an operation after its first write still
+  // reads an input that lies there, or another output claims the register.
   bool may_write_in_place(int o) const {
     const int64_t reg = p.out_reg[o];
     if ((p.out_mode[o] & kSum) || reg < p.n_in || p.out_mode[o] != 0 || !contiguous_output(o)) return false;
@@ -338,21 +385,29 @@ struct Interpreter {
     return false;
   }
 
-  // Runs all operations on n elements from element `at` of row `row` (by_rows: on n elements of whole rows from `row`).
+  // Runs all operations on n elements from element `at` of row `row` (by_rows: on n elements of whole rows
+  // from `row`).
   void run_block(int64_t row, int64_t at, int64_t n) {
     const int64_t rows = by_rows ? n / s.inner() : 1;
-    auto address = [&](int o) { return pointer(o) + (by_rows ? row * s.inner() : s.row_offset(o, row) + at); };
+    auto address = [&](int o) {
+      return pointer(o) + (by_rows ? row * s.inner() : s.row_offset(o, row) + at);
+    };
     for (int o = 0; o < p.n_in; ++o) {
       switch (access[o]) {
-        case Access::direct: views[o].p = address(o); break;
-        case Access::row_splat: store(buffer(o), splat(pointer(o)[s.row_offset(o, row)])); break;
+        case Access::direct:
+          views[o].p = address(o);
+          break;
+        case Access::row_splat:
+          store(buffer(o), splat(pointer(o)[s.row_offset(o, row)]));
+          break;
         case Access::rows:
           if (by_rows)
             gather_rows<T>(buffer(o), pointer(o), s, o, row, rows);
           else
             gather_piece(o, row, at, n);
           break;
-        default: break;
+        default:
+          break;
       }
     }
     for (int o = 0; o < p.n_out; ++o)

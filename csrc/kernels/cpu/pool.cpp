@@ -33,8 +33,8 @@ template <class T>
 int max_pool(const Args& a) noexcept {
   constexpr int L = kLanes<T>;
   const int64_t* i = a.i;
-  const int64_t N = i[0], H = i[1], W = i[2], C = i[3], KH = i[4], KW = i[5], sh = i[6], sw = i[7], ph = i[8], pw = i[9],
-                dh = i[10], dw = i[11], OH = i[12], OW = i[13];
+  const int64_t N = i[0], H = i[1], W = i[2], C = i[3], KH = i[4], KW = i[5], sh = i[6], sw = i[7], ph = i[8],
+                pw = i[9], dh = i[10], dw = i[11], OH = i[12], OW = i[13];
   const T* x = static_cast<const T*>(a.ptr[0]);
   T* y = static_cast<T*>(a.ptr[1]);
   int32_t* idx = static_cast<int32_t*>(a.ptr[2]);
@@ -153,7 +153,8 @@ int avg_pool_adj(const Args& a) noexcept {
     if (!i.mode) __builtin_memset(image, 0, static_cast<size_t>(i.H * i.W * i.C) * sizeof(T));
     for (int64_t oh = 0; oh < i.OH; ++oh)
       for (int64_t ow = 0; ow < i.OW; ++ow) {
-        const Taps down = Taps::of(oh, i.sh, i.ph, 1, i.KH, i.H), across = Taps::of(ow, i.sw, i.pw, 1, i.KW, i.W);
+        const Taps down = Taps::of(oh, i.sh, i.ph, 1, i.KH, i.H),
+                   across = Taps::of(ow, i.sw, i.pw, 1, i.KW, i.W);
         const Vec<T> divisor = splat(static_cast<T>(i.divisor(oh, ow)));
         const T* in = dy + ((n * i.OH + oh) * i.OW + ow) * i.C;
         for (int64_t h = down.begin; h < down.end; ++h)

@@ -5,7 +5,8 @@
 namespace metafast::kernels::METAFAST_ISA {
 namespace {
 
-// Dimensions with unit ones dropped, the longest stride first and neighbours merged; strides of one or two operands.
+// Dimensions with unit ones dropped, the longest stride first and neighbours merged; strides of one or two
+// operands.
 struct Dims {
   int rank = 0;
   int64_t size[8], in[8], out[8];
@@ -24,7 +25,8 @@ struct Dims {
     for (int k = 0; k < used; ++k) {
       const int d = order[k];
       const int64_t out_stride = out_strides ? out_strides[d] : 0;
-      const bool merges = rank > 0 && in[rank - 1] == in_strides[d] * dims[d] && out[rank - 1] == out_stride * dims[d];
+      const bool merges =
+          rank > 0 && in[rank - 1] == in_strides[d] * dims[d] && out[rank - 1] == out_stride * dims[d];
       if (!merges) size[rank++] = 1;
       size[rank - 1] *= dims[d], in[rank - 1] = in_strides[d], out[rank - 1] = out_stride;
     }
@@ -116,7 +118,9 @@ struct Reduction {
       if (stride == 1)
         join_rows<T, 1, Join>(part, whole, [&](int64_t r, Vec<T>* q) { q[0] = load(base + r * L); });
       else
-        join_rows<T, 1, Join>(part, whole, [&](int64_t r, Vec<T>* q) { q[0] = load_strided(base + r * L * stride, stride, L); });
+        join_rows<T, 1, Join>(part, whole, [&](int64_t r, Vec<T>* q) {
+          q[0] = load_strided(base + r * L * stride, stride, L);
+        });
       if (n % L) {
         Vec<T> rest = load_strided(base + whole * L * stride, stride, n % L);
         for (int j = static_cast<int>(n % L); j < L; ++j) rest[j] = Join::empty;
@@ -161,7 +165,8 @@ struct Reduction {
 template <class T>
 int reduce(const Args& a) noexcept {
   const int64_t nk = a.i[0], nr = a.i[1];
-  const int64_t *kdims = a.i + 2, *rdims = kdims + nk, *in_k = rdims + nr, *in_r = in_k + nk, *out_k = in_r + nr;
+  const int64_t *kdims = a.i + 2, *rdims = kdims + nk, *in_k = rdims + nr, *in_r = in_k + nk,
+                *out_k = in_r + nr;
   const Dims kept(nk, kdims, in_k, out_k), reduced(nr, rdims, in_r, nullptr);
   const T* in = static_cast<const T*>(a.ptr[0]);
   T* out = static_cast<T*>(a.ptr[1]);

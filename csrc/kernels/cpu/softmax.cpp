@@ -27,7 +27,8 @@ void short_runs(const T* x, T* y, int64_t reduce, int64_t rows) {
   for (int64_t r = 0; r < reduce; ++r)
     for (int j = 0; j < L; ++j) turned[r * L + j] = j < rows ? x[j * reduce + r] : T(0);
   columns<T>(
-      reduce, [&](int64_t r) { return load(turned + r * L); }, [&](int64_t r, Vec<T> v) { store(turned + r * L, v); });
+      reduce, [&](int64_t r) { return load(turned + r * L); },
+      [&](int64_t r, Vec<T> v) { store(turned + r * L, v); });
   for (int64_t j = 0; j < rows; ++j)
     for (int64_t r = 0; r < reduce; ++r) y[j * reduce + r] = turned[r * L + j];
 }

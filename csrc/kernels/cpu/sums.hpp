@@ -1,6 +1,6 @@
-// Sums of many terms with a small error: rows of a chunk go to four accumulators in turn, chunks are added pairwise.
-// Error of a sum of n terms: at most (kChunk / 4 + log2(n) + 4) u sum |term|, u the unit roundoff. The order depends
-// on n alone.
+// Sums of many terms with a small error: rows of a chunk go to four accumulators in turn, chunks are added
+// pairwise. Error of a sum of n terms: at most (kChunk / 4 + log2(n) + 4) u sum |term|, u the unit roundoff.
+// The order depends on n alone.
 #pragma once
 #include "vec.hpp"
 
@@ -77,7 +77,8 @@ METAFAST_INLINE void join_chunk(Vec<T>* out, int64_t n, Term term) {
     term(r, t);
     for (int q = 0; q < Q; ++q) acc[0][q] = Join::of(acc[0][q], t[q]);
   }
-  for (int q = 0; q < Q; ++q) out[q] = Join::of(Join::of(acc[0][q], acc[1][q]), Join::of(acc[2][q], acc[3][q]));
+  for (int q = 0; q < Q; ++q)
+    out[q] = Join::of(Join::of(acc[0][q], acc[1][q]), Join::of(acc[2][q], acc[3][q]));
 }
 
 // The same over any number of rows.
@@ -93,12 +94,14 @@ METAFAST_INLINE void join_rows(Vec<T>* out, int64_t n, Term term) {
   pairwise.finish(out, Join::empty);
 }
 
-// Sums of Q quantities over the n elements of a run: term(get, q), where get(p) loads the vector of p[0..n) at hand.
+// Sums of Q quantities over the n elements of a run: term(get, q), where get(p) loads the vector of p[0..n)
+// at hand.
 template <class T, int Q, class Term>
 METAFAST_INLINE void sum_run(T* out, int64_t n, Term term) {
   constexpr int L = kLanes<T>;
   Vec<T> sum[Q];
-  join_rows<T, Q>(sum, n / L, [&](int64_t k, Vec<T>* q) { term([&](const T* p) { return load(p + k * L); }, q); });
+  join_rows<T, Q>(sum, n / L,
+                  [&](int64_t k, Vec<T>* q) { term([&](const T* p) { return load(p + k * L); }, q); });
   if (n % L) {
     const Mask<T> m(n % L);
     Vec<T> t[Q];

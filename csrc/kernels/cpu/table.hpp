@@ -3,10 +3,10 @@
 #include "../common/kernels.hpp"
 
 namespace metafast::kernels {
-#define METAFAST_DECLARE_TABLE(isa)        \
-  namespace isa {                          \
-  KernelTable table_f32() noexcept;        \
-  KernelTable table_f64() noexcept;        \
+#define METAFAST_DECLARE_TABLE(isa) \
+  namespace isa {                   \
+  KernelTable table_f32() noexcept; \
+  KernelTable table_f64() noexcept; \
   }
 METAFAST_DECLARE_TABLE(baseline)
 METAFAST_DECLARE_TABLE(avx2)

@@ -9,7 +9,8 @@ void tile(const TileCall<T>& t) noexcept {
   constexpr int L = kLanes<T>;
   const Mask<T> mask(t.last);
   Vec<T> acc[rows][vectors];
-  METAFAST_UNROLL for (int r = 0; r < rows; ++r) METAFAST_UNROLL for (int v = 0; v < vectors; ++v) acc[r][v] = Vec<T>{};
+  METAFAST_UNROLL for (int r = 0; r < rows; ++r) METAFAST_UNROLL for (int v = 0; v < vectors; ++v) acc[r][v] =
+      Vec<T>{};
   const T* b = t.b;
   const int64_t rs = t.a_rs, cs = t.a_cs;
   for (int64_t s = 0; s < t.segments; ++s) {
@@ -32,8 +33,7 @@ void tile(const TileCall<T>& t) noexcept {
       b += t.b_rs;
     }
   }
-  if (t.bias)
-    METAFAST_UNROLL for (int v = 0; v < vectors; ++v) {
+  if (t.bias) METAFAST_UNROLL for (int v = 0; v < vectors; ++v) {
       const Vec<T> x = v == vectors - 1 ? load(t.bias + v * L, mask) : load(t.bias + v * L);
       METAFAST_UNROLL for (int r = 0; r < rows; ++r) acc[r][v] += x;
     }
@@ -68,9 +68,9 @@ constexpr Tile<T> entry() {
 
 template <class T>
 struct Tiles {
-#define METAFAST_ROWS(v)                                                                                        \
-  {entry<T, 1, v>(),  entry<T, 2, v>(),  entry<T, 3, v>(),  entry<T, 4, v>(),  entry<T, 5, v>(),                 \
-   entry<T, 6, v>(),  entry<T, 7, v>(),  entry<T, 8, v>(),  entry<T, 9, v>(),  entry<T, 10, v>(),                \
+#define METAFAST_ROWS(v)                                                                         \
+  {entry<T, 1, v>(),  entry<T, 2, v>(),  entry<T, 3, v>(),  entry<T, 4, v>(), entry<T, 5, v>(),  \
+   entry<T, 6, v>(),  entry<T, 7, v>(),  entry<T, 8, v>(),  entry<T, 9, v>(), entry<T, 10, v>(), \
    entry<T, 11, v>(), entry<T, 12, v>(), entry<T, 13, v>(), entry<T, 14, v>()}
   static constexpr Tile<T> of[kMaxTileVectors][14] = {METAFAST_ROWS(1), METAFAST_ROWS(2), METAFAST_ROWS(3),
                                                       METAFAST_ROWS(4)};

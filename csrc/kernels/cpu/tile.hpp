@@ -1,12 +1,12 @@
-// The register tile under gemm and the convolutions: `rows` × `vectors` accumulators that stay in registers over the
-// whole inner dimension.
+// The register tile under gemm and the convolutions: `rows` × `vectors` accumulators that stay in registers
+// over the whole inner dimension.
 //
 // C(m, n) (+)= sum over segments s and steps j of A(m, s, j) * B(s * length + j, n) (+ bias[n])
 //   A(m, s, j) = a[m * a_rs + segment[s] + j * a_cs]   any strides; read one element at a time (broadcast)
 //   B(k, n)    = b[k * b_rs + n]                       n lies together
 //   C(m, n)    = c[m * c_rs + n]
-// Columns beyond `last` in the last vector are neither read nor written. Each element is one chain of fma over k in
-// order, whatever the tile.
+// Columns beyond `last` in the last vector are neither read nor written. Each element is one chain of fma
+// over k in order, whatever the tile.
 #pragma once
 #include "vec.hpp"
 
@@ -38,7 +38,8 @@ constexpr int max_tile_rows(int vectors) {
   return rows < 14 ? rows : 14;
 }
 
-// Rows of the next tile where m remain: full tiles and then two even ones rather than a full one and a thin one.
+// Rows of the next tile where m remain: full tiles and then two even ones rather than a full one and a thin
+// one.
 constexpr int64_t next_tile_rows(int64_t m, int64_t most) {
   return m <= most ? m : (m < 2 * most ? (m + 1) / 2 : most);
 }

@@ -1,7 +1,8 @@
 // Vectors of the instruction set a file is compiled for, on the GCC/Clang vector extension.
 //
-// The kernel sources are compiled once per instruction set, with METAFAST_ISA naming the namespace. All they share
-// lies in that namespace, so that the linker never keeps one set's copy of an inline function for another set.
+// The kernel sources are compiled once per instruction set, with METAFAST_ISA naming the namespace. All they
+// share lies in that namespace, so that the linker never keeps one set's copy of an inline function for
+// another set.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -155,7 +156,8 @@ template <class T>
 METAFAST_INLINE T sum_lanes(Vec<T> v) {
   T x[kLanes<T>];
   __builtin_memcpy(x, &v, sizeof v);
-  METAFAST_UNROLL for (int w = kLanes<T> / 2; w > 0; w /= 2) METAFAST_UNROLL for (int i = 0; i < w; ++i) x[i] += x[i + w];
+  METAFAST_UNROLL for (int w = kLanes<T> / 2; w > 0; w /= 2) METAFAST_UNROLL for (int i = 0; i < w; ++i)
+      x[i] += x[i + w];
   return x[0];
 }
 
