@@ -160,6 +160,8 @@ class _Fuser:
         """The latest cluster that makes one of the inputs and may take one more node of that shape."""
         makers = {self.unit_of[v] for v in map(self._alias, inputs) if v in self.unit_of}
         makers -= {u for v in map(self._root, inputs) if (u := self.summed.get(v)) is not None}
+        # A view reads elements that other blocks of the maker write: its reader runs after that cluster, not in it.
+        makers -= {self.unit_of.get(self._root(v)) for v in inputs if self._alias(v) is not self._root(v)}
         for u in sorted(makers, reverse=True):
             unit = self.units[u]
             if unit.kind != "pointwise" or unit.shape != shape:
