@@ -87,10 +87,10 @@ def capture_function(
     _refuse_setting(None)
     recorder = Recorder(None, known=known)
     dtype = _float_dtype(inputs.values())
-    copies = {at: copy_of(t, True) for at, t in inputs.items()}
-    for (role, name), copy in copies.items():
-        recorder.leaf(f"{role}/{name}", copy)
-    with _lock:
+    with _lock, torch.inference_mode(False), torch.enable_grad():
+        copies = {at: copy_of(t, True) for at, t in inputs.items()}
+        for (role, name), copy in copies.items():
+            recorder.leaf(f"{role}/{name}", copy)
         results = dict(_record(recorder, function, dict(copies)))
     for name, result in results.items():
         if not isinstance(result, Tensor):
@@ -132,7 +132,7 @@ def _run_model(
     flat, spec = pytree.tree_flatten(batch)
     swapped = Swapped(model, recorder)
     keys = iter(batch_keys)
-    with _lock:
+    with _lock, torch.inference_mode(False), torch.enable_grad():
         try:
             leaves = swapped.enter(params, buffers)
             for i, t in enumerate(flat):
@@ -151,13 +151,7 @@ def _run_model(
 def _record(recorder: Recorder, function: Callable[..., Any], *args: Any) -> Any:
     """Run the user's code under both modes."""
     try:
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            _same_random_state(recorder),
-            Calls(recorder),
-            Functions(recorder),
-        ):
+        with _same_random_state(recorder), Calls(recorder), Functions(recorder):
             result = run(function, *args)
     except RuntimeError as error:
         if any(words in str(error) for words in _ONLY_HERE):
@@ -178,19 +172,19 @@ _ONLY_HERE = ("leaf Variable that requires grad", "is not differentiable with re
 def _same_random_state(recorder: Recorder) -> Iterator[None]:
     """Restore all generators; a forward that drew from Python's or NumPy's is a hazard."""
     before, python = torch.get_rng_state(), random.getstate()
-    numpy = sys.modules.get("numpy")
-    array: Any = numpy.random.get_state() if numpy is not None else None
+    numpy = sys.modules.get("numpy.random")
+    array: Any = numpy.get_state() if numpy is not None else None
     try:
         yield
         if random.getstate() != python:
             recorder.refuse("random", "the forward draws from Python's random numbers", Origin())
-        if numpy is not None and not _same_state(numpy.random.get_state(), array):
+        if numpy is not None and not _same_state(numpy.get_state(), array):
             recorder.refuse("numpy.random", "the forward draws from NumPy's random numbers", Origin())
     finally:
         torch.set_rng_state(before)
         random.setstate(python)
         if numpy is not None:
-            numpy.random.set_state(array)
+            numpy.set_state(array)
 
 
 def _same_state(a: Any, b: Any) -> bool:

@@ -87,3 +87,12 @@ def _group_norm(
     xhat, rstd, mean, _ = c.b.ops("standardize", c.real(grouped), dims=(2,), eps=float(eps))
     layout = (1, channels, *(1 for _ in shape[2:]))
     return _affine(c, c.reshape(xhat, shape), weight, bias, layout), mean, rstd
+
+
+@rule("_weight_norm_interface")
+def _weight_norm(c: Context, v: Any, g: Any, dim: int = 0) -> tuple[Value, Value]:
+    """g·v/‖v‖, the norm over all dims but one (arXiv:1602.07868, equation 2)."""
+    rank = len(c.shape(v))
+    over = [d for d in range(rank) if d != dim % rank]
+    norm = c.safe_sqrt(c.total(c("square", v), over, keepdim=True))
+    return c("mul", v, c("div", g, norm)), norm

@@ -80,15 +80,15 @@ class Recorder:
         """Declare a tensor that comes from outside."""
         return self._add(tensor, TensorInfo(tuple(tensor.shape), tensor.dtype, key), key)
 
-    def ref(self, tensor: Tensor, op: str) -> Ref:
-        """The Ref of a tensor that an op reads; an unknown one was found outside."""
+    def ref(self, tensor: Tensor, op: str, *, updates: bool = False) -> Ref:
+        """The Ref of a tensor that an op reads, or only updates; an unknown one was found outside."""
         found = self._refs.get(id(tensor))
         if found is None:
             self._refuse_stranger(tensor, op)
             key = self._known.get(id(tensor)) or f"extern/{id(tensor):x}"
             self.externs.append((key, tensor))
             return self.leaf(key, tensor)
-        if self._dirty and (kind := self.kind(tensor)) in self._dirty:
+        if self._dirty and not updates and (kind := self.kind(tensor)) in self._dirty:
             self.refuse(op, f"reads {kind} after BatchNorm has updated it")
         return found
 
@@ -148,7 +148,7 @@ class Recorder:
         info = op_info(func)
         if info.base in _LIFT and id(args[0]) not in self._refs:
             return self._lift(info, func, args[0])
-        refs = self._read(info.name, args, kwargs)
+        refs = self._read(info.name, args, kwargs, updates=_updates_statistics(info, args))
         static = all(self.kind(t) == _STATIC for t in _tensors((args, kwargs.values())))
         self._refuse_before(info, args, kwargs, static)
         out = self._draw(info, func, args, kwargs) if info.random else func(*args, **kwargs)
@@ -174,9 +174,11 @@ class Recorder:
         self._write(name, None, refs, out, _VALUE)
         return out
 
-    def _read(self, op: str, args: Any, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _read(
+        self, op: str, args: Any, kwargs: dict[str, Any], *, updates: bool = False
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         def ref(tensor: Tensor) -> Ref:
-            return self.ref(tensor, op)
+            return self.ref(tensor, op, updates=updates)
 
         return tuple(_map(a, ref) for a in args), {k: _map(v, ref) for k, v in kwargs.items()}
 
@@ -232,7 +234,7 @@ class Recorder:
             if "/" in kind:
                 self.refuse(info.name, f"changes {_named(kind)} in place")
                 self._undo.append((tensor, tensor.detach().clone()))
-        if info.base in _BATCH_NORM:
+        if _updates_statistics(info, args):
             self._batch_norm(info, args)
 
     def _spoil(self, info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -242,10 +244,7 @@ class Recorder:
                 self._storages[_storage(tensor)] = _VALUE
 
     def _batch_norm(self, info: OpInfo, args: tuple[Any, ...]) -> None:
-        """Note the running statistics that a pass in training mode updates (the schema does not say that it does)."""
-        flag = _BATCH_NORM[info.base]
-        if info.name.endswith(".no_stats") or args[3] is None or (flag is not None and not args[flag]):
-            return
+        """Note the running statistics that a pass in training mode updates."""
         mean, var = args[3], args[4]
         key = self.kind(mean)
         path = key.removeprefix("buffer/").rpartition(".")[0]
@@ -283,6 +282,14 @@ class Recorder:
             if frame.f_code is _FUNCTION_APPLY and (cls := frame.f_locals.get("cls")) is not None:
                 self.functions.setdefault(cls.__name__, self.origin(frame.f_back))
             frame = frame.f_back
+
+
+def _updates_statistics(info: OpInfo, args: tuple[Any, ...]) -> bool:
+    """Whether the op writes running statistics, which not every schema says."""
+    if info.base not in _BATCH_NORM or info.name.endswith(".no_stats") or args[3] is None:
+        return False
+    flag = _BATCH_NORM[info.base]
+    return flag is None or bool(args[flag])
 
 
 def _named(kind: str) -> str:

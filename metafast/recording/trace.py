@@ -117,7 +117,8 @@ class Trace:
             keys = [k for k, t in self._leaves.items() if t.requires_grad]
             grads: Sequence[Tensor | None] = [None] * len(keys)
             if self._root.requires_grad and keys:
-                grads = torch.autograd.grad(self._root, [self._leaves[k] for k in keys], allow_unused=True)
+                with torch.inference_mode(False):
+                    grads = torch.autograd.grad(self._root, [self._leaves[k] for k in keys], allow_unused=True)
             self._gradients = dict(zip(keys, grads, strict=True))
             self._root, self._leaves = None, {}
         return self._gradients

@@ -26,7 +26,8 @@ class Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self._recorder.call(func, args, kwargs or {})
+        with torch._C.DisableTorchFunction():  # what the recorder itself asks of tensors is not the user's doing
+            return self._recorder.call(func, args, kwargs or {})
 
 
 _READS_DATA = "its values leave for Python or NumPy"
