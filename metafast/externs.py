@@ -66,6 +66,11 @@ class _Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._start = _age(probe + 0)
         self._found: dict[int, weakref.ref[Tensor]] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No wrapper around `__torch_dispatch__`: it would import all of dynamo at the first operation."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         for value in (*args, *kwargs.values()):
