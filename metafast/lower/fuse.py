@@ -19,7 +19,7 @@ from metafast.ops import TABLE
 from metafast.ops.pointwise import POINTWISE
 from metafast.sweep import Section, Store
 
-ACCUMULATING = {"matmul", "conv2d"}
+ACCUMULATING = {"matmul": "rows", "conv2d": "pixels", "conv2d_dx": "pixels", "conv2d_dw": "weights"}  # layout written
 CHEAP = {"step", "neg", "sign", "gt", "ge", "lt", "le", "eq", "ne", "add", "sub", "mul"}
 MAX_OPS = 40  # registers and inputs of a cluster must fit L1 in blocks of some hundred elements
 MAX_INPUTS = 20
@@ -196,13 +196,13 @@ class _Fuser:
             if u is None or self.uses[v] != 1 or v.shape != node.outputs[0].shape:
                 return False
             unit = self.units[u]
-            ok = unit.kind == "sum" or (
-                unit.kind == "node" and TABLE[unit.nodes[0].op].kernel in ACCUMULATING
-            )
+            ok = unit.kind == "sum" or (unit.kind == "node" and unit.nodes[0].op in ACCUMULATING)
             if not ok or u in olds:
                 return False
             terms += unit.nodes
             olds.append(u)
+        if len({ACCUMULATING[n.op] for n in terms}) > 1:
+            return False  # one buffer has one layout
         deps = {d for n in terms for d in self._deps(n.inputs)}
         if any(self._closure(deps) >> u & 1 for u in olds):
             return False
