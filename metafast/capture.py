@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -32,13 +31,12 @@ from metafast.recording.recorder import Recorder, run
 from metafast.recording.swap import Swapped, copy_of
 from metafast.recording.trace import Call, OpInfo, Origin, Ref, Stat, TensorInfo, Trace, Unsupported, op_info
 from metafast.recording.watch import Calls, Functions
+from metafast.reference import swapping
 
 __all__ = ["Call", "OpInfo", "Origin", "Ref", "Stat", "TensorInfo", "Trace", "Unsupported"]
 __all__ += ["capture", "capture_function", "find_externs", "op_info"]
 
 Objective = Callable[[nn.Module, Any], Any]
-
-_lock = threading.RLock()  # parameters are swapped on the user's module: one run at a time
 
 
 def capture(
@@ -87,11 +85,12 @@ def capture_function(
     _refuse_setting(None)
     recorder = Recorder(None, known=known)
     dtype = _float_dtype(inputs.values())
-    with _lock, torch.inference_mode(False), torch.enable_grad():
+    with swapping, torch.inference_mode(False), torch.enable_grad():
         copies = {at: copy_of(t, True) for at, t in inputs.items()}
         for (role, name), copy in copies.items():
             recorder.leaf(f"{role}/{name}", copy)
         results = dict(_record(recorder, function, dict(copies)))
+    recorder.refuse_temporaries()
     for name, result in results.items():
         if not isinstance(result, Tensor):
             raise Unsupported("return", "", f"{name} is a {type(result).__name__}, not a tensor")
@@ -132,7 +131,7 @@ def _run_model(
     flat, spec = pytree.tree_flatten(batch)
     swapped = Swapped(model, recorder)
     keys = iter(batch_keys)
-    with _lock, torch.inference_mode(False), torch.enable_grad():
+    with swapping, torch.inference_mode(False), torch.enable_grad():
         try:
             leaves = swapped.enter(params, buffers)
             for i, t in enumerate(flat):
@@ -143,6 +142,7 @@ def _run_model(
             result = _record(recorder, objective, model, pytree.tree_unflatten(flat, spec))
         finally:
             changed = swapped.leave()
+    recorder.refuse_temporaries()
     if changed is not None:
         recorder.refuse("attribute", f"the forward changes its module: {changed}", Origin())
     return result, leaves
@@ -244,3 +244,5 @@ def _check_loss(loss: Any) -> None:
     if loss.dim() != 0:
         got = f"a tensor of shape {tuple(loss.shape)}"
         raise InputError(message(place, got, "a scalar, shape ()", "reduce it (loss.mean())"))
+    if not loss.is_floating_point():
+        raise InputTypeError(message(place, f"a scalar of {loss.dtype}", "float32 or float64", "compute it in one"))

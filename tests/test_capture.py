@@ -393,6 +393,7 @@ HAZARDS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "from_numpy": (lambda self, h: h + torch.from_numpy(np.ones(5)), "NumPy array"),
     "as_tensor": (lambda self, h: h + torch.as_tensor(np.ones(5)), "NumPy array"),
     "tensor(numpy)": (lambda self, h: h + torch.tensor(np.ones(5)), "NumPy array"),
+    "frombuffer": (lambda self, h: h + torch.frombuffer(bytearray(40), dtype=F64), "out of sight"),
     "self.last": (_attribute, "changes its module: last"),
     "self.note": (_number, "changes its module: note"),
     "self.history": (_list, "changes its module: history"),
@@ -489,6 +490,8 @@ def test_losses_that_are_no_scalars() -> None:
         run(mlp(), lambda m, b: m(b[0]), x)
     with pytest.raises(InputTypeError, match=r"objective.*float.*scalar"):
         run(mlp(), lambda m, b: 1.0, x)
+    with pytest.raises(InputTypeError, match=r"objective.*int64.*float32"):
+        run(mlp(), lambda m, b: (m(b[0]) > 0).sum(), x)
 
 
 def test_the_models_own_errors_pass_through() -> None:
@@ -511,6 +514,15 @@ def test_what_is_not_a_hazard() -> None:
 
     model = Net(f)
     check(model, squared, data()[0])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, of torch.jit
+def test_forward_mode_inside_the_loss() -> None:
+    def objective(model: nn.Module, batch: Any) -> Tensor:
+        out, tangent = torch.func.jvp(model, (batch[0],), (torch.ones_like(batch[0]),))
+        return (out + tangent).square().mean()
+
+    check(nn.Linear(4, 3).to(F64), objective, data()[0])
 
 
 def test_parametrisations_are_ordinary_code() -> None:

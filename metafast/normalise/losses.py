@@ -42,14 +42,12 @@ def _rows(c: Context, logs: Any, target: Any) -> tuple[Any, Any]:
 
 def _nll(c: Context, logs: Any, hot: Value, weight: Any, reduction: int) -> tuple[Value, Value]:
     """−w_y·log p_y of each row, reduced, and the total weight. `where`: −∞ of another class must not become NaN."""
-    picked = c("where", hot, logs, 0.0)
-    if weight is None:
-        losses, weights = c.total(c("neg", picked), 1), hot
-    else:
-        losses, weights = c.total(c("neg", c("mul", picked, weight)), 1), c("mul", hot, weight)
+    picked, weights = c("where", hot, logs, 0.0), hot
+    if weight is not None:
+        picked, weights = c("mul", picked, weight), c("mul", hot, weight)
     if reduction == 0:
-        return losses, c.real(0.0)
-    total, mass = c.total(losses), c.total(weights)
+        return c("neg", c.total(picked, 1)), c.real(0.0)
+    total, mass = c("neg", c.total(picked)), c.total(weights)
     return (total if reduction == 2 else c("div", total, mass)), mass
 
 
@@ -88,10 +86,9 @@ def _cross_entropy(
     everywhere = c("where", kept, rows, 0.0)
     if weight is not None:
         everywhere = c("mul", everywhere, weight)
-    smooth = c.total(c("neg", everywhere), 1)
-    if kind:
-        smooth = c.total(smooth)
-        smooth = c("div", smooth, mass) if kind == 1 else smooth
+    smooth = c("neg", c.total(everywhere, None if kind else 1))
+    if kind == 1:
+        smooth = c("div", smooth, mass)
     loss = c("add", c("mul", nll, 1.0 - label_smoothing), c("mul", smooth, label_smoothing / classes))
     return c.reshape(loss, c.out[0].shape)
 

@@ -16,6 +16,7 @@ from metafast.recording.trace import Call, OpInfo, Origin, Ref, Stat, TensorInfo
 _LIFT = {"lift", "lift_fresh"}
 _SHAPE_ONLY = {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"}
 _SHAPE_ONLY |= {"new_empty_strided"}
+_OF_SHAPES = {"is_same_size", "_has_same_storage_numel"}  # Python values that do not depend on the data
 # The position of the flag for training mode among the arguments, None where the op is for training mode only
 _BATCH_NORM: dict[str, int | None] = {"native_batch_norm": 5, "cudnn_batch_norm": 5, "miopen_batch_norm": 5}
 _BATCH_NORM |= {"_native_batch_norm_legit": 5, "_batch_norm_with_update": None}
@@ -106,6 +107,16 @@ class Recorder:
             if (ref := self._refs.get(id(tensor))) is not None:
                 self.tensors[ref.id].requires_grad = tensor.requires_grad
 
+    def refuse_temporaries(self) -> None:
+        """Refuse a tensor found outside that nobody else holds: it was made during the run, out of sight."""
+        probe = ("", torch.empty(0))
+        keep = [probe[1]]
+        alone = max(sys.getrefcount(tensor) for _, tensor in [probe])
+        del keep
+        for _, tensor in self.externs:
+            if sys.getrefcount(tensor) <= alone:
+                self.refuse("extern", "reads a tensor made out of sight (frombuffer?), whose values would be frozen")
+
     def undo(self) -> None:
         """Give tensors found outside their values back."""
         with torch.no_grad():
@@ -155,7 +166,7 @@ class Recorder:
         if not static:
             self._spoil(info, args, kwargs)
         if not isinstance(out, (Tensor, list, tuple)):
-            if out is not None and not static:
+            if out is not None and not static and info.base not in _OF_SHAPES:
                 self.refuse(info.name, "its result is a Python value that depends on the data")
             return out
         if info.reshapes:
