@@ -44,12 +44,11 @@ def find_externs(problem: Problem) -> list[Tensor]:
     device = problem.parameter.device
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.enable_grad():
-        weights = torch.ones(1, dtype=problem.parameter.dtype, device=device)
         with seen:
             if problem.query_spec is None:
-                Reference().adapt_vjp(one, {})
+                Reference().adapt(one, fold=False)
             else:
-                Reference().meta_gradient(one, weights, fold=False)
+                Reference().losses(one, fold=False)
     return seen.alive()
 
 
