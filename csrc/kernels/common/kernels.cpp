@@ -49,7 +49,7 @@ Isa detect_isa() noexcept {
   return static_cast<Isa>(widest);
 }
 
-// The ints of a row: how many there are, of which the first `fixed` must be there to count the rest.
+// The counts of a row that has no lists.
 struct Shape {
   const char* name;
   int64_t ptrs, ints, floats;

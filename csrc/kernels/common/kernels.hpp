@@ -2,33 +2,32 @@
 //
 // T is the element type (float or double); "dense" is contiguous in the order listed; booleans are 0/1 values
 // of T; indices of pools are int32, labels int64. `mode` 0 assigns, 1 adds to what the output holds. NaN and
-// Inf propagate as in PyTorch. Outputs never overlap inputs unless the row says so.
+// Inf propagate as in PyTorch. Outputs never overlap inputs unless the row says so. Each row: operands | ints
+// | floats.
 //
-//   name             ptr                                 ints floats pointwise        in[n_in], out[n_out]
-//   rank, n_in, n_out, n_ops, n_regs, dims[rank],        immediates
-//                                                        in_strides[n_in][rank], out_strides[n_out][rank],
-//                                                        out_reg[n_out], out_mode[n_out],
-//                                                        ops[n_ops][5] = opcode, dst, a, b, c
-//   reduce           in, out                             nk, nr, kdims[nk], rdims[nr], in_kstrides[nk], scale
-//                                                        in_rstrides[nr], out_kstrides[nk], mode,
-//                                                        kind (0 sum, 1 max)
-//   gemm             A, B, C, [bias]                     batch, M, N, K, a_bs, a_rs, a_cs, b_bs, b_rs, b_cs,
-//   -
-//                                                        c_bs, c_rs, c_cs, mode, has_bias
-//   conv_fwd         x(N,H,W,C), w, y(N,OH,OW,O), [bias] N, H, W, C, O, KH, KW, sh, sw, ph, pw, dh, dw, -
-//   conv_dx          dy, w, dx                           OH, OW, w_so, w_sc, w_skh, w_skw, mode, has_bias
-//   conv_dw          x, dy, dw
-//   standardize      x, xhat, rstd, mean, var            outer, reduce, inner eps project          v, xhat,
-//   rstd, out, corr            outer, reduce, inner, mode                           - project_tangent  v,
-//   xhat, xhat_dot, rstd, corr_dot,  outer, reduce, inner, mode                           -
-//                    out
-//   log_softmax      x, y                                outer, reduce, inner - max_pool         x, y, idx N,
-//   H, W, C, KH, KW, sh, sw, ph, pw, dh, dw, OH, OW   - pool_gather      x(N,H,W,C), idx(N,OH,OW,C), y N, H,
-//   W, C, OH, OW                                   - pool_scatter     dy, idx, dx                         N,
-//   H, W, C, OH, OW, mode                             - avg_pool         x, y N, H, W, C, KH, KW, sh, sw, ph,
-//   pw, OH, OW,          - avg_pool_adj     dy, dx                              count_include_pad,
-//   divisor_override (0 none), mode one_hot          labels, out(N,C)                    N, C, ignore_index,
-//   label_stride                     - fill             out                                 n value
+//   pointwise        in[n_in], out[n_out] | rank, n_in, n_out, n_ops, n_regs, dims[rank],
+//                    in_strides[n_in][rank], out_strides[n_out][rank], out_reg[n_out], out_mode[n_out],
+//                    ops[n_ops][5] = opcode, dst, a, b, c | immediates
+//   reduce           in, out | nk, nr, kdims[nk], rdims[nr], in_kstrides[nk], in_rstrides[nr],
+//                    out_kstrides[nk], mode, kind (0 sum, 1 max) | scale
+//   gemm             A, B, C, [bias] | batch, M, N, K, a_bs, a_rs, a_cs, b_bs, b_rs, b_cs, c_bs, c_rs,
+//                    c_cs, mode, has_bias
+//   conv_fwd         x(N,H,W,C), w, y(N,OH,OW,O), [bias(O)] | N, H, W, C, O, KH, KW, sh, sw, ph, pw, dh, dw,
+//                    OH, OW, w_so, w_sc, w_skh, w_skw, mode, has_bias
+//   conv_dx          dy, w, dx | the same
+//   conv_dw          x, dy, dw | the same
+//   standardize      x, xhat, rstd, mean, var | outer, reduce, inner | eps
+//   project          v, xhat, rstd, out, corr | outer, reduce, inner, mode
+//   project_tangent  v, xhat, xhat_dot, rstd, corr_dot, out | outer, reduce, inner, mode
+//   log_softmax      x, y | outer, reduce, inner
+//   max_pool         x, y, idx | N, H, W, C, KH, KW, sh, sw, ph, pw, dh, dw, OH, OW
+//   pool_gather      x(N,H,W,C), idx(N,OH,OW,C), y | N, H, W, C, OH, OW
+//   pool_scatter     dy, idx, dx | N, H, W, C, OH, OW, mode
+//   avg_pool         x, y | N, H, W, C, KH, KW, sh, sw, ph, pw, OH, OW, count_include_pad,
+//                    divisor_override (0 none), mode
+//   avg_pool_adj     dy, dx | the same
+//   one_hot          labels, out(N,C) | N, C, ignore_index, label_stride
+//   fill             out | n | value
 //
 // The header of each family (cpu/<family>.hpp) has the formula, what may alias, and the error bound.
 #pragma once

@@ -165,9 +165,8 @@ Axis forward_axis(int64_t outputs, int64_t stride, int64_t pad, int64_t dilation
   return {outputs, stride, taps, -pad, dilation, 0, 1};
 }
 
-// Input positions residue, residue + stride, ... and the taps that meet them, those for which
-// residue + pad - tap * dilation is a multiple of the stride: every period-th one, taken from the last to the
-// first.
+// Input positions residue, residue + stride, ... and the taps that meet them, those for which residue + pad -
+// tap * dilation is a multiple of the stride: every period-th one, taken from the last to the first.
 Axis adjoint_axis(int64_t inputs, int64_t residue, int64_t stride, int64_t pad, int64_t dilation,
                   int64_t taps) {
   int64_t period = 1, last = taps - 1;

@@ -1,16 +1,16 @@
 // Convolutions over channels-last images, with any kernel, stride, padding and dilation.
 //
-//   conv_fwd  y(n, oh, ow, o) = sum x(n, oh sh - ph + kh dh, ow sw - pw + kw dw, c) w(o, c, kh, kw)  (+
-//   bias[o]) conv_dx   dx = the gradient of <y, dy> in x          conv_dw  dw = the gradient of <y, dy> in w
+//   conv_fwd  y(n, oh, ow, o) = sum x(n, oh sh - ph + kh dh, ow sw - pw + kw dw, c) w(o, c, kh, kw)
+//             (+ bias[o])
+//   conv_dx   dx = the gradient of <y, dy> in x          conv_dw  dw = the gradient of <y, dy> in w
 //
 // ptr   conv_fwd: x, w, y, [bias(O)]   conv_dx: dy, w, dx   conv_dw: x, dy, dw
 //       x, dx (N, H, W, C), y, dy (N, OH, OW, O) dense; w, dw with strides w_so, w_sc, w_skh, w_skw
-// ints  N, H, W, C, O, KH, KW, sh, sw, ph, pw, dh, dw, OH, OW, w_so, w_sc, w_skh, w_skw, mode (0 assigns, 1
-// adds),
-//       has_bias
-// Outputs overlap no input. Fast for any weight layout in which o, c or the taps lie together.
-// Error of an element: at most (n + 2) u times the sum of the n magnitudes that go into it, u the unit
-// roundoff (n = KH KW C, KH KW O, N OH OW).
+// ints  N, H, W, C, O, KH, KW, sh, sw, ph, pw, dh, dw, OH, OW, w_so, w_sc, w_skh, w_skw, mode (0 assigns,
+//       1 adds), has_bias
+// Outputs overlap no input. Fast for any weight layout in which o, c or the taps lie together. Error of an
+// element: at most (n + 2) u times the sum of the n magnitudes that go into it, u the unit roundoff (n = KH
+// KW C, KH KW O, N OH OW).
 #pragma once
 #include "vec.hpp"
 

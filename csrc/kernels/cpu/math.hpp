@@ -41,7 +41,7 @@ METAFAST_INLINE Vec<T> copysign_v(Vec<T> magnitude, Vec<T> sign) {
 
 template <class T, class F>
 METAFAST_INLINE Vec<T> by_lane(Vec<T> x, F f) {
-  Vec<T> y;
+  Vec<T> y{};
   for (int i = 0; i < kLanes<T>; ++i) y[i] = static_cast<T>(f(x[i]));
   return y;
 }

@@ -8,8 +8,8 @@
 //     (the derivative of xhat in x, which is symmetric, applied to v)
 //   project_tangent  ptr v, xhat, xhat_dot, rstd, corr_dot, out   ints outer, reduce, inner, mode
 //     out (+)= -rstd corr_dot p - rstd (xhat_dot mean_r(v xhat) + xhat mean_r(v xhat_dot))
-//     (the derivative of p along xdot for fixed v, where xhat_dot = project(xdot) and corr_dot = mean_r(xdot
-//     xhat))
+//     (the derivative of p along xdot for fixed v, where xhat_dot = project(xdot) and
+//      corr_dot = mean_r(xdot xhat))
 //
 // x, v, xhat, xhat_dot, out (outer, reduce, inner); rstd, mean, var, corr, corr_dot (outer, inner).
 // xhat may be x, and out may be v. Sums as in sums.hpp; the variance is taken about the mean (two passes).

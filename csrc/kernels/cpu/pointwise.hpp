@@ -2,16 +2,17 @@
 //
 // ptr   in[0..n_in), out[0..n_out)
 // ints  rank, n_in, n_out, n_ops, n_regs, dims[rank] (outermost first), in_strides[n_in][rank],
-//       out_strides[n_out][rank], out_reg[n_out], out_mode[n_out] (0 assigns, 1 adds, 2 and 3 the same of a
-//       sum), ops[n_ops][5] = opcode, dst, a, b, c; a source r < 0 is the immediate f[-1-r]; registers
-//       0..n_in-1 are the inputs
+//       out_strides[n_out][rank], out_reg[n_out], out_mode[n_out] (0 assigns, 1 adds; 2 and 3: of a sum),
+//       ops[n_ops][5] = opcode, dst, a, b, c; a source r < 0 is the immediate f[-1-r]; registers 0..n_in-1
+//       are the inputs
+// Any strides, 0 to broadcast an input; sizes within the kPointwise* limits of kernel.hpp. An output may be
+// an input with the same strides; outputs do not overlap each other.
 // A sum (mode 2, 3) adds up over the dimensions in which its stride is 0; with unit dimensions dropped and
-// neighbours merged, all its strides are 0 but that of the last dimension, 0 or 1. Its error is that of a sum
-// in blocks: at most (block / lanes + 64 + blocks / 64) u times the sum of magnitudes. A call with a sum is
-// not split: part 0 does it all. Any strides, 0 to broadcast an input; sizes within the kPointwise* limits of
-// kernel.hpp. An output may be an input with the same strides; outputs do not overlap each other. Blocks of
-// some hundred elements run through all operations while they lie in L1. Accuracy: one rounding an arithmetic
-// operation (fma: one in all where the set has it); functions as in math.hpp.
+// neighbours merged, all its strides are 0 but that of the last dimension, 0 or 1. A call with a sum is not
+// split: part 0 does it all.
+// Blocks of some hundred elements run through all operations while they lie in L1.
+// Accuracy: one rounding an arithmetic operation (fma: one in all where the set has it); functions as in
+// math.hpp; a sum within (block / lanes + 64 + blocks / 64) u times the sum of magnitudes.
 #pragma once
 #include "vec.hpp"
 

@@ -24,6 +24,7 @@ template <class T>
 void short_runs(const T* x, T* y, int64_t reduce, int64_t rows) {
   constexpr int L = kLanes<T>;
   T turned[kShort * L];
+  store(turned, Vec<T>{});
   for (int64_t r = 0; r < reduce; ++r)
     for (int j = 0; j < L; ++j) turned[r * L + j] = j < rows ? x[j * reduce + r] : T(0);
   columns<T>(
