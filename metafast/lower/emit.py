@@ -181,7 +181,7 @@ class Emitter:
         code = _Registers(self, unit, inside)
         arrays = [broadcast_to(self.array(v), unit.shape) for v in code.inputs]
         order = self._layout(arrays, unit.shape)
-        sums = [n for n in unit.sums if self._adds_up(n, order, arrays)]
+        sums = self._adding(unit, order, arrays)
         for n in unit.sums:
             self.homes[n] = [unit] if n in sums else [Unit("node")]  # made by another instruction
         code.allocate(unit, [n.inputs[0] for n in sums])
@@ -193,14 +193,26 @@ class Emitter:
             if n not in sums:
                 self._node(n, self._direct(n, n.outputs[0]))
 
-    def _adds_up(self, node: Node, order: Sequence[int], arrays: Sequence[Array]) -> bool:
-        """Whether the kernel can make this sum: over everything, or all but what lies innermost and is walked as one."""
-        shape = node.inputs[0].shape
-        strides = [[a.strides[d] for d in order] for a in (*arrays, _sum_view(node, Buffer(0), self.item))]
+    def _adding(self, unit: Unit, order: Sequence[int], arrays: Sequence[Array]) -> list[Node]:
+        """Which of its sums the cluster can make: the kernel walks all operands as one set of merged dims."""
+        stored = [where for value, store in unit.stores if (where := self.target(store, value)) is not None]
+        if not all(lies_in(a, order) for a in stored):
+            return []
+        made: list[Node] = []
+        for n in unit.sums:
+            if self._add_up([*made, n], order, arrays):
+                made.append(n)
+        return made
+
+    def _add_up(self, sums: Sequence[Node], order: Sequence[int], arrays: Sequence[Array]) -> bool:
+        """Whether each adds over everything, or over all but what lies innermost and is walked as one."""
+        shape = sums[0].inputs[0].shape
+        views = [_sum_view(n, Buffer(0), self.item) for n in sums]
+        strides = [[a.strides[d] for d in order] for a in (*arrays, *views)]
         strides.append([dense_strides(shape, order)[d] for d in order])
         _, collapsed = collapse(tuple(shape[d] for d in order), strides)
-        *outer, inner = collapsed[len(arrays)] or [0]
-        return numel(shape) > 0 and not any(outer) and inner in (0, 1)
+        ends = [each or [0] for each in collapsed[len(arrays) : -1]]
+        return numel(shape) > 0 and all(not any(each[:-1]) and each[-1] in (0, 1) for each in ends)
 
     def _summed(self, node: Node, code: _Registers) -> Result:
         out, mode = self._result(node, self._direct(node, node.outputs[0]), None)
