@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import types
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +12,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from metafast.errors import BackendError, FallbackWarning, message
+from metafast.errors import BackendError, FallbackWarning, message, warn
 from metafast.problem import Backend, Problem
 from metafast.reference import Reference
 
 __all__ = ["choose", "explain"]
 
-BACKENDS = ("auto", "native", "cuda", "torch")
+MOST_PLANS = 64  # a model keeps so many, the oldest go first
 
 
 @dataclass(frozen=True)
@@ -55,9 +54,11 @@ def _choice(problem: Problem, backend: str) -> Choice:
     key = plan_key(problem)
     found = plans.get(key)
     if found is None:
+        if len(plans) >= MOST_PLANS:  # an attribute that changes at every call makes a plan every time
+            del plans[next(iter(plans))]
         found = plans[key] = _plan(problem)
         if not found.native and backend == "auto":
-            warnings.warn(f"metafast falls back to PyTorch: {found.reason}", FallbackWarning, stacklevel=2)
+            warn(f"metafast falls back to PyTorch: {found.reason}", FallbackWarning)
     if backend == "native" and not found.native:
         raise BackendError(
             message("InnerLoop(backend='native')", found.reason, "a problem that goes native", 'use backend="auto"')
@@ -118,7 +119,7 @@ def plan_key(problem: Problem) -> Any:
     """Everything that can change a plan: shapes, dtypes, who gets a gradient, training flags and plain attributes of every
     module, what the objectives close over, autocast."""
     return (
-        tuple((k, _tensor(t, k)) for k, t in problem.leaves.items()),
+        tuple([(k, _slice_shape(t, k), t.dtype, t.device) for k, t in problem.leaves.items()]),
         problem.adapted,
         problem.wrt,
         problem.order,
@@ -134,9 +135,8 @@ def plan_key(problem: Problem) -> Any:
     )
 
 
-def _tensor(t: Tensor, key: str) -> Any:
-    shape = t.shape[1:] if key.startswith(("support/", "query/")) else t.shape
-    return (shape, t.dtype, t.device, id(t) if key.startswith("extern/") else 0)
+def _slice_shape(t: Tensor, key: str) -> torch.Size:
+    return t.shape[1:] if key.startswith(("support/", "query/")) else t.shape
 
 
 _INTERNAL = frozenset(nn.Module().__dict__) - {"training"}
@@ -162,7 +162,8 @@ def freeze(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
         return value
     if isinstance(value, Tensor):
-        return (id(value), value.shape, value.dtype, value.requires_grad)
+        # One that requires grad is a leaf of the call; any other is held, and read, by the plan
+        return (value.requires_grad or id(value), value.shape, value.dtype)
     if isinstance(value, Mapping):
         return tuple((freeze(k), freeze(v)) for k, v in value.items()) if value else ()
     if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):

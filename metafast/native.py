@@ -16,7 +16,7 @@ from metafast.batchnorm import fold
 from metafast.capture import Trace, Unsupported, capture, capture_function
 from metafast.errors import LabelError, message, position
 from metafast.graph import Builder, Graph, copy_into
-from metafast.lower import Lowered, lower
+from metafast.lower import External, Lowered, lower
 from metafast.normalise import normalise
 from metafast.problem import Outcome, Problem, hyper_tree
 from metafast.sweep import SECTIONS, Loop, Section, Store, Sweep, gradient_section
@@ -66,13 +66,13 @@ def make_plan(problem: Problem) -> tuple[Plan, list[Trace]]:
     """
     params = {n: p.detach() for n, p in problem.group("param").items()}
     support = _trace(problem, "support", params)
-    graph = normalise(support)
+    graph = normalise(support, outputs=False)
     traces = [support]
     query_graph = None
     if problem.query_spec is not None:
         traces.append(_trace(problem, "query", params))
-        query_graph = normalise(traces[1])
-    init, update = _update_graphs(problem, params)
+        query_graph = normalise(traces[1], outputs=problem.return_outputs)
+    init, update, rule_externs = _update_graphs(problem, params)
     loop = Loop(
         graph,
         query_graph,
@@ -83,7 +83,7 @@ def make_plan(problem: Problem) -> tuple[Plan, list[Trace]]:
         problem.wrt,
         problem.order,
     )
-    externs = {key: t for trace in traces for key, t in trace.externs}
+    externs = rule_externs | {key: t for trace in traces for key, t in trace.externs}
     plan = Plan(loop, problem.parameter.dtype, externs)
     plan.support_stats = support.stats
     if query_graph is not None:
@@ -100,12 +100,15 @@ def _trace(problem: Problem, part: str, params: Mapping[str, Tensor]) -> Trace:
     assert spec is not None
     batch = pytree.tree_unflatten([leaf.detach()[0] for leaf in leaves.values()], spec)
     keys = [f"{part}/{name}" for name in leaves]
-    known = {k: t for k, t in problem.leaves.items() if k.startswith("extern/")}
-    return capture(problem.model, objective, params, problem.buffers, batch, keys, known)
+    return capture(problem.model, objective, params, problem.buffers, batch, keys, _externs(problem))
 
 
-def _update_graphs(problem: Problem, params: Mapping[str, Tensor]) -> tuple[Graph, Graph]:
-    """The update rule's (init, update) pair as graphs; its state is flattened to "state/<i>"."""
+def _externs(problem: Problem) -> dict[str, Tensor]:
+    return {k: t for k, t in problem.leaves.items() if k.startswith("extern/")}
+
+
+def _update_graphs(problem: Problem, params: Mapping[str, Tensor]) -> tuple[Graph, Graph, dict[str, Tensor]]:
+    """The update rule's (init, update) pair as graphs, and the tensors it closes over; its state becomes "state/<i>"."""
     rule, names = problem.update, problem.adapted
     given: dict[tuple[str, str], Tensor] = {("param", n): params[n] for n in names}
     given |= {("hyper", h): t.detach() for h, t in problem.group("hyper").items()}
@@ -139,8 +142,9 @@ def _update_graphs(problem: Problem, params: Mapping[str, Tensor]) -> tuple[Grap
         inputs["grad", n] = torch.full_like(params[n], 0.5)
         inputs["param0", n] = params[n].clone()
     inputs |= {("state", name.removeprefix("state/")): s.detach().clone() for name, s in state.items()}
-    first = normalise(capture_function(init, given))
-    return first, normalise(capture_function(step, inputs))
+    known = _externs(problem)
+    first, then = capture_function(init, given, known=known), capture_function(step, inputs, known=known)
+    return normalise(first), normalise(then), dict((*first.externs, *then.externs))
 
 
 # ---- replay ---------------------------------------------------------------------------------------------------
@@ -234,23 +238,19 @@ class Call:
         self.table = np.zeros((len(lowered.externals), 3), dtype=np.int64)
         for j, e in enumerate(lowered.externals):
             if e.kind == "leaf":
-                self._bind(j, self._leaf(e.name, extra), per_task=e.per_task)
+                self._bind(j, self._leaf(e, extra), per_task=e.per_task)
             else:
                 self._allocate(j, e)
 
-    def _leaf(self, key: str, extra: Mapping[str, Tensor]) -> Tensor:
-        leaf = extra.get(key)
+    def _leaf(self, e: External, extra: Mapping[str, Tensor]) -> Tensor:
+        """The tensor of that key as the program reads it: contiguous, labels as int64, all else in its dtype."""
+        leaf = extra.get(e.name)
         if leaf is None:
-            leaf = self.problem.leaves.get(key)
+            leaf = self.problem.leaves.get(e.name)
         if leaf is None:
-            kind, _, name = key.partition("/")
-            leaf = self.problem.buffers[name] if kind == "buffer" else self.plan.externs[key]
-        leaf = leaf.detach()
-        if leaf.is_floating_point() or leaf.dtype == torch.bool:
-            leaf = leaf.to(self.plan.dtype)
-        else:
-            leaf = leaf.to(torch.int64)
-        return leaf.contiguous()
+            kind, _, name = e.name.partition("/")
+            leaf = self.problem.buffers[name] if kind == "buffer" else self.plan.externs[e.name]
+        return leaf.detach().to(torch.int64 if e.dtype == "int" else self.plan.dtype).contiguous()
 
     def _bind(self, j: int, t: Tensor, *, per_task: bool, per_step: bool = False) -> None:
         self.kept.append(t)
@@ -258,7 +258,7 @@ class Call:
         task = t.stride(0) * item if per_task else 0
         self.table[j] = (t.data_ptr(), task, t.stride(1) * item if per_step else 0)
 
-    def _allocate(self, j: int, e: Any) -> None:
+    def _allocate(self, j: int, e: External) -> None:
         tasks, steps = self.problem.tasks, self.problem.steps
         lead = (tasks, max(steps, 1)) if e.per_step else (tasks,)  # an empty tensor has no address
         make = torch.zeros if e.kind == "gradient" else torch.empty

@@ -94,7 +94,7 @@ class _Writer:
 
 def leaf_key(i: Input) -> str:
     """The call's key of a captured input."""
-    return i.name if i.role == "extern" and "/" in i.name else f"{i.role}/{i.name}"
+    return f"{i.role}/{i.name}"
 
 
 def _bind_loss(b: Builder, loop: Loop) -> object:
@@ -342,7 +342,7 @@ class Sweep:
         for i in self.loop.update.inputs:
             adaptive = i.role in ("param", "state") or (i.role == "grad" and self.loop.order == 2)
             key = f"param/{i.name}" if i.role == "param0" else f"{i.role}/{i.name}"
-            if adaptive or (i.role in ("hyper", "param0") and key in self.wanted):
+            if adaptive or (i.role in ("hyper", "param0", "extern") and key in self.wanted):
                 keep.append((i.role, i.name))
         return keep
 
@@ -373,7 +373,7 @@ class Sweep:
 
         for name, v in got.items():
             role, _, rest = name.partition("/")
-            if role == "hyper":
+            if role in ("hyper", "extern"):
                 add("gradient", name, v)
             elif role == "param0":
                 add("gradient", f"param/{rest}", v)
@@ -382,7 +382,7 @@ class Sweep:
             if role == "hoisted":
                 add("spill", rest, v)
             elif role != "param" or rest not in self.loop.adapted:
-                add("gradient", rest if role == "extern" and "/" in rest else f"{role}/{rest}", v)
+                add("gradient", f"{role}/{rest}", v)
         for (kind, name), v in total.items():
             w.store(v, kind, name, add=True)
 
