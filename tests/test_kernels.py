@@ -187,10 +187,18 @@ class Program:
         ints += [s for v in views for s in v.stride()]
         ints += [r for r, *_ in self.outs] + [m for _, _, m, _ in self.outs]
         ints += [i for op in self.ops for i in op]
-        outs = [wanted(v, self.values[r], 0.0, add=bool(m)) for r, v, m, _ in self.outs]
+        outs = [self.result(v, self.values[r], m) for r, v, m, _ in self.outs]
         for o in outs:
             o.bound = torch.zeros_like(o.bound)
         return Call("pointwise", [*map(given, self.inputs), *outs], ints, self.immediates)
+
+    def result(self, view: Tensor, value: Tensor, mode: int) -> Operand:
+        if mode >= 2:  # a sum over the dimensions of stride 0
+            added = [d for d, s in enumerate(view.stride()) if s == 0]
+            kept = [d for d, s in enumerate(view.stride()) if s != 0]
+            view = view.as_strided([view.shape[d] for d in kept], [view.stride(d) for d in kept])
+            value = value.sum(added) if added else value
+        return wanted(view, value, 0.0, add=bool(mode % 2))
 
 
 LAYOUTS: dict[str, tuple[tuple[int, ...], list[tuple[int, ...] | None]]] = {
@@ -233,6 +241,39 @@ def pointwise_cases() -> Iterator[Case]:
 
     for name, out in itertools.product(LAYOUTS, ("=", "+=", "loose")):
         yield mixed(name, out)
+
+    def summed(dims: tuple[int, ...], strides: tuple[int, ...], mode: int, first: bool) -> Case:
+        def make(draw: Draw) -> Call:
+            p = Program(draw, dims)
+            a, b = p.input(), p.input(strides)
+            y = p.op("sub", p.op("add", a, a), b)
+            if first:
+                p.out(y, strides, mode)
+            p.out(y)
+            p.out(a, (0,) * len(dims), 5 - mode)
+            p.out(b, strides, mode)
+            return p.call()
+
+        return Case(f"pointwise {dims} summed to {strides} mode{mode} first{first}", make)
+
+    for k, (dims, strides) in enumerate(SUMS):
+        yield summed(dims, strides, 2 + k % 2, first=False)
+        yield summed(dims, strides, 3 - k % 2, first=True)
+
+
+SUMS = [
+    ((400,), (0,)),
+    ((5003,), (0,)),
+    ((10, 40), (0, 1)),
+    ((333, 7), (0, 1)),
+    ((333, 7), (0, 0)),
+    ((3, 6, 5, 64), (0, 0, 0, 1)),
+    ((300, 3, 64), (0, 0, 1)),
+    ((3, 1500), (0, 1)),
+    ((70000,), (0,)),
+    ((70000, 2), (0, 1)),
+    ((1,), (0,)),
+]
 
 
 def gaps(dims: tuple[int, ...]) -> tuple[int, ...]:
