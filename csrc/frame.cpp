@@ -33,30 +33,29 @@ Layout::Layout(const Program& program, int64_t steps) {
   bytes = at;
 }
 
-Frame::Frame(const Program& program, const Call& call, const Layout& layout, std::byte* own,
-             std::byte* shared) noexcept
+Frame::Frame(const Program& program, const Call& call, const Layout& layout, std::byte* memory) noexcept
     : program_(program),
       call_(call),
       layout_(layout),
-      table_(reinterpret_cast<void**>(own + layout.table)),
-      bases_(reinterpret_cast<std::byte**>(own + layout.bases)),
-      scratch_(own + layout.scratch),
-      shared_(shared),
+      memory_(memory),
+      table_(reinterpret_cast<void**>(memory + layout.table)),
+      bases_(reinterpret_cast<std::byte**>(memory + layout.bases)),
+      scratch_(memory + layout.scratch),
       rolls_(program.rolls_state()) {
-  bases_[kArena] = shared + layout.arena;
+  bases_[kArena] = memory + layout.arena;
   bases_[kConstant] = const_cast<std::byte*>(program.constants());  // validated: no kernel writes there
-  bases_[kCall] = shared + layout.call;
+  bases_[kCall] = memory + layout.call;
   for (const Operand& operand : program.operands())
     if (!moves(operand.space)) table_[operand.slot] = bases_[operand.space] + operand.offset;
 }
 
 std::byte* Frame::state_slot(int64_t k) const noexcept {
-  return shared_ + layout_.state + (rolls_ ? k % 2 : k) * layout_.state_stride;
+  return memory_ + layout_.state + (rolls_ ? k % 2 : k) * layout_.state_stride;
 }
 
 void Frame::move_to(int s, int64_t t, int64_t k, int64_t adjoints) noexcept {
   const SectionCode& code = program_.section(s);
-  std::byte* const adjoint = shared_ + layout_.adjoint;
+  std::byte* const adjoint = memory_ + layout_.adjoint;
   bases_[kStateCur] = state_slot(k);
   bases_[kStateNext] = state_slot(k + 1);
   bases_[kAdjointCur] = adjoint + adjoints % 2 * layout_.adjoint_stride;
@@ -70,7 +69,7 @@ void Frame::move_to(int s, int64_t t, int64_t k, int64_t adjoints) noexcept {
 }
 
 void Frame::write_record(int64_t t, int64_t k, int64_t steps) noexcept {
-  std::byte* const record = shared_ + layout_.call;
+  std::byte* const record = memory_ + layout_.call;
   if (program_.dtype() == kernels::DType::f32)
     write<float>(record, k, steps, call_.weights, t);
   else

@@ -8,7 +8,7 @@
 
 namespace metafast {
 
-// Where the parts of a worker's buffer lie, in bytes from its start.
+// Where the parts of a worker's memory lie, in bytes from its start.
 struct Layout {
   Layout(const Program& program, int64_t steps);
 
@@ -19,10 +19,7 @@ struct Layout {
 
 class Frame {
  public:
-  // `own` is this worker's buffer (its table of pointers and scratch are used), `shared` that of the leader
-  // of its team (arena, state, adjoints, record of the call): the same one for a worker by itself.
-  Frame(const Program& program, const Call& call, const Layout& layout, std::byte* own,
-        std::byte* shared) noexcept;
+  Frame(const Program& program, const Call& call, const Layout& layout, std::byte* memory) noexcept;
 
   void begin_group(std::byte* accumulators) noexcept { bases_[kAccumulator] = accumulators; }
   // Points every operand of section s at task t, step k. `adjoints` counts the exchanges of the two adjoint
@@ -30,9 +27,11 @@ class Frame {
   void move_to(int s, int64_t t, int64_t k, int64_t adjoints) noexcept;
   void write_record(int64_t t, int64_t k, int64_t steps) noexcept;
 
-  int run(const Instruction& instruction, int part, int parts) const noexcept {
-    return instruction.run(
-        {table_ + instruction.first_operand, instruction.ints, instruction.floats, scratch_, part, parts});
+  void* const* operands(const Instruction& instruction) const noexcept {
+    return table_ + instruction.first_operand;
+  }
+  int run(const Instruction& instruction) const noexcept {
+    return instruction.run({operands(instruction), instruction.ints, instruction.floats, scratch_, 0, 1});
   }
 
  private:
@@ -41,10 +40,10 @@ class Frame {
   const Program& program_;
   const Call& call_;
   const Layout& layout_;
+  std::byte* memory_;
   void** table_;
   std::byte** bases_;
   std::byte* scratch_;
-  std::byte* shared_;
   bool rolls_;
 };
 

@@ -1,6 +1,9 @@
 #include "thread_pool.hpp"
 
 #include <chrono>
+#include <thread>
+
+#include "float_mode.hpp"
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
@@ -10,6 +13,7 @@ namespace metafast {
 namespace {
 
 constexpr std::chrono::microseconds kSpin{20};
+constexpr uint64_t kMask = 0xffff;
 
 void relax() noexcept {
 #if defined(__x86_64__) || defined(__i386__)
@@ -20,7 +24,7 @@ void relax() noexcept {
 }
 
 // Returns once `value` differs from `old`: spins first, then sleeps.
-void await_change(std::atomic<uint32_t>& value, uint32_t old) noexcept {
+void await_change(const std::atomic<uint32_t>& value, uint32_t old) noexcept {
   const auto start = std::chrono::steady_clock::now();
   do {
     for (int n = 0; n < 16; ++n) {
@@ -41,37 +45,47 @@ void Backoff::pause() noexcept {
     std::this_thread::yield();
 }
 
+void Shares::open(int count, int workers) noexcept {
+  unfinished_.store(count, std::memory_order_relaxed);
+  state_.store(static_cast<uint64_t>(workers) << 32 | static_cast<uint64_t>(count) << 16,
+               std::memory_order_release);
+}
+
+int Shares::take(int worker) noexcept {
+  uint64_t state = state_.load(std::memory_order_relaxed);
+  for (;;) {
+    const uint64_t next = state & kMask;
+    if (next >= (state >> 16 & kMask) || static_cast<uint64_t>(worker) >= state >> 32) return -1;
+    if (state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel, std::memory_order_relaxed))
+      return static_cast<int>(next);
+  }
+}
+
 void ThreadPool::start_worker() {
-  workers_.push_back(std::make_unique<Worker>());
-  Worker& self = *workers_.back();
-  const int index = static_cast<int>(workers_.size());
-  try {
-    std::thread([this, &self, index] { work(self, index); }).detach();
-  } catch (...) {
-    workers_.pop_back();
-    throw;
-  }
+  auto worker = std::make_unique<Worker>();
+  const int index = static_cast<int>(workers_.size()) + 1;
+  std::thread([this, &ticket = worker->ticket, index] {
+    const FlushSubnormals flush;  // these threads do nothing but replay
+    for (uint32_t seen = 0;;) {
+      await_change(ticket, seen);
+      seen = ticket.load(std::memory_order_acquire);
+      serve_(context_, index);
+    }
+  }).detach();
+  workers_.push_back(std::move(worker));
 }
 
-void ThreadPool::work(Worker& self, int index) {
-  for (uint32_t done = 0;; ++done) {
-    await_change(self.ticket, done);
-    job_(context_, index);
-    if (unfinished_.fetch_sub(1, std::memory_order_acq_rel) == 1) unfinished_.notify_one();
-  }
-}
-
-void ThreadPool::run(int workers, Job job, void* context) {
+void ThreadPool::start(int workers) {
+  workers_.reserve(static_cast<size_t>(workers));
   while (static_cast<int>(workers_.size()) < workers - 1) start_worker();
-  job_ = job;
-  context_ = context;
-  unfinished_.store(static_cast<uint32_t>(workers - 1), std::memory_order_relaxed);
-  for (int w = 0; w < workers - 1; ++w) {
-    workers_[w]->ticket.fetch_add(1, std::memory_order_release);
-    workers_[w]->ticket.notify_one();
+}
+
+void ThreadPool::wake(int workers) noexcept {
+  for (int w = 1; w < workers; ++w) {
+    std::atomic<uint32_t>& ticket = workers_[w - 1]->ticket;
+    ticket.fetch_add(1, std::memory_order_release);
+    ticket.notify_one();
   }
-  job(context, 0);
-  while (const uint32_t left = unfinished_.load(std::memory_order_acquire)) await_change(unfinished_, left);
 }
 
 }  // namespace metafast

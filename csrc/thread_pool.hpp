@@ -1,16 +1,14 @@
-// A pool of threads for jobs of a few microseconds to seconds. Not safe for two callers at once: its owner
-// locks.
+// Threads that are woken to look for work, and work they take by shares.
 #pragma once
 #include <atomic>
 #include <cstdint>
 #include <memory>
-#include <thread>
 #include <vector>
 
 namespace metafast {
 
-// One wait for something another thread will do within microseconds: tell the processor, and from some point
-// on the operating system too (there may be more threads than cores).
+// Waiting for what another thread will do within microseconds: tells the processor, and from some point on
+// the operating system too (there may be more threads than cores).
 class Backoff {
  public:
   void pause() noexcept;
@@ -19,28 +17,47 @@ class Backoff {
   int spins_ = 0;
 };
 
-// Threads are started when first needed, spin for up to 20 µs between jobs and then sleep, and live as long
-// as the process. In a forked child they do not exist: the child must build a new pool (see replay.cpp).
+// Shares 0..count-1 of one piece of work, each taken once, by whichever worker comes first; nobody waits for
+// a worker that has taken none. What a share needs may be read once it is taken: it stays valid until all are
+// finished.
+class Shares {
+ public:
+  // By the owner, when all earlier shares are finished. Only workers 0..workers-1 may take one.
+  void open(int count, int workers) noexcept;
+  int take(int worker) noexcept;  // a share, or -1
+  void finish() noexcept { unfinished_.fetch_sub(1, std::memory_order_release); }
+  bool finished() const noexcept { return unfinished_.load(std::memory_order_acquire) == 0; }
+
+ private:
+  std::atomic<uint64_t> state_{0};  // workers, count, next: 16 bits each
+  std::atomic<int> unfinished_{0};
+};
+
+// Started when first needed, a thread lives as long as the process. Woken, it calls serve(context, worker);
+// after that it spins for up to 20 µs and then sleeps. Not safe for two callers at once: its owner locks. The
+// threads do not exist in a forked child: it must build a new pool.
 class ThreadPool {
  public:
-  using Job = void (*)(void* context, int worker) noexcept;
+  using Serve = void (*)(void* context, int worker) noexcept;
 
-  // Calls job(context, w) for w = 0..workers-1, w = 0 on the calling thread, and returns when all have
-  // returned. Throws std::system_error where a thread cannot be started (no job has run then).
-  void run(int workers, Job job, void* context);
+  ThreadPool(Serve serve, void* context) : serve_(serve), context_(context) {}
+
+  // Workers 1..workers-1 exist; worker 0 is the caller, not a thread. Throws std::system_error where one
+  // cannot start.
+  void start(int workers);
+  // Each of these will call `serve` once more; does not wait for them.
+  void wake(int workers) noexcept;
 
  private:
   struct alignas(64) Worker {
-    std::atomic<uint32_t> ticket{0};  // counts the jobs given to this worker
+    std::atomic<uint32_t> ticket{0};  // how often it was woken
   };
 
   void start_worker();
-  void work(Worker& self, int index);
 
-  Job job_ = nullptr;
-  void* context_ = nullptr;
-  alignas(64) std::atomic<uint32_t> unfinished_{0};
-  std::vector<std::unique_ptr<Worker>> workers_;  // worker w of a job is workers_[w - 1]
+  const Serve serve_;
+  void* const context_;
+  std::vector<std::unique_ptr<Worker>> workers_;  // worker w is workers_[w - 1]
 };
 
 }  // namespace metafast
