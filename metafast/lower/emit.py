@@ -35,6 +35,7 @@ from metafast.ops.shape import literal_tensor
 from metafast.sweep import Section, Store
 
 NHWC = (0, 2, 3, 1)
+MAX_OPERANDS = 32  # of one pointwise instruction: kPointwiseOperands in csrc/kernels/common/kernel.hpp
 SUM = 2  # the mode of a pointwise output that adds up over its dims of stride 0
 Result = tuple[Array, int, int]  # array, register, mode
 DIRECT = {"matmul", "conv2d", "reduce"}  # kernels that can write, or add, where the caller says
@@ -296,6 +297,11 @@ class Emitter:
         work: int = 0,
     ) -> None:
         if not results or numel(shape) == 0:
+            return
+        room = MAX_OPERANDS - len(inputs)
+        if len(results) > room:  # computed again for the outputs that find no room
+            for k in range(0, len(results), room):
+                self._emit_pointwise(inputs, results[k : k + room], ops, count, floats, shape, order, note, work)
             return
         outputs, regs, modes = ([r[k] for r in results] for k in range(3))
         operands: list[Array] = [*inputs, *outputs]

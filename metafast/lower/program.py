@@ -26,6 +26,7 @@ from metafast.lower.arrays import (
 )
 from metafast.lower.emit import Constants, Emitter
 from metafast.lower.memory import aligned, place
+from metafast.lower.spell import spell
 from metafast.ops import numel
 from metafast.sweep import SECTIONS, Section, Store
 
@@ -105,7 +106,7 @@ class _Lowering:
     def __init__(
         self, state: Mapping[str, Shape], sections: Mapping[str, Section], dtype: torch.dtype, opcodes: Sequence[str]
     ) -> None:
-        self.sections, self.dtype = sections, dtype
+        self.sections, self.dtype = {name: spell(section) for name, section in sections.items()}, dtype
         self.item = dtype.itemsize
         self.opcodes = {name: k for k, name in enumerate(opcodes)}
         self.constants = Constants(dtype)
