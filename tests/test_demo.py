@@ -19,7 +19,7 @@ from metafast import cli
 from metafast.demo import console, eager, job, train
 from metafast.demo.settings import Settings
 
-SMALL = ["--steps", "4", "--tasks", "2", "--filters", "4", "--test-tasks", "20", "--threads", "2"]
+SMALL = ["--steps", "4", "--tasks", "2", "--filters", "4", "--test-tasks", "20", "--threads", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -263,6 +263,7 @@ def test_bench_outside_a_checkout(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 def test_bench_hands_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "__init__.py").touch()
     (tmp_path / "bench" / "__main__.py").write_text("import sys; sys.exit(7 if sys.argv[1:] == ['op', '-h'] else 1)")
     monkeypatch.setattr(cli, "find_checkout", lambda: tmp_path)
     assert cli.main(["bench", "op", "-h"]) == 7

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 class Settings:
     """What to train. The defaults are those of `metafast demo`; `tasks` are per outer step, `queries` per letter."""
 
-    steps: int = 600
+    steps: int = 400
     ways: int = 5
     shots: int = 1
     queries: int = 5
     tasks: int = 4
     inner_steps: int = 1
     order: int = 2
-    inner_lr: float = 0.4
+    inner_lr: float = 0.1
     outer_lr: float = 3e-3
     filters: int = 32
     test_tasks: int = 600
