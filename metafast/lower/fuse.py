@@ -60,6 +60,7 @@ class _Fuser:
         self.section = section
         self.graph: Graph = section.graph
         self.producer = self.graph.producers()
+        self.position = {n: k for k, n in enumerate(self.graph.nodes)}
         self.users: dict[Value, list[Node]] = defaultdict(list)
         self.uses: dict[Value, int] = defaultdict(int)
         for n in self.graph.nodes:
@@ -150,7 +151,9 @@ class _Fuser:
         if u is None:
             u = self._new(Unit("pointwise"), deps)
         else:
-            self._join(u, deps)
+            for w in self._makers(inputs, node.outputs[0].shape) - {u}:
+                self._merge(u, w, deps)
+            self._join(u, self._deps(inputs))
         unit = self.units[u]
         unit.inputs.update(inputs)
         unit.nodes += [n for n in dict.fromkeys(group[:-1]) if n not in unit.nodes]
@@ -158,19 +161,40 @@ class _Fuser:
 
     def _home(self, shape: tuple[int, ...], inputs: tuple[Value, ...], deps: set[int]) -> int | None:
         """The latest cluster that makes one of the inputs and may take one more node of that shape."""
-        makers = {self.unit_of[v] for v in map(self._alias, inputs) if v in self.unit_of}
-        makers -= {u for v in map(self._root, inputs) if (u := self.summed.get(v)) is not None}
-        # A view reads elements that other blocks of the maker write: its reader runs after that cluster, not in it.
-        makers -= {self.unit_of.get(self._root(v)) for v in inputs if self._alias(v) is not self._root(v)}
-        for u in sorted(makers, reverse=True):
+        for u in sorted(self._makers(inputs, shape), reverse=True):
             unit = self.units[u]
-            if unit.kind != "pointwise" or unit.shape != shape:
-                continue
             if len(unit.nodes) >= MAX_OPS or len(unit.inputs | set(inputs)) >= MAX_INPUTS:
                 continue
             if not any(self.before[d] >> u & 1 for d in deps if d != u):
                 return u
         return None
+
+    def _makers(self, inputs: tuple[Value, ...], shape: tuple[int, ...]) -> set[int]:
+        """The clusters of that shape that make one of the inputs and that a reader of all of them could be part of."""
+        makers = {self.unit_of[v] for v in map(self._alias, inputs) if v in self.unit_of}
+        makers -= {u for v in map(self._root, inputs) if (u := self.summed.get(v)) is not None}
+        # A view reads elements that other blocks of the maker write: its reader runs after that cluster, not in it.
+        makers -= {self.unit_of[r] for v in inputs if (r := self._root(v)) is not self._alias(v) and r in self.unit_of}
+        return {u for u in makers if self.units[u].kind == "pointwise" and self.units[u].shape == shape}
+
+    def _merge(self, u: int, w: int, deps: set[int]) -> None:
+        """Make cluster `w` part of `u`, where neither waits for the other nor anything in between for `w`."""
+        one, other = self.units[u], self.units[w]
+        apart = not (self.before[u] >> w & 1 or self.before[w] >> u & 1)
+        fits = len(one.nodes) + len(other.nodes) < MAX_OPS and len(one.inputs | other.inputs) < MAX_INPUTS
+        if not (apart and fits) or any(self.before[d] >> w & 1 for d in deps - {u, w}):
+            return
+        nodes = dict.fromkeys((*one.nodes, *other.nodes))
+        one.nodes = sorted(nodes, key=self.position.__getitem__)
+        one.inputs |= other.inputs
+        one.sums += other.sums
+        for table in (self.unit_of, self.summed):
+            table.update({v: u for v, unit in table.items() if unit == w})
+        self.units[w] = Unit("gone")
+        self.before[u] |= self.before[w]
+        for x in range(len(self.units)):
+            if self.before[x] >> u & 1 or self.before[x] >> w & 1:
+                self.before[x] |= self.before[u] | 1 << u
 
     def _alias(self, v: Value) -> Value:
         while (n := self.producer.get(v)) is not None and n.op == "stop_gradient":
