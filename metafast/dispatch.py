@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class Choice:
 
 
 _plans: WeakKeyDictionary[nn.Module, dict[Any, Choice]] = WeakKeyDictionary()
-_scans: WeakKeyDictionary[nn.Module, list[tuple[dict[str, Any], int, tuple[str, ...]]]] = WeakKeyDictionary()
+_scans: WeakKeyDictionary[nn.Module, _Scan] = WeakKeyDictionary()
 
 
 def choose(problem: Problem, backend: str) -> Backend:
@@ -141,20 +142,49 @@ def _slice_shape(t: Tensor, key: str) -> torch.Size:
 
 _INTERNAL = frozenset(nn.Module().__dict__) - {"training"}
 _HOOKS = tuple(name for name in nn.Module().__dict__ if name.endswith("_hooks"))
+_IMMUTABLE = (type(None), bool, int, float, str, torch.dtype, types.BuiltinFunctionType)
+
+
+class _Scan:
+    """Where a model's flags, plain attributes and hooks lie, and what they were; reading them again costs some 10 µs.
+
+    The same immutable objects mean the same key. What is mutable (lists, other objects) is frozen at each reading.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        dicts = [module.__dict__ for module in model.modules()]
+        self.sizes = [(d, len(d)) for d in dicts]
+        self.hooks = [d[name] for d in dicts for name in _HOOKS if name in d]
+        self.slots = [(d, name) for d in dicts for name in d if name not in _INTERNAL]
+        self.values = [d[name] for d, name in self.slots]
+        self.mutable = [slot for slot, v in zip(self.slots, self.values, strict=True) if not _immutable(v)]
+        self.key = tuple([freeze(v) for v in self.values])
+
+    def same(self) -> bool:
+        """Whether every attribute is still the object it was."""
+        if any([len(d) != n for d, n in self.sizes]):
+            return False
+        try:
+            return all(map(operator.is_, [d[name] for d, name in self.slots], self.values))
+        except KeyError:
+            return False
+
+    def changing(self) -> tuple[Any, ...]:
+        """What can differ although every attribute is the same object."""
+        hooks = tuple([(k, tuple(h)) for k, h in enumerate(self.hooks) if h])
+        return (hooks, tuple([freeze(d[name]) for d, name in self.mutable]))
+
+
+def _immutable(value: Any) -> bool:
+    return isinstance(value, _IMMUTABLE) or (type(value) is tuple and all(map(_immutable, value)))
 
 
 def module_key(model: nn.Module) -> Any:
-    """Flags and plain attributes of every module, read from a cached list of where they are."""
+    """Flags, plain attributes and hooks of every module."""
     scan = _scans.get(model)
-    if scan is None or any(len(d) != n for d, n, _ in scan):
-        scan = _scans[model] = [_scan(m) for m in model.modules()]
-    return tuple(freeze(d[name]) for d, _, names in scan for name in names)
-
-
-def _scan(module: nn.Module) -> tuple[dict[str, Any], int, tuple[str, ...]]:
-    d = module.__dict__
-    names = tuple(name for name in d if name not in _INTERNAL or name in _HOOKS)
-    return d, len(d), names
+    if scan is None or not scan.same():
+        scan = _scans[model] = _Scan(model)
+    return (scan.key, scan.changing())
 
 
 def freeze(value: Any) -> Any:
@@ -180,6 +210,8 @@ def function_key(f: Any) -> Any:
     if isinstance(f, types.MethodType):
         return (function_key(f.__func__), _attributes(f.__self__))
     if isinstance(f, types.FunctionType):
+        if (f.__module__ or "").startswith("torch."):
+            return f  # closes over nothing that changes
         return (f.__code__, freeze(f.__defaults__), _cells(f), _globals(f))
     return (type(f), _attributes(f))
 

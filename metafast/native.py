@@ -17,6 +17,7 @@ from metafast.capture import Trace, Unsupported, capture, capture_function
 from metafast.errors import LabelError, message, position
 from metafast.graph import Builder, Graph, copy_into
 from metafast.lower import External, Lowered, lower
+from metafast.lower.arrays import dense_strides
 from metafast.normalise import normalise
 from metafast.problem import Outcome, Problem, hyper_tree
 from metafast.sweep import SECTIONS, Loop, Section, Store, Sweep, gradient_section
@@ -250,7 +251,10 @@ class Call:
         if leaf is None:
             kind, _, name = e.name.partition("/")
             leaf = self.problem.buffers[name] if kind == "buffer" else self.plan.externs[e.name]
-        return leaf.detach().to(torch.int64 if e.dtype == "int" else self.plan.dtype).contiguous()
+        dtype = torch.int64 if e.dtype == "int" else self.plan.dtype
+        if leaf.dtype == dtype and leaf.is_contiguous() and not leaf.is_neg():
+            return leaf
+        return leaf.detach().resolve_neg().to(dtype).contiguous()
 
     def _bind(self, j: int, t: Tensor, *, per_task: bool, per_step: bool = False) -> None:
         self.kept.append(t)
@@ -326,7 +330,7 @@ class Call:
         """The gradient of every wanted leaf; None where nothing depends on it."""
         out: dict[str, Tensor | None] = dict.fromkeys(wanted)
         for key, (offset, shape) in self.lowered.accumulators.items():
-            out[key] = self.result[offset : offset + int(np.prod(shape))].view(shape)
+            out[key] = self.result.as_strided(shape, dense_strides(shape), offset)
         out.update({name: t for (kind, name), t in self.made.items() if kind == "gradient"})
         return out
 
