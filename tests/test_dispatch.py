@@ -1,0 +1,267 @@
+"""Which backend takes a call: what a plan is keyed by, what falls back and how loudly, what the first use checks."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import metafast
+from metafast import dispatch
+
+pytest.importorskip("metafast._C")
+
+
+def tasks(n: int = 3, shots: int = 4, dtype: torch.dtype = torch.float64) -> tuple[Any, Any]:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 2 * shots, 3, generator=g, dtype=dtype)
+    y = torch.randn(n, 2 * shots, 2, generator=g, dtype=dtype)
+    return (x[:, :shots], y[:, :shots]), (x[:, shots:], y[:, shots:])
+
+
+class Net(nn.Module):
+    """Plain attributes of several kinds steer the forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.a, self.norm, self.b = nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)
+        self.gain = 1.0
+        self.kind = "tanh"
+        self.powers = [1]
+        self.shift = torch.zeros(2, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.a(x)) * self.gain
+        h = torch.tanh(h) if self.kind == "tanh" else torch.relu(h)
+        for p in self.powers:
+            h = h**p
+        return self.b(h) + self.shift
+
+
+def gradients(net: nn.Module, backend: str, loss: Any = F.mse_loss, batch: Any = None) -> dict[str, Tensor]:
+    inner = metafast.InnerLoop(net, loss, update=metafast.SGD(lr=0.1), steps=2, backend=backend)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return inner.meta_gradient(*(batch or tasks()))[1]
+
+
+def agree(net: nn.Module, loss: Any = F.mse_loss, batch: Any = None) -> None:
+    ours, theirs = (gradients(net, backend, loss, batch) for backend in ("native", "torch"))
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-9, atol=1e-12)
+
+
+def set_gain(net: Net) -> None:
+    net.gain = 0.3
+
+
+def set_kind(net: Net) -> None:
+    net.kind = "relu"
+
+
+def append_power(net: Net) -> None:
+    net.powers.append(2)
+
+
+def replace_shift(net: Net) -> None:
+    net.shift = torch.ones(2, dtype=torch.float64)
+
+
+def fill_shift(net: Net) -> None:
+    net.shift.fill_(3.0)
+
+
+def learn_shift(net: Net) -> None:
+    net.shift.requires_grad_()
+
+
+def to_eval(net: Net) -> None:
+    net.eval()
+
+
+def one_to_eval(net: Net) -> None:
+    net.norm.eval()
+
+
+def freeze_one(net: Net) -> None:
+    net.a.weight.requires_grad_(False)
+
+
+def change_eps(net: Net) -> None:
+    net.norm.eps = 0.5
+
+
+def change_layer(net: Net) -> None:
+    net.b = nn.Linear(5, 2, bias=False).double()
+
+
+def forward_hook(net: Net) -> None:
+    net.a.register_forward_hook(lambda module, args, out: out * 2)
+
+
+CHANGES: list[Callable[[Net], None]] = [
+    set_gain,
+    set_kind,
+    append_power,
+    replace_shift,
+    fill_shift,
+    learn_shift,
+    to_eval,
+    one_to_eval,
+    freeze_one,
+    change_eps,
+    change_layer,
+    forward_hook,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_a_change_of_the_model_is_seen(change: Callable[[Net], None]) -> None:
+    """The same InnerLoop is used before and after, so that a stale plan would be run."""
+    net = Net().double()
+    inner = metafast.InnerLoop(net, F.mse_loss, update=metafast.SGD(lr=0.1), steps=2, backend="native")
+    inner.meta_gradient(*tasks())
+    change(net)
+    ours = inner.meta_gradient(*tasks())[1]
+    theirs = gradients(net, "torch")
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-9, atol=1e-12)
+
+
+def test_a_change_of_shapes_dtype_and_closure_is_seen() -> None:
+    net, scale = Net().double(), [1.0]
+
+    def loss(out: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(out, y) * scale[0]
+
+    agree(net, loss)
+    agree(net, loss, tasks(shots=3))
+    agree(net, loss, tasks(n=5))
+    scale[0] = 2.0
+    agree(net, loss)
+    net.float()
+    net.shift = net.shift.float()
+    ours = gradients(net, "native", loss, tasks(dtype=torch.float32))
+    assert all(g.dtype == torch.float32 for g in ours.values())
+
+
+def test_autocast_is_seen() -> None:
+    net = Net().double()
+    inner = metafast.InnerLoop(net, F.mse_loss, update=metafast.SGD(lr=0.1), steps=1)
+    inner.meta_gradient(*tasks())
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.warns(metafast.FallbackWarning):
+        inner.meta_gradient(*tasks())
+
+
+class Odd(nn.Module):
+    """An op with no native kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.special.i0(self.lin(x))
+
+
+def test_a_fallback_names_op_module_and_line_once() -> None:
+    net = nn.Sequential(nn.Identity(), Odd()).double()
+    inner = metafast.InnerLoop(net, F.mse_loss, update=metafast.SGD(lr=0.1), steps=1)
+    with pytest.warns(metafast.FallbackWarning) as caught:
+        inner.meta_gradient(*tasks())
+        inner.meta_gradient(*tasks())
+    assert len(caught) == 1
+    text = str(caught[0].message)
+    assert "i0" in text and "1: " in text and "test_dispatch.py" in text and "special.i0(self.lin(x))" in text
+    assert caught[0].filename == __file__
+    with pytest.raises(metafast.errors.BackendError, match="i0"):
+        gradients(net, "native")
+
+
+def test_what_capture_cannot_see_fails_the_first_use_check() -> None:
+    """A hook on an autograd node leaves no mark on tensors or modules; the comparison of one task's gradient finds it."""
+
+    class Hooked(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            out = super().forward(x)
+            if out.grad_fn is not None:
+                out.grad_fn.register_prehook(lambda grads: tuple(g * 3 for g in grads))
+            return out
+
+    net = Hooked(3, 2).double()
+    inner = metafast.InnerLoop(net, F.mse_loss, update=metafast.SGD(lr=0.1), steps=2)
+    with pytest.warns(metafast.FallbackWarning):
+        ours = inner.meta_gradient(*tasks())[1]
+    theirs = gradients(net, "torch")
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name])
+
+
+class StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, ct: Tensor) -> Tensor:
+        return ct
+
+
+class Reversal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, ct: Tensor) -> Tensor:
+        return -ct
+
+
+@pytest.mark.parametrize("function", [StraightThrough, Reversal])
+def test_custom_gradients_fall_back_and_are_right(function: Any) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(function.apply(self.a(x)))
+
+    torch.manual_seed(0)
+    net = Net().double()
+    inner = metafast.InnerLoop(net, F.mse_loss, update=metafast.SGD(lr=0.1), steps=0)
+    support, query = tasks()
+    with pytest.warns(metafast.FallbackWarning, match=function.__name__):
+        ours = inner.meta_gradient(support, query)[1]
+    total = sum(F.mse_loss(net(x), y) for x, y in zip(*query, strict=True)) / 3
+    wanted = torch.autograd.grad(total, list(net.parameters()))
+    for got, want in zip(ours.values(), wanted, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_plans_are_capped() -> None:
+    net = Net().double()
+    inner = metafast.InnerLoop(net, F.mse_loss, update=metafast.SGD(lr=0.1), steps=0, backend="native")
+    support, query = tasks()
+    for k in range(dispatch.MOST_PLANS + 3):
+        net.gain = float(k)
+        if k % 16 == 0 or k > dispatch.MOST_PLANS:
+            inner.meta_gradient(support, query)
+        else:
+            dispatch._plans.setdefault(net, {})[k] = next(iter(dispatch._plans[net].values()))
+    assert len(dispatch._plans[net]) <= dispatch.MOST_PLANS + 1
+
+
+def test_explain_shows_backend_reason_graph_program_flops_and_memory() -> None:
+    inner = metafast.InnerLoop(Net().double(), F.mse_loss, update=metafast.SGD(lr=0.1), steps=2)
+    text = str(inner.explain(*tasks()))
+    for part in ("backend: native", "why: ", "standardize", "section meta", "gemm", "flops", "memory"):
+        assert part in text, part
