@@ -111,7 +111,7 @@ void Program::add_instruction(int s, const InstructionSpec& spec) {
 
   SectionCode& code = sections_[s];
   const double parts = std::clamp(sig.nanoseconds / kShortestPart, 1.0, 1024.0);
-  const int most_parts = kernel->splittable ? static_cast<int>(parts) : 1;
+  const int most_parts = kernel->splittable && sig.divisible ? static_cast<int>(parts) : 1;
   code.instructions.push_back({kernel->run, ints, floats, first_operand, most_parts});
   code.info.push_back({kernel, static_cast<int>(spec.operands.size()), static_cast<int>(spec.ints.size()),
                        static_cast<int>(spec.floats.size()), sig.nanoseconds});

@@ -85,8 +85,10 @@ void pointwise(Call& c) {
   for (size_t n = 0; n < n_in; ++n) c.strided(in, dims, take(rank));
   for (size_t n = 0; n < n_out; ++n) c.strided(out, dims, take(rank));
   at += n_out;
-  for (size_t n = 0; n < n_out; ++n, ++at)
-    c.within(at, 0, 3, "mode of an output (0 assigns, 1 adds, 2 and 3 sum)");
+  for (size_t n = 0; n < n_out; ++n, ++at) {
+    c.within(at, 0, 3, "mode of an output (0 assigns, 1 adds; 2 and 3: of a sum)");
+    c.result.divisible &= c.i[at] < 2;
+  }
   c.result.nanoseconds =
       static_cast<double>(product(dims) * (n_in + n_out + 2 * n_ops)) / (2 * kElementsPerNanosecond);
 }

@@ -19,7 +19,8 @@ struct Access {
 
 struct Signature {
   std::vector<Access> operands;
-  double nanoseconds;  // a rough guess for one thread; decides what is worth splitting, never a result
+  bool divisible = true;  // parts of the call share the work; false: part 0 does it all
+  double nanoseconds;     // a rough guess for one thread; decides what is worth splitting, never a result
 };
 
 // Throws std::invalid_argument, saying what was expected and got, where the kernel is unknown, the number of
