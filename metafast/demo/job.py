@@ -34,6 +34,7 @@ from .train import (
 
 REFERENCE = "torch"  # the backend that is PyTorch itself, task by task
 CURVE_STEPS = 5  # the adaptation curve goes at least this far
+ALIKE = 1e-4  # relative; a thousand roundings of float32
 
 
 @dataclass
@@ -67,6 +68,15 @@ class Results:
         """Training throughput, from the median step (so without the first one, which compiles)."""
         return self.settings.tasks / statistics.median(self.training.seconds)
 
+    @property
+    def steps_alike(self) -> int | None:
+        """How many steps the reference's losses are ours to 1e-4; from there on rounding has parted the two runs."""
+        if self.reference_training is None:
+            return None
+        pairs = zip(self.training.losses, self.reference_training.losses, strict=True)
+        apart = (step for step, (ours, theirs) in enumerate(pairs) if abs(ours - theirs) > ALIKE * abs(theirs))
+        return next(apart, len(self.training.losses))
+
     def as_json(self) -> dict[str, Any]:
         """Plain lists, numbers and strings, for `json.dump`."""
         return {
@@ -84,6 +94,7 @@ class Results:
             "curve": [asdict(a) for a in self.curve],
             "reference_accuracy_before": self.reference_curve and asdict(self.reference_curve[0]),
             "reference_accuracy_after": self.reference_curve and asdict(self.reference_curve[-1]),
+            "reference_steps_alike": self.steps_alike,
             "eager": self.race and asdict(self.race) | {"ratio": self.race.ratio},
             "losses": self.training.losses,
             "train_accuracy": self.training.probes,
@@ -210,6 +221,12 @@ def summary(results: Results) -> list[str]:
     lines += [f"  {'backend':<22}{'before adaptation':<20}after {steps}"]
     lines += [f"  {name:<22}{before!s:<20}{after}" for name, before, after in rows]
     lines += [f"  (guessing would be right in {100 / settings.ways:.1f} %)", ""]
+    if results.steps_alike is not None:
+        lines += [
+            f"The two trainings have the same losses to {ALIKE:.0e} for {results.steps_alike} of {settings.steps} steps"
+            + ("." if results.steps_alike == settings.steps else "; then float32 rounding parts them."),
+            "",
+        ]
     milliseconds = 1000 * settings.tasks / results.tasks_per_second
     speed = f"{results.tasks_per_second:.0f} tasks/s ({milliseconds:.1f} ms a step of {settings.tasks} tasks)"
     lines += [f"Training: {speed}"]

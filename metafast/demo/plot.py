@@ -147,6 +147,7 @@ def draw_adaptation(axes: Axes, results: Results) -> None:
     axes.axhline(chance, color=GREY, ls="--", lw=1)
     axes.annotate("chance", (steps[-1], chance), xytext=(0, 3), textcoords="offset points", ha="right", color=GREY)
     axes.axvline(results.settings.inner_steps, color=GREY, ls=":", lw=1)
+    axes.text(results.settings.inner_steps + 0.06, 3, "as trained", color=GREY)
     axes.set(title="Adaptation to letters never seen", xlabel="inner steps", ylabel="query accuracy, %")
     axes.set(ylim=(0, 101), xticks=steps)
     axes.legend(loc="lower right", bbox_to_anchor=(1, 0.24))
