@@ -6,6 +6,7 @@ import argparse
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -131,9 +132,10 @@ def run_demo(options: argparse.Namespace) -> int:
     settings = Settings(**{name: getattr(options, name) for name in Settings.__dataclass_fields__})
     console, watch = consoles.make_console(), consoles.Stopwatch()
     with job.flushed_subnormals():
-        with console.track("drawing") as at:
+        with warnings.catch_warnings(record=True) as caught, console.track("drawing") as at:
+            warnings.simplefilter("always")
             data = glyphs.load(at)
-        for line in job.describe_letters(data):
+        for line in [*(str(w.message) for w in caught), *job.describe_letters(data)]:
             console.say(line)
         try:
             train.check_room(data, settings)
