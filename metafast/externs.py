@@ -43,12 +43,11 @@ def find_externs(problem: Problem) -> list[Tensor]:
     )
     device = problem.parameter.device
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.enable_grad():
-        with seen:
-            if problem.query_spec is None:
-                Reference().adapt(one, fold=False)
-            else:
-                Reference().losses(one, fold=False)
+    with torch.random.fork_rng(devices), torch.enable_grad(), seen:
+        if problem.query_spec is None:
+            Reference().adapt(one, fold=False)
+        else:
+            Reference().losses(one, fold=False)
     return seen.alive()
 
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import pytest
 import torch
 import torch.nn.functional as F
+from interpret import interpret
 from torch import Tensor
 
-from interpret import interpret
 from metafast.graph import Builder, Graph, Value
 from metafast.ops.contract import transpose
 from metafast.sweep import Loop, Sweep

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 
-
 from metafast.graph import Attrs, Builder, Node, Value
 from metafast.ops.table import Op, Rule, Spec, add_maybe, numel, register
 
