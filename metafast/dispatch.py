@@ -162,7 +162,7 @@ class _Scan:
 
     def same(self) -> bool:
         """Whether every attribute is still the object it was."""
-        if any([len(d) != n for d, n in self.sizes]):
+        if any(len(d) != n for d, n in self.sizes):
             return False
         try:
             return all(map(operator.is_, [d[name] for d, name in self.slots], self.values))

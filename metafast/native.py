@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from metafast.batchnorm import fold
@@ -316,7 +317,7 @@ class Call:
                     passes.setdefault(path, []).append((mean, var))
         for path, parts in passes.items():
             mean, var = (torch.cat(side, 1).flatten(0, 1) for side in zip(*parts, strict=True))
-            fold(self.problem.model.get_submodule(path), mean, var)
+            fold(cast(_NormBase, self.problem.model.get_submodule(path)), mean, var)
 
     def _unbiased(self, part: str, stat: Any) -> tuple[Tensor, Tensor] | None:
         """Mean and unbiased variance of one recorded pass, (T, steps, C) or (T, C); None where it did not run."""
@@ -366,6 +367,7 @@ def _compare(
     trace: Trace, loss: Tensor, grads: Mapping[str, Tensor | None], dtype: torch.dtype
 ) -> str | None:
     tolerance = 1e-6 if dtype == torch.float64 else 5e-2
+    assert trace.loss is not None
     expected = trace.loss.detach().double()
     if not torch.isfinite(expected):
         return None

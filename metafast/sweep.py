@@ -305,8 +305,8 @@ class Sweep:
             return w
         cts = {env[graph.outputs["loss"]]: w.b.input("call", "weight", ())}
         for name, v in made.items() if outputs else ():
-            ct = w.b.input("leaf", f"outputs/{name}", v.shape)
-            cts[v] = ct if v not in cts else w.b.op("add", cts[v], ct)
+            given = w.b.input("leaf", f"outputs/{name}", v.shape)
+            cts[v] = given if v not in cts else w.b.op("add", cts[v], given)
         leaves = [(leaf_key(i), env[i.value]) for i in graph.inputs if self._wanted_leaf(i)]
         phis = [w.b.input("state", f"param/{n}", self.loop.shapes[n]) for n in self.loop.adapted]
         pulled = pull(w.b, cts, phis + [v for _, v in leaves])

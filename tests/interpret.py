@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def interpret(
         adjoint: dict[str, Tensor] = {}
         kept: dict[tuple[str, str], Tensor] = {}
 
-        def run(name: str, k: int, t: int = t) -> None:
+        def run(name: str, k: int, t: int = t, state: Any = state, kept: Any = kept) -> None:
             nonlocal adjoint
             section = sections.get(name)
             if section is None:

@@ -303,7 +303,7 @@ class Emitter:
             for k in range(0, len(results), room):
                 self._emit_pointwise(inputs, results[k : k + room], ops, count, floats, shape, order, note, work)
             return
-        outputs, regs, modes = ([r[k] for r in results] for k in range(3))
+        outputs, regs, modes = [r[0] for r in results], [r[1] for r in results], [r[2] for r in results]
         operands: list[Array] = [*inputs, *outputs]
         strides = [[a.strides[d] for d in order] for a in operands]
         dims, strides = collapse(tuple(shape[d] for d in order), strides)

@@ -300,4 +300,4 @@ class _Fuser:
 
 def _lies_along(shape: tuple[int, ...], full: tuple[int, ...], dim: int) -> bool:
     """Whether an array of that shape, broadcast to `full`, varies along `dim` (counted from the end) and nowhere else."""
-    return len(shape) >= -dim and all(n == (full[dim] if d == dim else 1) for d, n in zip(range(-len(shape), 0), shape))
+    return len(shape) >= -dim and all(n == (full[dim] if d == dim else 1) for d, n in zip(range(-len(shape), 0), shape, strict=True))

@@ -36,7 +36,7 @@ def place(code: Sequence[Instruction], base: int) -> int:
     top = base
     for buffer, (first, last) in sorted(life.items(), key=lambda e: (-e[0].nbytes, e[1])):
         at = base
-        for start, end, a, z in sorted(p for p in placed if p[2] <= last and first <= p[3]):
+        for start, end, *_ in sorted(p for p in placed if p[2] <= last and first <= p[3]):
             if at + buffer.nbytes <= start:
                 break
             at = max(at, end)
