@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 __all__ = ["LossObjective", "Outline", "require_labels"]
 
 
+_SHORT = (torch.int8, torch.int16, torch.int32)
+
+
 class LossObjective:
     """A loss of (output, target) as an objective on batches (x, y)."""
 
@@ -135,6 +138,8 @@ class Outline:
             checked.append((place, batch, tensors))
             specs.append(spec)
             for index, tensor in enumerate(tensors):
+                if tensor.dtype in _SHORT:  # PyTorch's losses take no other labels
+                    tensor = tensor.long()
                 leaves[f"{place}/{index}"] = _ordinary(tensor) if tensor.is_inference() else tensor
         return tasks.count_tasks(checked, device), specs
 
