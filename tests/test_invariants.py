@@ -241,7 +241,8 @@ def test_label_types(dtype: torch.dtype, way: str, backend: str) -> None:
     """Labels of any integer type: PyTorch's own cross_entropy takes int64 and uint8 only."""
     task = entry_named("mlp_gelu").make()
     task.support = (task.support[0], task.support[1].to(dtype))
-    task.query = (task.query[0], task.query[1].to(dtype))
+    if way == "fused":  # after adapt the query loss is the caller's, in PyTorch
+        task.query = (task.query[0], task.query[1].to(dtype))
     _, got = metafast_gradients(inner_loop(task, require(backend), steps=2), task, way)
     assert_same(got, named(answer(entry_named("mlp_gelu").make(), 2, 2)))
 
