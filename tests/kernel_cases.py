@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 CHUNK = 128  # sums.hpp: kChunk
+WINOGRAD_ERROR = 8  # winograd.hpp: kWinogradError
 
 
 @dataclass
@@ -184,6 +185,11 @@ class Geometry:
         oh, ow = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sides)
         return oh, ow
 
+    @property
+    def winograd(self) -> bool:
+        plain = (self.KH, self.KW) == (3, 3) and self.stride == self.dilation == (1, 1)
+        return plain and min(self.C, self.O) >= 16 and self.N * self.H * self.W >= 4 * 96
+
     def forward(self, x: Tensor, w: Tensor) -> Tensor:  # x (N, H, W, C), w (O, C, KH, KW) -> (N, OH, OW, O)
         y = F.conv2d(x.permute(0, 3, 1, 2), w, None, self.stride, self.pad, self.dilation)
         return y.permute(0, 2, 3, 1)
@@ -214,7 +220,10 @@ def conv(role: str, g: Geometry, order: str, mode: int, bias: int = 0) -> Case:
             terms, operands, out = g.N * math.prod(g.out), [x, y], w
             value = lambda X, W, Y: adjoint(lambda t: g.forward(X, t), W, Y)  # noqa: E731
         shift, reach = (b.double(), b.double().abs()) if bias else (0, 0)
-        bound = (terms + 2) * draw.u * (value(X.abs(), W.abs(), Y.abs()) + reach)
+        magnitude = value(X.abs(), W.abs(), Y.abs()) + reach
+        bound = (terms + 2) * draw.u * magnitude
+        if g.winograd and draw.dtype == torch.float32:
+            bound = torch.full_like(magnitude, WINOGRAD_ERROR * draw.u * float(magnitude.max()))
         result = wanted(out, value(X, W, Y) + shift, bound, add=bool(mode))
         return Call(
             role, [*map(given, operands), result, *([given(b)] if bias else [])], g.ints(w, mode, bias)
@@ -243,6 +252,10 @@ GEOMETRIES = [
     Geometry(2, 5, 5, 4, 3, KH=1, KW=1, pad=(1, 2)),
     Geometry(1, 4, 4, 3, 2, KH=2, KW=2, pad=(3, 3), stride=(1, 2)),
     Geometry(1, 45, 43, 32, 32),
+    Geometry(9, 7, 7, 16, 48),
+    Geometry(30, 4, 5, 37, 21, pad=(2, 0)),
+    Geometry(3, 16, 15, 20, 70, pad=(0, 0)),
+    Geometry(1, 70, 9, 16, 17, pad=(2, 2)),
     Geometry(0, 4, 4, 2, 3),
 ]
 

@@ -5,63 +5,35 @@
 // without a patch matrix.
 #include "conv.hpp"
 
-#include "conv_window.hpp"
-#include "pack.hpp"
+#include "conv_correlation.hpp"
 #include "tile.hpp"
+#include "winograd.hpp"
 
 namespace metafast::kernels::METAFAST_ISA {
 namespace {
 
 constexpr int64_t kWindowBytes = 131072;
 
-// Along one axis: output position i reads source position i * step + offset(t) for its tap t of weight
-// index(t).
-struct Axis {
-  int64_t outputs, step, taps;
-  int64_t low, offset_step;  // offset_step > 0: offsets ascend
-  int64_t first_index, index_step;
-  int64_t offset(int64_t t) const { return low + t * offset_step; }
-  int64_t index(int64_t t) const { return first_index + t * index_step; }
-  int64_t span() const { return (taps - 1) * offset_step + 1; }
-  bool together() const { return span() == taps; }
-};
-
-template <class T>
-struct Correlation {
-  const T* source;  // (images, height, width, channels)
-  int64_t images, height, width, channels;
-  T* out;  // columns together
-  int64_t out_image, out_row, out_pixel, columns;
-  const T* w;
-  int64_t w_column, w_channel, w_row_tap, w_column_tap;
-  const T* bias;
-  bool add;
-  Axis v, h;  // down and across
-};
-
 template <class T>
 struct Plan {
-  int64_t vectors, strip;  // of the columns
-  int64_t depth;           // taps × channels
-  int64_t rows;            // output rows a window serves
+  PackedWeights<T> weights;
+  int64_t rows;  // output rows a window serves
   int64_t window_elements;
-  T *packed, *window, *unused;  // unused: where rows of taps that take no part are packed
-  int64_t *segments, *slots;
+  T* window;
+  int64_t* segments;
 
-  Plan(const Correlation<T>& c, int64_t most_taps, Carver& scratch) {
-    constexpr int L = kLanes<T>;
-    const int64_t total = (c.columns + L - 1) / L;
-    vectors = total == 1 ? 1 : (total == 3 ? 3 : (c.h.outputs <= max_tile_rows(4) && total >= 4 ? 4 : 2));
-    strip = vectors * L;
-    depth = c.v.taps * c.h.taps * c.channels;
+  Plan(const Correlation<T>& c, int64_t all_taps, Carver& scratch)
+      : weights(c, strip_vectors(c) * kLanes<T>, all_taps, scratch) {
     const int64_t line = window_columns(c) * c.channels * static_cast<int64_t>(sizeof(T));
     rows = max64(1, min64(c.v.outputs, (kWindowBytes / max64(line, 1) - c.v.span()) / c.v.step + 1));
     window_elements = window_rows(c, rows) * window_columns(c) * c.channels;
-    packed = scratch.take<T>(round_up(c.columns, strip) * depth);
     window = scratch.take<T>(window_elements);
-    unused = scratch.take<T>(strip);
-    segments = scratch.take<int64_t>(most_taps);
-    slots = scratch.take<int64_t>(most_taps);
+    segments = scratch.take<int64_t>(all_taps);
+  }
+
+  static int64_t strip_vectors(const Correlation<T>& c) {
+    const int64_t total = (c.columns + kLanes<T> - 1) / kLanes<T>;
+    return total == 1 ? 1 : (total == 3 ? 3 : (c.h.outputs <= max_tile_rows(4) && total >= 4 ? 4 : 2));
   }
 
   static int64_t window_rows(const Correlation<T>& c, int64_t rows) {
@@ -69,40 +41,6 @@ struct Plan {
   }
   static int64_t window_columns(const Correlation<T>& c) { return (c.h.outputs - 1) * c.h.step + c.h.span(); }
 };
-
-// Weights into strips of columns, rows in the order (vertical tap, horizontal tap, channel).
-template <class T>
-void pack_weights(const Correlation<T>& c, const Plan<T>& plan, int64_t KH, int64_t KW) {
-  const int64_t taps = KH * KW, C = c.channels, strip = plan.strip;
-  const bool taps_together = c.w_column_tap == 1 && c.w_row_tap == KW && taps > 1;
-  const bool channels_then_taps = taps_together && c.w_channel == taps && c.w_column != 1;
-  const bool columns_then_taps = taps_together && c.w_column == taps && c.w_channel != 1;
-  for (int64_t t = 0; t < taps; ++t) plan.slots[t] = -1;
-  for (int64_t a = 0; a < c.v.taps; ++a)
-    for (int64_t b = 0; b < c.h.taps; ++b) plan.slots[c.v.index(a) * KW + c.h.index(b)] = a * c.h.taps + b;
-  for (int64_t n = 0; n < c.columns; n += strip) {
-    T* packed = plan.packed + n * plan.depth;
-    const int64_t columns = min64(strip, c.columns - n);
-    const T* w = c.w + n * c.w_column;
-    auto place = [&](int64_t tap, int64_t channel) {
-      const int64_t slot = plan.slots[tap];
-      return slot < 0 ? plan.unused : packed + (slot * C + channel) * strip;
-    };
-    if (channels_then_taps) {
-      pack_rows<T>(w, 1, c.w_column, C * taps, columns, strip,
-                   [&](int64_t k) { return place(k % taps, k / taps); });
-    } else if (columns_then_taps) {
-      for (int64_t k = 0; k < C; ++k)
-        pack_rows<T>(w + k * c.w_channel, 1, taps, taps, columns, strip,
-                     [&](int64_t tap) { return place(tap, k); });
-    } else {
-      for (int64_t tap = 0; tap < taps; ++tap)
-        if (plan.slots[tap] >= 0)
-          pack_rows<T>(w + tap / KW * c.w_row_tap + tap % KW * c.w_column_tap, c.w_channel, c.w_column, C,
-                       columns, strip, [&](int64_t k) { return place(tap, k); });
-    }
-  }
-}
 
 // Offsets of the runs that the tile reads for one pixel, in a source of the given line length; returns their
 // number.
@@ -125,13 +63,13 @@ void run_rows(const Correlation<T>& c, const Plan<T>& plan, const T* source, int
   call.a_rs = c.h.step * c.channels, call.a_cs = 1;
   call.segment = plan.segments, call.segments = find_segments(c, plan, line);
   call.length = c.h.together() ? c.h.taps * c.channels : c.channels;
-  call.b_rs = plan.strip, call.c_rs = c.out_pixel, call.add = c.add;
+  call.b_rs = plan.weights.strip, call.c_rs = c.out_pixel, call.add = c.add;
   int64_t pixels = c.h.outputs;
   if (c.v.step * line == pixels * call.a_rs && c.out_row == pixels * c.out_pixel) pixels *= rows, rows = 1;
-  for (int64_t n = 0; n < c.columns; n += plan.strip) {
-    const int64_t columns = min64(plan.strip, c.columns - n), vectors = (columns + L - 1) / L;
+  for (int64_t n = 0; n < c.columns; n += plan.weights.strip) {
+    const int64_t columns = min64(plan.weights.strip, c.columns - n), vectors = (columns + L - 1) / L;
     call.last = columns - (vectors - 1) * L;
-    call.b = plan.packed + n * plan.depth;
+    call.b = plan.weights.packed + n * plan.weights.depth;
     call.bias = c.bias ? c.bias + n : nullptr;
     for (int64_t r = 0; r < rows; ++r) {
       call.a = source + r * c.v.step * line, call.c = out + r * c.out_row + n;
@@ -234,8 +172,9 @@ int conv_fwd(const Args& a) noexcept {
   if (i.N * i.OH * i.OW * i.O == 0) return kOk;
   Carver scratch(a.scratch);
   const Correlation<T> c = forward<T>(i, a.ptr);
+  if (winograd_suits(c)) return winograd_correlate(c, a);
   const Plan<T> plan(c, i.KH * i.KW, scratch);
-  pack_weights(c, plan, i.KH, i.KW);
+  plan.weights.fill(c, i.KH, i.KW);
   correlate(c, plan, a.part, a.parts);
   return kOk;
 }
@@ -243,8 +182,10 @@ int conv_fwd(const Args& a) noexcept {
 template <class T>
 int64_t conv_fwd_scratch(const int64_t* ints) noexcept {
   const ConvInts& i = ConvInts::of(ints);
+  const Correlation<T> c = forward<T>(i, nullptr);
+  if (winograd_suits(c)) return winograd_correlate_scratch(c);
   Carver counter(nullptr);
-  Plan<T>(forward<T>(i, nullptr), i.KH * i.KW, counter);
+  Plan<T>(c, i.KH * i.KW, counter);
   return counter.used();
 }
 
@@ -260,8 +201,9 @@ int conv_dx(const Args& a) noexcept {
         clear_unmet(c, a.part, a.parts);
         continue;
       }
+      if (winograd_suits(c)) return winograd_correlate(c, a);
       const Plan<T> plan(c, i.KH * i.KW, scratch);
-      pack_weights(c, plan, i.KH, i.KW);
+      plan.weights.fill(c, i.KH, i.KW);
       correlate(c, plan, a.part, a.parts);
     }
   return kOk;
@@ -275,6 +217,7 @@ int64_t conv_dx_scratch(const int64_t* ints) noexcept {
     for (int64_t across = 0; across < min64(i.sw, i.W); ++across) {
       const Correlation<T> c = adjoint<T>(i, nullptr, down, across);
       if (c.v.taps * c.h.taps == 0) continue;
+      if (winograd_suits(c)) return winograd_correlate_scratch(c);
       Carver counter(nullptr);
       Plan<T>(c, i.KH * i.KW, counter);
       most = max64(most, counter.used());

@@ -10,7 +10,7 @@
 //       1 adds), has_bias
 // Outputs overlap no input. Fast for any weight layout in which o, c or the taps lie together. Error of an
 // element: at most (n + 2) u times the sum of the n magnitudes that go into it, u the unit roundoff (n = KH
-// KW C, KH KW O, N OH OW).
+// KW C, KH KW O, N OH OW); for float and 3×3 kernels of stride and dilation 1 that of winograd.hpp.
 #pragma once
 #include "vec.hpp"
 
