@@ -85,8 +85,9 @@ void Engine::set_idle(bool& idle, bool now) noexcept {
 
 void Engine::run_part(SharedInstruction& shared, int part, int worker) noexcept {
   const Instruction& instruction = *shared.instruction;
-  const int status = instruction.run({shared.operands, instruction.ints, instruction.floats,
-                                      arenas[worker].data() + shared.scratch, part, shared.count});
+  const int status =
+      instruction.run({shared.operands, instruction.ints, instruction.floats,
+                       arenas[worker].data() + shared.scratch, part, shared.count, instruction.prepared});
   if (status) shared.status.store(status, std::memory_order_relaxed);
   shared.parts.finish();
 }

@@ -31,7 +31,8 @@ class Frame {
     return table_ + instruction.first_operand;
   }
   int run(const Instruction& instruction) const noexcept {
-    return instruction.run({operands(instruction), instruction.ints, instruction.floats, scratch_, 0, 1});
+    return instruction.run(
+        {operands(instruction), instruction.ints, instruction.floats, scratch_, 0, 1, instruction.prepared});
   }
 
  private:

@@ -108,11 +108,17 @@ void Program::add_instruction(int s, const InstructionSpec& spec) {
   ints_.insert(ints_.end(), spec.ints.begin(), spec.ints.end());
   floats_.insert(floats_.end(), spec.floats.begin(), spec.floats.end());
   scratch_bytes_ = std::max(scratch_bytes_, kernel->scratch ? kernel->scratch(ints) : 0);
+  const std::byte* prepared = nullptr;
+  if (kernel->prepare) {
+    std::byte* const place = prepared_.emplace_back().reserve(kernel->prepared_bytes(ints));
+    kernel->prepare(ints, floats, place);
+    prepared = place;
+  }
 
   SectionCode& code = sections_[s];
   const double parts = std::clamp(sig.nanoseconds / kShortestPart, 1.0, 1024.0);
   const int most_parts = kernel->splittable && sig.divisible ? static_cast<int>(parts) : 1;
-  code.instructions.push_back({kernel->run, ints, floats, first_operand, most_parts});
+  code.instructions.push_back({kernel->run, ints, floats, prepared, first_operand, most_parts});
   code.info.push_back({kernel, static_cast<int>(spec.operands.size()), static_cast<int>(spec.ints.size()),
                        static_cast<int>(spec.floats.size()), sig.nanoseconds});
   code.nanoseconds += sig.nanoseconds;

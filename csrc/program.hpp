@@ -87,8 +87,9 @@ struct Instruction {
   kernels::Run run;
   const int64_t* ints;
   const double* floats;
-  int first_operand;  // its pointers stand from here on in the table of pointers
-  int most_parts;     // into how many parts it may be split with profit; 1: not at all
+  const std::byte* prepared;  // what the kernel made of ints and floats, or null
+  int first_operand;          // its pointers stand from here on in the table of pointers
+  int most_parts;             // into how many parts it may be split with profit; 1: not at all
 };
 
 // What dump, error messages and profiles need of an instruction, kept apart from what replay reads.
@@ -154,6 +155,7 @@ class Program {
   Buffer constants_;
   std::vector<int64_t> ints_;
   std::vector<double> floats_;
+  std::vector<Buffer> prepared_;  // one an instruction whose kernel prepares; each stays where it is
   std::vector<Operand> operands_;
   std::vector<ExternalUse> externals_;
   std::array<SectionCode, kSections> sections_;

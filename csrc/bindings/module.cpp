@@ -142,10 +142,14 @@ int run_kernel(const std::string& name, const std::string& dtype, const std::str
     throw py::value_error(name + ": cannot be split into parts");
   Buffer scratch;
   scratch.reserve(kernel->scratch ? kernel->scratch(ints.data()) : 0);
+  Buffer prepared;
+  if (kernel->prepare)
+    kernel->prepare(ints.data(), floats.data(), prepared.reserve(kernel->prepared_bytes(ints.data())));
   const py::gil_scoped_release unlocked;
   void* const* operands = reinterpret_cast<void* const*>(ptrs.data());
   for (int part = 0; part < parts; ++part)
-    if (const int status = kernel->run({operands, ints.data(), floats.data(), scratch.data(), part, parts}))
+    if (const int status =
+            kernel->run({operands, ints.data(), floats.data(), scratch.data(), part, parts, prepared.data()}))
       return status;
   return 0;
 }

@@ -16,6 +16,7 @@ struct Args {
   const double* f;     // immediates
   std::byte* scratch;  // at least Kernel::scratch(i) bytes, aligned to 64, this call's alone
   int part, parts;     // this call computes share `part` of `parts` of the output (1 unless splittable)
+  const std::byte* prepared;  // what Kernel::prepare wrote, where the kernel has one; else null
 };
 
 // The largest program of one `pointwise` call; kernel_arity refuses larger ones.
@@ -28,6 +29,9 @@ enum Status : int { kOk = 0, kLabelOutOfRange = 1 };
 
 using Run = int (*)(const Args&) noexcept;               // a Status
 using Scratch = int64_t (*)(const int64_t* i) noexcept;  // bytes of scratch one call needs
+// Decodes ints and immediates once for any number of calls into `place`, which is aligned to 64, stays where
+// it is and is only read from then on.
+using Prepare = void (*)(const int64_t* i, const double* f, std::byte* place) noexcept;
 
 // A splittable kernel may be called once for each part 0..parts-1, in any order and at the same time;
 // together the parts write what one whole call writes, bit for bit.
@@ -36,6 +40,8 @@ struct Kernel {
   Run run;
   Scratch scratch;
   bool splittable;
+  Scratch prepared_bytes = nullptr;  // bytes prepare writes
+  Prepare prepare = nullptr;         // null: calls read the ints themselves
 };
 
 }  // namespace metafast::kernels

@@ -33,25 +33,35 @@ struct Sizes {
   int64_t batch, M, N, K, a_rs, a_cs, b_rs, b_cs, c_rs, c_cs;
   bool turned;      // computes the transposed product
   bool stage;       // C has no unit stride: through scratch
+  bool dots;        // element by element, vectors along k, which lies together in A and B
   bool pack;        // B is copied into strips
   int64_t vectors;  // of a strip
   int64_t width;    // elements of a strip
 
   template <class T>
   static Sizes of(const int64_t* i) {
-    Sizes s{i[0], i[1], i[2], i[3], i[5], i[6], i[8], i[9], i[11], i[12], false, false, false, 0, 0};
+    Sizes s{i[0], i[1], i[2], i[3], i[5], i[6], i[8], i[9], i[11], i[12], false, false, false, false, 0, 0};
     const bool column = s.N == 1 && s.M > 1;
     s.turned = s.c_rs == 1 && (column ? s.a_rs == 1 : s.c_cs != 1) && s.M > 1;
     if (s.turned) {
       swap(s.M, s.N), swap(s.a_rs, s.b_cs), swap(s.a_cs, s.b_rs), swap(s.c_rs, s.c_cs);
     }
-    s.stage = s.c_cs != 1 && s.N > 1;
+    s.dots = s.a_cs == 1 && s.b_rs == 1 && few_elements<T>(s.M, s.N, s.K);
+    s.stage = s.c_cs != 1 && s.N > 1 && !s.dots;
     const int64_t vectors = (s.N + kLanes<T> - 1) / kLanes<T>;
     s.vectors = strip_vectors(s.M, vectors);
     s.width = s.vectors * kLanes<T>;
     const bool big = s.M > 64 && s.K * s.N * static_cast<int64_t>(sizeof(T)) > 131072;
-    s.pack = (s.b_cs != 1 && s.N > 1) || big;
+    s.pack = ((s.b_cs != 1 && s.N > 1) || big) && !s.dots;
     return s;
+  }
+
+  // Whether dot products beat tiles: adding up the lanes costs an element what 2 L steps along k do, and a
+  // tile pays for the unused lanes of a vector of columns and for transposing B.
+  template <class T>
+  static bool few_elements(int64_t M, int64_t N, int64_t K) {
+    constexpr int64_t L = kLanes<T>;
+    return K > 1 && L > 2 && (M <= 2 ? K >= L : N * (K + 4 * L) <= L * K);
   }
 
   static void swap(int64_t& a, int64_t& b) {
@@ -74,9 +84,10 @@ struct Sizes {
 
 template <class T>
 void pack_strips(const Product<T>& p, const Sizes& s, int64_t k, int64_t depth, T* packed) {
-  for (int64_t n = 0; n < p.N; n += s.width, packed += s.width * depth)
-    pack_rows<T>(p.B.at(k, n).p, p.B.rs, p.B.cs, depth, min64(s.width, p.N - n), s.width,
-                 [&](int64_t row) { return packed + row * s.width; });
+  const int64_t width = s.width;
+  for (int64_t n = 0; n < p.N; n += width, packed += width * depth)
+    pack_rows<T>(p.B.at(k, n).p, p.B.rs, p.B.cs, depth, min64(width, p.N - n), width,
+                 [packed, width](int64_t row) { return packed + row * width; });
 }
 
 // Rows [m.begin, m.end) and the columns of p; n lies together in C.
@@ -104,6 +115,82 @@ void multiply(const Product<T>& p, const Sizes& s, T* packed) {
   }
 }
 
+// Sums of the lanes of v[0..kLanes), sum n in lane n: at every level the halves of two vectors are added.
+template <class T>
+METAFAST_INLINE Vec<T> sums_of_lanes(Vec<T>* v) {
+  METAFAST_UNROLL for (int half = kLanes<T> / 2; half > 0; half /= 2)
+      METAFAST_UNROLL for (int i = 0; i < half; ++i) v[i] =
+          interleave_low(v[i], v[i + half]) + interleave_high(v[i], v[i + half]);
+  return v[0];
+}
+
+// Columns n..n+columns of rows m.. of p, as many rows as make a vector of elements.
+template <class T, int columns>
+void dot_block(const Product<T>& p, int64_t m, int64_t n) {
+  constexpr int L = kLanes<T>, rows = L / columns;
+  const T *a[rows], *b[columns];
+  METAFAST_UNROLL for (int r = 0; r < rows; ++r) a[r] = p.A.p + min64(m + r, p.M - 1) * p.A.rs;
+  METAFAST_UNROLL for (int c = 0; c < columns; ++c) b[c] = p.B.p + (n + c) * p.B.cs;
+  Vec<T> acc[L];
+  METAFAST_UNROLL for (int e = 0; e < L; ++e) acc[e] = Vec<T>{};
+  auto step = [&](auto get) {
+    Vec<T> y[columns];
+    METAFAST_UNROLL for (int c = 0; c < columns; ++c) y[c] = get(b[c]);
+    METAFAST_UNROLL for (int r = 0; r < rows; ++r) {
+      const Vec<T> x = get(a[r]);
+      METAFAST_UNROLL for (int c = 0; c < columns; ++c) acc[r * columns + c] =
+          fma<T>(x, y[c], acc[r * columns + c]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + L <= p.K; k += L) step([&](const T* x) { return load(x + k); });
+  if (k < p.K) {
+    const Mask<T> rest(p.K - k);
+    step([&](const T* x) { return load(x + k, rest); });
+  }
+  T sums[L];
+  store(sums, sums_of_lanes<T>(acc));
+  for (int r = 0; r < rows && m + r < p.M; ++r)
+    for (int c = 0; c < columns; ++c) {
+      T& y = *p.C.at(m + r, n + c).p;
+      const T sum = sums[r * columns + c] + (p.bias && !p.bias_by_row ? p.bias[n + c] : T(0));
+      y = p.add ? y + sum : sum;
+    }
+}
+
+template <class T, int columns>
+void dot_columns(const Product<T>& p, int64_t n) {
+  if constexpr (columns <= kLanes<T>)
+    for (int64_t m = 0; m < p.M; m += kLanes<T> / columns) dot_block<T, columns>(p, m, n);
+}
+
+template <class T>
+void multiply_by_dots(const Product<T>& p) {
+  if (p.M == 0 || p.N == 0) return;
+  constexpr int64_t most = kLanes<T> < 5 ? kLanes<T> : 5;
+  const int64_t width = p.M == 1 ? most : (p.N + (p.N + most - 1) / most - 1) / ((p.N + most - 1) / most);
+  for (int64_t n = 0; n < p.N;) {
+    const int64_t columns = min64(width, p.N - n);
+    switch (columns) {
+      case 1:
+        dot_columns<T, 1>(p, n);
+        break;
+      case 2:
+        dot_columns<T, 2>(p, n);
+        break;
+      case 3:
+        dot_columns<T, 3>(p, n);
+        break;
+      case 4:
+        dot_columns<T, 4>(p, n);
+        break;
+      default:
+        dot_columns<T, 5>(p, n);
+    }
+    n += columns;
+  }
+}
+
 template <class T>
 void without_depth(const Product<T>& p) {
   for (int64_t m = 0; m < p.M; ++m)
@@ -118,7 +205,9 @@ template <class T>
 void run_product(Product<T> p, const Sizes& s, T* scratch) {
   if (p.K == 0) return without_depth(p);
   T* packed = scratch + s.staged_elements();
-  if (s.stage) {
+  if (s.dots) {
+    multiply_by_dots(p);
+  } else if (s.stage) {
     Product<T> staged = p;
     staged.C = {scratch, 0, p.N, 1}, staged.add = false;
     multiply(staged, s, packed);

@@ -207,16 +207,6 @@ struct Space {
 
   int64_t inner() const { return dims[rank - 1]; }
 
-  // Offset of row `row` (all dimensions but the last) in operand o.
-  int64_t row_offset(int o, int64_t row) const {
-    int64_t offset = 0;
-    for (int d = rank - 2; d > 0; --d) {
-      offset += row % dims[d] * strides[o][d];
-      row /= dims[d];
-    }
-    return rank > 1 ? offset + row * strides[o][0] : 0;
-  }
-
   bool dense(int o) const {
     int64_t expected = 1;
     for (int d = rank - 1; d >= 0; --d) {
@@ -253,126 +243,144 @@ struct Space {
   }
 };
 
-// Copies rows row0.. of operand o, one after the other, to dst (which has a vector of slack behind it).
-template <class T>
-void gather_rows(T* dst, const T* base, const Space& s, int o, int64_t row0, int64_t rows) {
-  constexpr int L = kLanes<T>;
-  const int64_t inner = s.inner(), stride = s.strides[o][s.rank - 1];
-  for (int64_t r = row0; r < row0 + rows; ++r, dst += inner) {
-    const T* p = base + s.row_offset(o, r);
-    if (stride == 0) {
-      for (int64_t k = 0; k < inner; k += L) store(dst + k, splat(*p));
-    } else if (stride == 1) {
-      int64_t k = 0;
-      for (; k + L <= inner; k += L) store(dst + k, load(p + k));
-      if (k < inner) store(dst + k, load(p + k, Mask<T>(inner - k)));
-    } else {
-      for (int64_t k = 0; k < inner; ++k) dst[k] = p[k * stride];
-    }
-  }
-}
+enum class Source : int32_t {
+  direct,     // the operand's own memory
+  splat,      // one element for all
+  row_splat,  // one element a row
+  rows,       // gathered for every block
+  repeated    // gathered once: the same in every row
+};
 
+// What a call is, decoded: read by every call, written once. The arrays lie behind it, in this order.
 template <class T>
-void scatter_rows(T* base, const T* src, const Space& s, int o, int64_t row0, int64_t rows, bool add) {
-  const int64_t inner = s.inner(), stride = s.strides[o][s.rank - 1];
-  for (int64_t r = row0; r < row0 + rows; ++r, src += inner) {
-    T* p = base + s.row_offset(o, r);
-    for (int64_t k = 0; k < inner; ++k) p[k * stride] = add ? p[k * stride] + src[k] : src[k];
-  }
-}
-
-template <class T>
-struct Interpreter {
+struct alignas(64) Plan {
   struct Op {
     Loop<T> run;
-    int dst, a, b, c;
+    int32_t dst, a, b, c;  // views: the registers, then the immediates
   };
-  enum class Access { direct, splat, row_splat, rows, repeated };
+  struct Input {
+    Source source;
+    int64_t inner_stride;
+    const int64_t* strides;
+  };
+  struct Output {
+    int32_t reg, mode;
+    uint32_t read_late;  // inputs that an operation still reads after the output's register was written
+    bool contiguous, in_place;
+    int64_t inner_stride, sum_elements;
+    const int64_t* strides;
+  };
 
-  static constexpr int L = kLanes<T>;
-  const Args& args;
-  const Program p;
-  const Space s;
-  const int64_t block;
-  bool by_rows;  // a block holds whole rows, not a piece of one
-  Op ops[kMaxOps];
-  View<T> views[kMaxRegs + kMaxRegs];  // registers, then immediates
-  Access access[kMaxOperands];
-  bool in_place[kMaxOperands];  // per output: its register is the output's memory
-  T* buffers;                   // one block and a vector for each register
-  T* sums[kMaxOperands];        // per summing output: partial sums, then totals
-  int64_t sum_size[kMaxOperands];
-  int64_t unflushed = 0;
+  int32_t n_in, n_out, n_ops, n_regs, n_immediates, rank;
+  bool empty, by_rows, adds_up;  // by_rows: a block holds whole rows, not a piece of one
+  int64_t block, inner, elements, rows;
+  const T* immediates;  // a vector each
+  const int64_t *dims, *strides;
+  const Op* ops;
+  const Input* inputs;
+  const Output* outputs;
 
-  Interpreter(const Args& a) : args(a), p(a.i), s(p), block(block_elements<T>(p.n_regs)) {
-    by_rows = s.rank > 1 && 2 * s.inner() <= block;
-    T* at = reinterpret_cast<T*>(args.scratch);
-    const int64_t immediates = p.immediates();
-    for (int64_t k = 0; k < immediates; ++k, at += L) {
-      store(at, splat(static_cast<T>(args.f[k])));
-      views[p.n_regs + k] = {at, 0};
-    }
-    buffers = at;
-    for (int64_t r = p.n_in; r < p.n_regs; ++r) views[r] = {buffer(r), L};
-    for (int64_t k = 0; k < p.n_ops; ++k) decode(p.ops + 5 * k, &ops[k]);
-    for (int o = 0; o < p.n_in; ++o) access[o] = input_access(o);
-    for (int o = 0; o < p.n_out; ++o) in_place[o] = may_write_in_place(o);
-    T* after = buffer(p.n_regs + 1);
-    for (int o = 0; o < p.n_out; ++o) {
-      if (!(p.out_mode[o] & kSum)) continue;
-      sums[o] = after;
-      sum_size[o] = inner_stride(static_cast<int>(p.n_in) + o) ? s.inner() : L;
-      for (int64_t k = 0; k < 2 * (sum_size[o] + L); ++k) after[k] = 0;
-      after += 2 * (sum_size[o] + L);
-    }
+  static constexpr int64_t kVector = kLanes<T> * static_cast<int64_t>(sizeof(T));
+  static int64_t bytes(const Program& p) {
+    const int64_t operands = p.n_in + p.n_out;
+    return static_cast<int64_t>(sizeof(Plan)) + p.immediates() * kVector +
+           (kMaxRank + operands * kMaxRank) * static_cast<int64_t>(sizeof(int64_t)) +
+           p.n_ops * static_cast<int64_t>(sizeof(Op)) + p.n_in * static_cast<int64_t>(sizeof(Input)) +
+           p.n_out * static_cast<int64_t>(sizeof(Output));
   }
 
-  T* buffer(int64_t r) const { return buffers + r * (block + L); }
-  T* pointer(int o) const { return static_cast<T*>(args.ptr[o]); }
-  int64_t inner_stride(int o) const { return s.strides[o][s.rank - 1]; }
+  static void write(const int64_t* ints, const double* f, std::byte* place) {
+    const Program p(ints);
+    Plan& plan = *reinterpret_cast<Plan*>(place);
+    plan.empty = false;
+    for (int64_t d = 0; d < p.rank; ++d) plan.empty |= p.dims[d] == 0;
+    const Space s(p);
+    plan.n_in = static_cast<int32_t>(p.n_in), plan.n_out = static_cast<int32_t>(p.n_out);
+    plan.n_ops = static_cast<int32_t>(p.n_ops), plan.n_regs = static_cast<int32_t>(p.n_regs);
+    plan.n_immediates = static_cast<int32_t>(p.immediates()), plan.rank = s.rank;
+    plan.adds_up = p.sums();
+    plan.block = block_elements<T>(p.n_regs), plan.inner = s.inner(), plan.elements = s.elements;
+    plan.rows = plan.empty ? 0 : s.elements / s.inner();
+    plan.by_rows = s.rank > 1 && 2 * s.inner() <= plan.block;
+    std::byte* at = place + sizeof(Plan);
+    T* immediates = take<T>(at, plan.n_immediates * kLanes<T>);
+    int64_t* dims = take<int64_t>(at, s.rank);
+    int64_t* strides = take<int64_t>(at, s.operands * s.rank);
+    Op* ops = take<Op>(at, p.n_ops);
+    Input* inputs = take<Input>(at, p.n_in);
+    Output* outputs = take<Output>(at, p.n_out);
+    plan.immediates = immediates, plan.dims = dims, plan.strides = strides;
+    plan.ops = ops, plan.inputs = inputs, plan.outputs = outputs;
+    for (int64_t k = 0; k < plan.n_immediates; ++k)
+      store(immediates + k * kLanes<T>, splat(static_cast<T>(f[k])));
+    for (int d = 0; d < s.rank; ++d) dims[d] = s.dims[d];
+    for (int o = 0; o < s.operands; ++o)
+      for (int d = 0; d < s.rank; ++d) strides[o * s.rank + d] = s.strides[o][d];
+    for (int64_t k = 0; k < p.n_ops; ++k) ops[k] = decode(p, p.ops + 5 * k);
+    for (int o = 0; o < plan.n_in; ++o)
+      inputs[o] = {source(s, o, plan.by_rows), s.strides[o][s.rank - 1], strides + o * s.rank};
+    for (int o = 0; o < plan.n_out; ++o) outputs[o] = output(p, s, o, plan.by_rows, strides);
+  }
 
-  void decode(const int64_t* op, Op* out) const {
+  // Offset of row `row` (all dimensions but the last) of an operand.
+  int64_t row_offset(const int64_t* stride, int64_t row) const {
+    int64_t offset = 0;
+    for (int d = rank - 2; d > 0; --d) {
+      offset += row % dims[d] * stride[d];
+      row /= dims[d];
+    }
+    return rank > 1 ? offset + row * stride[0] : 0;
+  }
+
+ private:
+  template <class U>
+  static U* take(std::byte*& at, int64_t count) {
+    U* const taken = reinterpret_cast<U*>(at);
+    at += count * static_cast<int64_t>(sizeof(U));
+    return taken;
+  }
+
+  static Op decode(const Program& p, const int64_t* op) {
     const int arity = OpcodeArity::of[op[0]];
-    auto source = [&](int j) {
-      return j < arity ? static_cast<int>(op[2 + j] >= 0 ? op[2 + j] : p.n_regs - 1 - op[2 + j]) : 0;
+    auto view = [&](int j) {
+      return j < arity ? static_cast<int32_t>(op[2 + j] >= 0 ? op[2 + j] : p.n_regs - 1 - op[2 + j]) : 0;
     };
-    *out = {Loops<T>::of[op[0]], static_cast<int>(op[1]), source(0), source(1), source(2)};
+    return {Loops<T>::of[op[0]], static_cast<int32_t>(op[1]), view(0), view(1), view(2)};
   }
 
-  Access input_access(int o) {
+  static Source source(const Space& s, int o, bool by_rows) {
     bool outer_zero = true;
     for (int d = 0; d + 1 < s.rank; ++d) outer_zero &= s.strides[o][d] == 0;
-    if (inner_stride(o) == 0 && outer_zero) {
-      store(buffer(o), splat(*pointer(o)));
-      views[o] = {buffer(o), 0};
-      return Access::splat;
-    }
-    if (by_rows ? s.dense(o) : inner_stride(o) == 1) return views[o].step = L, Access::direct;
-    if (!by_rows && inner_stride(o) == 0) return views[o] = {buffer(o), 0}, Access::row_splat;
-    views[o] = {buffer(o), L};
-    if (!by_rows || !outer_zero) return Access::rows;
-    gather_rows<T>(buffer(o), pointer(o), s, o, 0, min64(block / s.inner(), s.elements / s.inner()));
-    return Access::repeated;
+    const int64_t inner_stride = s.strides[o][s.rank - 1];
+    if (inner_stride == 0 && outer_zero) return Source::splat;
+    if (by_rows ? s.dense(o) : inner_stride == 1) return Source::direct;
+    if (!by_rows && inner_stride == 0) return Source::row_splat;
+    return by_rows && outer_zero ? Source::repeated : Source::rows;
   }
 
-  bool contiguous_output(int o) const {
+  // The register of an output may live in the output's memory unless another output claims the register (or
+  // an operation after its first write still reads an input that lies there: read_late).
+  static Output output(const Program& p, const Space& s, int o, bool by_rows, const int64_t* strides) {
     const int operand = static_cast<int>(p.n_in) + o;
-    return by_rows ? s.dense(operand) : inner_stride(operand) == 1;
-  }
-
-  // The register of output o may live in the output's memory unless an operation after its first write still
-  // reads an input that lies there, or another output claims the register.
-  bool may_write_in_place(int o) const {
-    const int64_t reg = p.out_reg[o];
-    if ((p.out_mode[o] & kSum) || reg < p.n_in || p.out_mode[o] != 0 || !contiguous_output(o)) return false;
-    for (int other = 0; other < o; ++other)
-      if (p.out_reg[other] == reg) return false;
+    const int64_t reg = p.out_reg[o], inner_stride = s.strides[operand][s.rank - 1];
+    const bool contiguous = by_rows ? s.dense(operand) : inner_stride == 1;
+    bool in_place = contiguous && p.out_mode[o] == 0 && reg >= p.n_in;
+    for (int other = 0; other < o; ++other) in_place &= p.out_reg[other] != reg;
+    uint32_t read_late = 0;
     for (int in = 0; in < p.n_in; ++in)
-      if (pointer(in) == pointer(static_cast<int>(p.n_in) + o) && read_after_write(in, reg)) return false;
-    return true;
+      if (read_after_write(p, in, reg)) read_late |= uint32_t{1} << in;
+    const int64_t sum_elements = p.out_mode[o] & kSum ? (inner_stride ? s.inner() : kLanes<T>) : 0;
+    return {static_cast<int32_t>(reg),
+            static_cast<int32_t>(p.out_mode[o]),
+            read_late,
+            contiguous,
+            in_place,
+            inner_stride,
+            sum_elements,
+            strides + operand * s.rank};
   }
 
-  bool read_after_write(int in, int64_t reg) const {
+  static bool read_after_write(const Program& p, int in, int64_t reg) {
     bool written = false;
     for (int64_t k = 0; k < p.n_ops; ++k) {
       const int64_t* op = p.ops + 5 * k;
@@ -384,51 +392,140 @@ struct Interpreter {
       if (p.out_reg[o] == in) return true;
     return false;
   }
+};
+
+// Copies rows row0.. of an operand, one after the other, to dst (which has a vector of slack behind it).
+template <class T>
+void gather_rows(T* dst, const T* base, const Plan<T>& p, const typename Plan<T>::Input& in, int64_t row0,
+                 int64_t rows) {
+  constexpr int L = kLanes<T>;
+  const int64_t inner = p.inner, stride = in.inner_stride;
+  for (int64_t r = row0; r < row0 + rows; ++r, dst += inner) {
+    const T* src = base + p.row_offset(in.strides, r);
+    if (stride == 0) {
+      for (int64_t k = 0; k < inner; k += L) store(dst + k, splat(*src));
+    } else if (stride == 1) {
+      int64_t k = 0;
+      for (; k + L <= inner; k += L) store(dst + k, load(src + k));
+      if (k < inner) store(dst + k, load(src + k, Mask<T>(inner - k)));
+    } else {
+      for (int64_t k = 0; k < inner; ++k) dst[k] = src[k * stride];
+    }
+  }
+}
+
+template <class T>
+void scatter_rows(T* base, const T* src, const Plan<T>& p, const typename Plan<T>::Output& out, int64_t row0,
+                  int64_t rows, bool add) {
+  const int64_t inner = p.inner, stride = out.inner_stride;
+  for (int64_t r = row0; r < row0 + rows; ++r, src += inner) {
+    T* y = base + p.row_offset(out.strides, r);
+    for (int64_t k = 0; k < inner; ++k) y[k * stride] = add ? y[k * stride] + src[k] : src[k];
+  }
+}
+
+// One call of a plan. Scratch: a block and a vector for each register and one more, then the partial sums and
+// totals of the outputs that add up.
+template <class T>
+struct Interpreter {
+  static constexpr int L = kLanes<T>;
+  const Plan<T>& p;
+  const Args& args;
+  View<T> views[kMaxRegs + kMaxRegs];  // registers, then immediates
+  bool in_place[kMaxOperands];         // per output: its register is the output's memory
+  T* sums[kMaxOperands];
+  int64_t unflushed = 0;
+
+  Interpreter(const Plan<T>& plan, const Args& a) : p(plan), args(a) {
+    for (int k = 0; k < p.n_immediates; ++k) views[p.n_regs + k] = {const_cast<T*>(p.immediates) + k * L, 0};
+    for (int r = p.n_in; r < p.n_regs; ++r) views[r] = {buffer(r), L};
+    for (int o = 0; o < p.n_in; ++o) prepare_input(o);
+    for (int o = 0; o < p.n_out; ++o) in_place[o] = p.outputs[o].in_place && !overwrites(o);
+    if (p.adds_up) clear_sums();
+  }
+
+  T* buffer(int64_t r) const { return reinterpret_cast<T*>(args.scratch) + r * (p.block + L); }
+  T* pointer(int o) const { return static_cast<T*>(args.ptr[o]); }
+  T* out_pointer(int o) const { return static_cast<T*>(args.ptr[p.n_in + o]); }
+
+  void prepare_input(int o) {
+    const auto& in = p.inputs[o];
+    switch (in.source) {
+      case Source::direct:
+        views[o].step = L;
+        break;
+      case Source::splat:
+        store(buffer(o), splat(*pointer(o)));
+        [[fallthrough]];
+      case Source::row_splat:
+        views[o] = {buffer(o), 0};
+        break;
+      case Source::repeated:
+        gather_rows<T>(buffer(o), pointer(o), p, in, 0, min64(p.block / p.inner, p.rows));
+        [[fallthrough]];
+      case Source::rows:
+        views[o] = {buffer(o), L};
+        break;
+    }
+  }
+
+  // Whether output o would overwrite an input that is read later.
+  bool overwrites(int o) const {
+    for (uint32_t left = p.outputs[o].read_late; left; left &= left - 1)
+      if (args.ptr[__builtin_ctz(left)] == args.ptr[p.n_in + o]) return true;
+    return false;
+  }
+
+  void clear_sums() {
+    T* after = buffer(p.n_regs + 1);
+    for (int o = 0; o < p.n_out; ++o) {
+      if (!(p.outputs[o].mode & kSum)) continue;
+      const int64_t elements = 2 * (p.outputs[o].sum_elements + L);
+      sums[o] = after;
+      for (int64_t k = 0; k < elements; ++k) after[k] = 0;
+      after += elements;
+    }
+  }
 
   // Runs all operations on n elements from element `at` of row `row` (by_rows: on n elements of whole rows
   // from `row`).
   void run_block(int64_t row, int64_t at, int64_t n) {
-    const int64_t rows = by_rows ? n / s.inner() : 1;
-    auto address = [&](int o) {
-      return pointer(o) + (by_rows ? row * s.inner() : s.row_offset(o, row) + at);
+    const int64_t rows = p.by_rows ? n / p.inner : 1;
+    auto address = [&](T* base, const int64_t* strides) {
+      return base + (p.by_rows ? row * p.inner : p.row_offset(strides, row) + at);
     };
     for (int o = 0; o < p.n_in; ++o) {
-      switch (access[o]) {
-        case Access::direct:
-          views[o].p = address(o);
-          break;
-        case Access::row_splat:
-          store(buffer(o), splat(pointer(o)[s.row_offset(o, row)]));
-          break;
-        case Access::rows:
-          if (by_rows)
-            gather_rows<T>(buffer(o), pointer(o), s, o, row, rows);
-          else
-            gather_piece(o, row, at, n);
-          break;
-        default:
-          break;
+      const auto& in = p.inputs[o];
+      if (in.source == Source::direct) {
+        views[o].p = address(pointer(o), in.strides);
+      } else if (in.source == Source::row_splat) {
+        store(buffer(o), splat(pointer(o)[p.row_offset(in.strides, row)]));
+      } else if (in.source == Source::rows) {
+        if (p.by_rows)
+          gather_rows<T>(buffer(o), pointer(o), p, in, row, rows);
+        else
+          gather_piece(o, row, at, n);
       }
     }
     for (int o = 0; o < p.n_out; ++o)
-      if (in_place[o]) views[p.out_reg[o]].p = address(static_cast<int>(p.n_in) + o);
-    for (int64_t k = 0; k < p.n_ops; ++k) {
-      const Op& op = ops[k];
+      if (in_place[o]) views[p.outputs[o].reg].p = address(out_pointer(o), p.outputs[o].strides);
+    for (int k = 0; k < p.n_ops; ++k) {
+      const auto& op = p.ops[k];
       op.run(views[op.dst].p, views[op.a], views[op.b], views[op.c], n);
     }
     for (int o = 0; o < p.n_out; ++o) {
-      if (p.out_mode[o] & kSum)
+      if (p.outputs[o].mode & kSum)
         add_to_sum(o, at, n, rows);
       else if (!in_place[o])
         write_output(o, row, at, n, rows);
     }
-    if (++unflushed == kFlushBlocks) flush();
+    if (p.adds_up && ++unflushed == kFlushBlocks) flush();
   }
 
   // Adds a block to the partial sums of output o: by columns where the last dimension is kept, else by lanes.
   void add_to_sum(int o, int64_t at, int64_t n, int64_t rows) {
-    const View<T> value = views[p.out_reg[o]];
-    if (inner_stride(static_cast<int>(p.n_in) + o) == 0) {
+    const View<T> value = views[p.outputs[o].reg];
+    if (p.outputs[o].inner_stride == 0) {
       Vec<T> total = load(sums[o]);
       const T* src = value.p;
       for (int64_t k = n / L; k > 0; --k, src += value.step) total = total + load(src);
@@ -441,8 +538,8 @@ struct Interpreter {
       loop<T, Opcode::copy, 1>(buffer(p.n_regs), value, {}, {}, n);
       src = buffer(p.n_regs);
     }
-    const int64_t width = by_rows ? s.inner() : n;
-    T* to = sums[o] + (by_rows ? 0 : at);
+    const int64_t width = p.by_rows ? p.inner : n;
+    T* to = sums[o] + (p.by_rows ? 0 : at);
     for (int64_t k = 0; k < width; k += L) {
       const Mask<T> m(min64(L, width - k));
       Vec<T> total = load(to + k, m);
@@ -453,9 +550,9 @@ struct Interpreter {
 
   void flush() {
     for (int o = 0; o < p.n_out; ++o) {
-      if (!(p.out_mode[o] & kSum)) continue;
-      T *partial = sums[o], *total = partial + sum_size[o] + L;
-      for (int64_t k = 0; k < sum_size[o]; ++k) total[k] += partial[k], partial[k] = 0;
+      if (!(p.outputs[o].mode & kSum)) continue;
+      T *partial = sums[o], *total = partial + p.outputs[o].sum_elements + L;
+      for (int64_t k = 0; k < p.outputs[o].sum_elements; ++k) total[k] += partial[k], partial[k] = 0;
     }
     unflushed = 0;
   }
@@ -463,30 +560,31 @@ struct Interpreter {
   void write_sums() {
     flush();
     for (int o = 0; o < p.n_out; ++o) {
-      if (!(p.out_mode[o] & kSum)) continue;
-      const int operand = static_cast<int>(p.n_in) + o;
-      const T* total = sums[o] + sum_size[o] + L;
-      const bool add = p.out_mode[o] & 1, columns = inner_stride(operand) != 0;
-      T* y = pointer(operand);
+      const auto& out = p.outputs[o];
+      if (!(out.mode & kSum)) continue;
+      const T* total = sums[o] + out.sum_elements + L;
+      const bool add = out.mode & 1, columns = out.inner_stride != 0;
+      T* y = out_pointer(o);
       if (!columns) {
         const T sum = sum_lanes<T>(load(total));
         *y = add ? *y + sum : sum;
       }
-      for (int64_t k = 0; columns && k < s.inner(); ++k) y[k] = add ? y[k] + total[k] : total[k];
+      for (int64_t k = 0; columns && k < p.inner; ++k) y[k] = add ? y[k] + total[k] : total[k];
     }
   }
 
   void gather_piece(int o, int64_t row, int64_t at, int64_t n) {
-    const T* src = pointer(o) + s.row_offset(o, row) + at * inner_stride(o);
-    for (int64_t k = 0; k < n; ++k) buffer(o)[k] = src[k * inner_stride(o)];
+    const int64_t stride = p.inputs[o].inner_stride;
+    const T* src = pointer(o) + p.row_offset(p.inputs[o].strides, row) + at * stride;
+    for (int64_t k = 0; k < n; ++k) buffer(o)[k] = src[k * stride];
   }
 
   void write_output(int o, int64_t row, int64_t at, int64_t n, int64_t rows) {
-    const int operand = static_cast<int>(p.n_in) + o;
-    const View<T> value = views[p.out_reg[o]];
-    const bool add = p.out_mode[o] != 0;
-    if (contiguous_output(o)) {
-      T* dst = pointer(operand) + (by_rows ? row * s.inner() : s.row_offset(operand, row) + at);
+    const auto& out = p.outputs[o];
+    const View<T> value = views[out.reg];
+    const bool add = out.mode != 0;
+    if (out.contiguous) {
+      T* dst = out_pointer(o) + (p.by_rows ? row * p.inner : p.row_offset(out.strides, row) + at);
       if (add)
         loop<T, Opcode::add, 2>(dst, {dst, L}, value, {}, n);
       else
@@ -494,41 +592,40 @@ struct Interpreter {
       return;
     }
     const T* src = value.p;
-    if (value.step == 0 || p.out_reg[o] < p.n_in) {  // scatter reads element by element
+    if (value.step == 0 || out.reg < p.n_in) {  // scatter reads element by element
       T* plain = buffer(p.n_regs);
       loop<T, Opcode::copy, 1>(plain, value, {}, {}, n);
       src = plain;
     }
-    if (by_rows) return scatter_rows<T>(pointer(operand), src, s, operand, row, rows, add);
-    T* dst = pointer(operand) + s.row_offset(operand, row) + at * inner_stride(operand);
+    if (p.by_rows) return scatter_rows<T>(out_pointer(o), src, p, out, row, rows, add);
+    T* dst = out_pointer(o) + p.row_offset(out.strides, row) + at * out.inner_stride;
     for (int64_t k = 0; k < n; ++k) {
-      T& y = dst[k * inner_stride(operand)];
+      T& y = dst[k * out.inner_stride];
       y = add ? y + src[k] : src[k];
     }
   }
 
   // A sum is one part's work: its order must not depend on the number of parts.
   void run() {
-    const bool adds_up = p.sums();
-    if (adds_up && args.part > 0) return;
-    run_share(adds_up ? 1 : args.parts);
-    if (adds_up) write_sums();
+    if (p.adds_up && args.part > 0) return;
+    run_share(p.adds_up ? 1 : args.parts);
+    if (p.adds_up) write_sums();
   }
 
   void run_share(int parts) {
-    const int64_t inner = s.inner(), rows = s.elements / inner;
-    if (by_rows) {
-      const int64_t per_block = block / inner;
-      const Range mine = share(rows, args.part, parts, per_block);
+    if (parts == 1 && p.rows == 1 && p.inner <= p.block) return run_block(0, 0, p.inner);
+    if (p.by_rows) {
+      const int64_t per_block = p.block / p.inner;
+      const Range mine = share(p.rows, args.part, parts, per_block);
       for (int64_t row = mine.begin; row < mine.end; row += per_block)
-        run_block(row, 0, min64(per_block, mine.end - row) * inner);
+        run_block(row, 0, min64(per_block, mine.end - row) * p.inner);
       return;
     }
-    const int64_t pieces = (inner + block - 1) / block;
-    const Range mine = share(rows * pieces, args.part, parts);
+    const int64_t pieces = (p.inner + p.block - 1) / p.block;
+    const Range mine = share(p.rows * pieces, args.part, parts);
     for (int64_t b = mine.begin; b < mine.end; ++b) {
-      const int64_t row = b / pieces, at = b % pieces * block;
-      run_block(row, at, min64(block, inner - at));
+      const int64_t row = b / pieces, at = b % pieces * p.block;
+      run_block(row, at, min64(p.block, p.inner - at));
     }
   }
 };
@@ -536,9 +633,19 @@ struct Interpreter {
 }  // namespace
 
 template <class T>
+int64_t pointwise_prepared_bytes(const int64_t* ints) noexcept {
+  return Plan<T>::bytes(Program(ints));
+}
+
+template <class T>
+void pointwise_prepare(const int64_t* ints, const double* f, std::byte* place) noexcept {
+  Plan<T>::write(ints, f, place);
+}
+
+template <class T>
 int64_t pointwise_scratch(const int64_t* ints) noexcept {
   const Program p(ints);
-  int64_t elements = p.immediates() * kLanes<T> + (p.n_regs + 1) * (block_elements<T>(p.n_regs) + kLanes<T>);
+  int64_t elements = (p.n_regs + 1) * (block_elements<T>(p.n_regs) + kLanes<T>);
   for (int64_t o = 0; o < p.n_out; ++o)
     if (p.out_mode[o] & kSum) elements += 2 * p.sum_elements<T>(o);
   return elements * static_cast<int64_t>(sizeof(T));
@@ -546,17 +653,17 @@ int64_t pointwise_scratch(const int64_t* ints) noexcept {
 
 template <class T>
 int pointwise(const Args& a) noexcept {
-  const Program p(a.i);
-  for (int64_t d = 0; d < p.rank; ++d)
-    if (p.dims[d] == 0) return kOk;
-  Interpreter<T> interpreter(a);
-  interpreter.run();
+  const Plan<T>& plan = *reinterpret_cast<const Plan<T>*>(a.prepared);
+  if (!plan.empty) Interpreter<T>(plan, a).run();
   return kOk;
 }
 
-template int pointwise<float>(const Args&) noexcept;
-template int pointwise<double>(const Args&) noexcept;
-template int64_t pointwise_scratch<float>(const int64_t*) noexcept;
-template int64_t pointwise_scratch<double>(const int64_t*) noexcept;
+#define METAFAST_INSTANTIATE(T)                                          \
+  template int pointwise<T>(const Args&) noexcept;                       \
+  template int64_t pointwise_scratch<T>(const int64_t*) noexcept;        \
+  template int64_t pointwise_prepared_bytes<T>(const int64_t*) noexcept; \
+  template void pointwise_prepare<T>(const int64_t*, const double*, std::byte*) noexcept;
+METAFAST_INSTANTIATE(float)
+METAFAST_INSTANTIATE(double)
 
 }  // namespace metafast::kernels::METAFAST_ISA

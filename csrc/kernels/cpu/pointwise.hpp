@@ -10,6 +10,8 @@
 // A sum (mode 2, 3) adds up over the dimensions in which its stride is 0; with unit dimensions dropped and
 // neighbours merged, all its strides are 0 but that of the last dimension, 0 or 1. A call with a sum is not
 // split: part 0 does it all.
+// Prepared once from ints and immediates: the merged index space, how each operand is reached, the loops to
+// call and the immediates as vectors. A call only fills in addresses.
 // Blocks of some hundred elements run through all operations while they lie in L1.
 // Accuracy: one rounding an arithmetic operation (fma: one in all where the set has it); functions as in
 // math.hpp; a sum within (block / lanes + 64 + blocks / 64) u times the sum of magnitudes.
@@ -22,6 +24,10 @@ template <class T>
 int pointwise(const Args&) noexcept;
 template <class T>
 int64_t pointwise_scratch(const int64_t* ints) noexcept;
+template <class T>
+int64_t pointwise_prepared_bytes(const int64_t* ints) noexcept;
+template <class T>
+void pointwise_prepare(const int64_t* ints, const double* f, std::byte* place) noexcept;
 
 extern template int pointwise<float>(const Args&) noexcept;
 extern template int pointwise<double>(const Args&) noexcept;

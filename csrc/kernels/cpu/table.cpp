@@ -17,7 +17,8 @@ int64_t none(const int64_t*) noexcept { return 0; }
 template <class T>
 struct Rows {
   static constexpr Kernel rows[] = {
-      {"pointwise", pointwise<T>, pointwise_scratch<T>, true},
+      {"pointwise", pointwise<T>, pointwise_scratch<T>, true, pointwise_prepared_bytes<T>,
+       pointwise_prepare<T>},
       {"reduce", reduce<T>, none, true},
       {"gemm", gemm<T>, gemm_scratch<T>, true},
       {"conv_fwd", conv_fwd<T>, conv_fwd_scratch<T>, true},
