@@ -6,8 +6,8 @@
 namespace metafast::kernels::METAFAST_ISA {
 namespace {
 
-constexpr int64_t kDepth =
-    512;  // k a tile runs before C is touched: a strip of B of this depth stays in cache
+// k a tile runs before C is touched: keeps a strip of B in cache and the chains of roundings short.
+constexpr int64_t kDepth = 192;
 
 template <class T>
 struct Matrix {
