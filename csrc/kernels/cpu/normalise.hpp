@@ -12,7 +12,9 @@
 //      corr_dot = mean_r(xdot xhat))
 //
 // x, v, xhat, xhat_dot, out (outer, reduce, inner); rstd, mean, var, corr, corr_dot (outer, inner).
-// xhat may be x, and out may be v. Sums as in sums.hpp; the variance is taken about the mean (two passes).
+// xhat may be x, and out may be v. Sums as in sums.hpp. Where inner > 1, rows are read whole, and mean and
+// variance come from one pass over memory: chunks of 128 rows about their own means, put together pairwise;
+// as exact as two passes. Where inner = 1 it is two passes.
 #pragma once
 #include "vec.hpp"
 

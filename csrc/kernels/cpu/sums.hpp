@@ -30,20 +30,21 @@ struct Pairwise {
   Vec<T> waiting[40][Q];
   uint64_t count = 0;
 
-  METAFAST_INLINE void push(Vec<T>* v) {
+  // `used` of the Q quantities take part.
+  METAFAST_INLINE void push(Vec<T>* v, int used = Q) {
     uint64_t n = count++;
     int level = 0;
     for (; n & 1; n >>= 1, ++level)
-      for (int q = 0; q < Q; ++q) v[q] = Join::of(waiting[level][q], v[q]);
-    for (int q = 0; q < Q; ++q) waiting[level][q] = v[q];
+      for (int q = 0; q < used; ++q) v[q] = Join::of(waiting[level][q], v[q]);
+    for (int q = 0; q < used; ++q) waiting[level][q] = v[q];
   }
 
-  METAFAST_INLINE void finish(Vec<T>* out, T empty) {
+  METAFAST_INLINE void finish(Vec<T>* out, T empty, int used = Q) {
     bool any = false;
-    for (int q = 0; q < Q; ++q) out[q] = splat(empty);
+    for (int q = 0; q < used; ++q) out[q] = splat(empty);
     for (int level = 0; count >> level; ++level) {
       if (!(count >> level & 1)) continue;
-      for (int q = 0; q < Q; ++q) out[q] = any ? Join::of(waiting[level][q], out[q]) : waiting[level][q];
+      for (int q = 0; q < used; ++q) out[q] = any ? Join::of(waiting[level][q], out[q]) : waiting[level][q];
       any = true;
     }
   }
