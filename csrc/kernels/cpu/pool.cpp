@@ -27,6 +27,154 @@ METAFAST_INLINE void store_indices(int32_t* p, Bits<T> v, int64_t n) {
   }
 }
 
+template <class T>
+METAFAST_INLINE Bits<T> load_indices(const int32_t* p, int64_t n) {
+  if constexpr (sizeof(T) == 4) {
+    return bits_of<float>(n == kLanes<T> ? load(reinterpret_cast<const float*>(p))
+                                         : load(reinterpret_cast<const float*>(p), Mask<float>(n)));
+  } else {
+    Bits<T> v{};
+    for (int j = 0; j < kLanes<T>; ++j)
+      if (j < n) v[j] = p[j];
+    return v;
+  }
+}
+
+template <class T>
+METAFAST_INLINE bool any_lane(Bits<T> m) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(m), reinterpret_cast<__m512i>(m)) != 0;
+  else
+    return _mm512_test_epi64_mask(reinterpret_cast<__m512i>(m), reinterpret_cast<__m512i>(m)) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256(reinterpret_cast<__m256i>(m), reinterpret_cast<__m256i>(m));
+#else
+  auto any = m[0];
+  for (int j = 1; j < kLanes<T>; ++j) any |= m[j];
+  return any != 0;
+#endif
+}
+
+template <class T>
+METAFAST_INLINE Bits<T> iota() {
+  Bits<T> v;
+  for (int j = 0; j < kLanes<T>; ++j) v[j] = j;
+  return v;
+}
+
+template <class T>
+METAFAST_INLINE Bits<T> splat_index(int64_t n) {
+  return static_cast<decltype(Bits<T>{}[0] + 0)>(n) - Bits<T>{};
+}
+
+constexpr int64_t kAhead =
+    16;  // pixels: two rows at once are more than the processor fetches ahead by itself
+
+// Winners of windows that look like 2 x 2 ones at stride 2: whether they are is seen from the indices.
+struct Halved {
+  int64_t H, W, C, OH, OW;
+  bool likely() const { return OH > 0 && OW > 0 && H / 2 == OH && W / 2 == OW; }
+  int64_t corner(int64_t oh, int64_t ow) const { return 2 * oh * W + 2 * ow; }
+};
+
+// dx = dy at the winners of one image and 0 elsewhere, every element written once. False where a winner lies
+// outside its window: dx is then not what it should be.
+template <class T>
+bool scatter_halved(const Halved& s, const T* dy, const int32_t* idx, T* dx) {
+  constexpr int L = kLanes<T>;
+  const Vec<T> zero{};
+  Bits<T> outside{};
+  for (int64_t oh = 0; oh < s.OH; ++oh) {
+    for (int64_t ow = 0; ow < s.OW; ++ow, dy += s.C, idx += s.C) {
+      const int64_t corner = s.corner(oh, ow);
+      for (int64_t c = 0; c < s.C; c += L) {
+        const int64_t n = min64(L, s.C - c);
+        const Mask<T> mask(n);
+        const Vec<T> v = zero + (n == L ? load(dy + c) : load(dy + c, mask));
+        const Bits<T> winner = load_indices<T>(idx + c, n);
+        Bits<T> met = splat_index<T>(n) <= iota<T>();  // lanes beyond C
+        METAFAST_UNROLL for (int tap = 0; tap < 4; ++tap) {
+          const int64_t at = corner + tap / 2 * s.W + tap % 2;
+          const Bits<T> here = winner == splat_index<T>(at);
+          const Vec<T> x = here ? v : zero;
+          met |= here;
+          if (n == L)
+            store(dx + at * s.C + c, x);
+          else
+            store(dx + at * s.C + c, x, mask);
+        }
+        outside |= ~met;
+      }
+    }
+    T* row = dx + 2 * oh * s.W * s.C;
+    if (s.W % 2)
+      for (int64_t c = 0; c < s.C; ++c) row[(s.W - 1) * s.C + c] = 0, row[(2 * s.W - 1) * s.C + c] = 0;
+  }
+  if (s.H % 2) __builtin_memset(dx + (s.H - 1) * s.W * s.C, 0, static_cast<size_t>(s.W * s.C) * sizeof(T));
+  return !any_lane<T>(outside);
+}
+
+// y = x at the winners of one image; as above.
+template <class T>
+bool gather_halved(const Halved& s, const T* x, const int32_t* idx, T* y, int64_t oh) {
+  constexpr int L = kLanes<T>;
+  Bits<T> outside{};
+  for (int64_t ow = 0; ow < s.OW; ++ow, y += s.C, idx += s.C) {
+    const int64_t corner = s.corner(oh, ow);
+    for (int64_t c = 0; c < s.C; c += L) {
+      const int64_t n = min64(L, s.C - c);
+      const Mask<T> mask(n);
+      const Bits<T> winner = load_indices<T>(idx + c, n);
+      Bits<T> met = splat_index<T>(n) <= iota<T>();
+      Vec<T> v{};
+      METAFAST_UNROLL for (int tap = 0; tap < 4; ++tap) {
+        const int64_t at = corner + tap / 2 * s.W + tap % 2;
+        const T* p = x + at * s.C + c;
+        __builtin_prefetch(p + kAhead * s.C);
+        const Bits<T> here = winner == splat_index<T>(at);
+        v = here ? (n == L ? load(p) : load(p, mask)) : v;
+        met |= here;
+      }
+      outside |= ~met;
+      if (n == L)
+        store(y + c, v);
+      else
+        store(y + c, v, mask);
+    }
+  }
+  return !any_lane<T>(outside);
+}
+
+// One row of windows, all of them inside the image and without dilation.
+template <class T, int KH, int KW>
+void max_row(const T* x, int64_t W, int64_t C, int64_t sw, int64_t OW, int64_t h, T* y, int32_t* idx) {
+  constexpr int L = kLanes<T>;
+  for (int64_t ow = 0; ow < OW; ++ow, y += C, idx += C) {
+    const int64_t first = h * W + ow * sw;
+    for (int64_t c = 0; c < C; c += L) {
+      const int64_t n = min64(L, C - c);
+      const Mask<T> mask(n);
+      Vec<T> best = splat(static_cast<T>(-__builtin_inf()));
+      Bits<T> winner = splat_index<T>(first);
+      METAFAST_UNROLL for (int tap = 0; tap < KH * KW; ++tap) {
+        const int64_t at = first + tap / KW * W + tap % KW;
+        const T* p = x + at * C + c;
+        __builtin_prefetch(p + kAhead * C);
+        const Vec<T> v = n == L ? load(p) : load(p, mask);
+        const Bits<T> wins = (v > best) | (v != v);
+        best = wins ? v : best;
+        winner = wins ? splat_index<T>(at) : winner;
+      }
+      if (n == L)
+        store(y + c, best);
+      else
+        store(y + c, best, mask);
+      store_indices<T>(idx + c, winner, n);
+    }
+  }
+}
+
 }  // namespace
 
 template <class T>
@@ -39,8 +187,14 @@ int max_pool(const Args& a) noexcept {
   T* y = static_cast<T*>(a.ptr[1]);
   int32_t* idx = static_cast<int32_t*>(a.ptr[2]);
   const Range mine = share(N * OH, a.part, a.parts);
+  const bool inside = ph == 0 && pw == 0 && (OH - 1) * sh + KH <= H && (OW - 1) * sw + KW <= W;
+  const bool two_by_two = KH == 2 && KW == 2 && dh == 1 && dw == 1 && inside;
   for (int64_t row = mine.begin; row < mine.end; ++row) {
     const T* image = x + row / OH * H * W * C;
+    if (two_by_two) {
+      max_row<T, 2, 2>(image, W, C, sw, OW, row % OH * sh, y + row * OW * C, idx + row * OW * C);
+      continue;
+    }
     const Taps down = Taps::of(row % OH, sh, ph, dh, KH, H);
     for (int64_t ow = 0; ow < OW; ++ow) {
       const Taps across = Taps::of(ow, sw, pw, dw, KW, W);
@@ -72,14 +226,23 @@ int max_pool(const Args& a) noexcept {
 
 template <class T>
 int pool_gather(const Args& a) noexcept {
-  const int64_t N = a.i[0], HW = a.i[1] * a.i[2], C = a.i[3], P = a.i[4] * a.i[5];
+  const int64_t N = a.i[0], HW = a.i[1] * a.i[2], C = a.i[3];
   const T* x = static_cast<const T*>(a.ptr[0]);
   const int32_t* idx = static_cast<const int32_t*>(a.ptr[1]);
   T* y = static_cast<T*>(a.ptr[2]);
-  const Range mine = share(N * P, a.part, a.parts);
-  for (int64_t k = mine.begin; k < mine.end; ++k) {
-    const T* image = x + k / P * HW * C;
-    for (int64_t c = 0; c < C; ++c) y[k * C + c] = image[idx[k * C + c] * C + c];
+  const Halved halved{a.i[1], a.i[2], C, a.i[4], a.i[5]};
+  const int64_t OH = halved.OH, OW = halved.OW;
+  bool looks_halved = halved.likely();
+  const Range mine = share(N * OH, a.part, a.parts);
+  for (int64_t row = mine.begin; row < mine.end; ++row) {
+    const T* image = x + row / OH * HW * C;
+    const int64_t first = row * OW;
+    if (looks_halved) {
+      looks_halved = gather_halved(halved, image, idx + first * C, y + first * C, row % OH);
+      if (looks_halved) continue;
+    }
+    for (int64_t k = first; k < first + OW; ++k)
+      for (int64_t c = 0; c < C; ++c) y[k * C + c] = image[idx[k * C + c] * C + c];
   }
   return kOk;
 }
@@ -91,8 +254,14 @@ int pool_scatter(const Args& a) noexcept {
   const int32_t* idx = static_cast<const int32_t*>(a.ptr[1]);
   T* dx = static_cast<T*>(a.ptr[2]);
   const Range mine = share(N, a.part, a.parts);
+  const Halved halved{a.i[1], a.i[2], C, a.i[4], a.i[5]};
+  bool looks_halved = a.i[6] == 0 && halved.likely();
   for (int64_t n = mine.begin; n < mine.end; ++n) {
     T* image = dx + n * HW * C;
+    if (looks_halved) {
+      looks_halved = scatter_halved(halved, dy + n * P * C, idx + n * P * C, image);
+      if (looks_halved) continue;
+    }
     if (a.i[6] == 0) __builtin_memset(image, 0, static_cast<size_t>(HW * C) * sizeof(T));
     for (int64_t k = n * P; k < (n + 1) * P; ++k)
       for (int64_t c = 0; c < C; ++c) image[idx[k * C + c] * C + c] += dy[k * C + c];

@@ -11,6 +11,9 @@
 //   avg_pool_adj  dy(N,OH,OW,C), dx(N,H,W,C)    divisor_override (0: none), mode
 //     y = window's sum / divisor, and its adjoint. The divisor is the window's size, as clipped to the padded
 //     image (count_include_pad) or to the image, or divisor_override.
+// Where the sizes are those of 2 x 2 windows at stride 2 and the winners lie in them (seen from idx on the way,
+// another path takes over where they do not), pool_gather and pool_scatter work on vectors of channels and
+// pool_scatter writes each element once.
 // All dense; outputs overlap no input; idx is exact, avg_pool within (KH KW + 1) u of the window's mean
 // magnitude.
 #pragma once
