@@ -75,6 +75,9 @@ def profile(
 ) -> list[tuple[str, int, str, int, float]]:
     """Runs on one thread; (section, instruction, kernel, calls, seconds in all) for every instruction."""
 
+def all_finite(pointer: int, count: int, dtype: str) -> bool:
+    """Whether `count` elements ("f32" or "f64") from `pointer` on are all finite."""
+
 def run_kernel(
     name: str,
     dtype: str,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from metafast.errors import BackendError, FallbackWarning, message, warn
 from metafast.problem import Backend, Problem
 from metafast.reference import Reference
+from metafast.tasks import nesting
 
 __all__ = ["choose", "explain"]
 
@@ -119,25 +120,24 @@ def _explain_plan(plan: Any, problem: Problem) -> list[str]:
 def plan_key(problem: Problem) -> Any:
     """Everything that can change a plan: shapes, dtypes, who gets a gradient, training flags and plain attributes of every
     module, what the objectives close over, autocast."""
+    inner, query = problem.inner_objective, problem.query_objective
+    inner_key = function_key(inner)
     return (
-        tuple([(k, _slice_shape(t, k), t.dtype, t.device) for k, t in problem.leaves.items()]),
+        # of the batches the shape of one task: T is no part of a plan
+        tuple([(k, t.shape[1:] if k[0] in "sq" else t.shape, t.dtype, t.device) for k, t in problem.leaves.items()]),
         problem.adapted,
         problem.wrt,
         problem.order,
         problem.return_outputs,
-        problem.support_spec,
-        problem.query_spec,
-        function_key(problem.inner_objective),
-        function_key(problem.query_objective),
+        nesting(problem.support_spec),
+        nesting(problem.query_spec),
+        inner_key,
+        inner_key if query is inner else function_key(query),
         function_key(problem.update),
-        tuple((name, b.shape, b.dtype) for name, b in problem.buffers.items()),
+        tuple([(name, b.shape, b.dtype) for name, b in problem.buffers.items()]),
         module_key(problem.model),
         torch.is_autocast_enabled("cpu"),
     )
-
-
-def _slice_shape(t: Tensor, key: str) -> torch.Size:
-    return t.shape[1:] if key.startswith(("support/", "query/")) else t.shape
 
 
 _INTERNAL = frozenset(nn.Module().__dict__) - {"training"}
@@ -155,7 +155,11 @@ class _Scan:
         dicts = [module.__dict__ for module in model.modules()]
         self.sizes = [(d, len(d)) for d in dicts]
         self.hooks = [d[name] for d in dicts for name in _HOOKS if name in d]
-        self.slots = [(d, name) for d in dicts for name in d if name not in _INTERNAL]
+        self.slots = [
+            (module.__dict__, name)
+            for module in model.modules()
+            for name in module.__dict__.keys() - _INTERNAL - getattr(module, "plan_inputs", _INTERNAL)
+        ]
         self.values = [d[name] for d, name in self.slots]
         self.mutable = [slot for slot, v in zip(self.slots, self.values, strict=True) if not _immutable(v)]
         self.key = tuple([freeze(v) for v in self.values])
@@ -176,7 +180,14 @@ class _Scan:
 
 
 def _immutable(value: Any) -> bool:
-    return isinstance(value, _IMMUTABLE) or (type(value) is tuple and all(map(_immutable, value)))
+    if type(value) is tuple:
+        return all(map(_immutable, value))
+    return isinstance(value, _IMMUTABLE) or _of_torch(value)
+
+
+def _of_torch(f: Any) -> bool:
+    """Whether it is a function of torch's own, which closes over nothing that changes."""
+    return isinstance(f, types.FunctionType) and (f.__module__ or "").startswith("torch.")
 
 
 def module_key(model: nn.Module) -> Any:
@@ -210,8 +221,8 @@ def function_key(f: Any) -> Any:
     if isinstance(f, types.MethodType):
         return (function_key(f.__func__), _attributes(f.__self__))
     if isinstance(f, types.FunctionType):
-        if (f.__module__ or "").startswith("torch."):
-            return f  # closes over nothing that changes
+        if _of_torch(f):
+            return f
         return (f.__code__, freeze(f.__defaults__), _cells(f), _globals(f))
     return (type(f), _attributes(f))
 

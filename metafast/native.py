@@ -17,8 +17,7 @@ from metafast.batchnorm import fold
 from metafast.capture import Trace, Unsupported, capture, capture_function
 from metafast.errors import LabelError, message, position
 from metafast.graph import Builder, Graph, copy_into
-from metafast.lower import External, Lowered, lower
-from metafast.lower.arrays import dense_strides
+from metafast.lower import NAMES, External, Lowered, lower
 from metafast.normalise import normalise
 from metafast.problem import Outcome, Problem, hyper_tree
 from metafast.sweep import SECTIONS, Loop, Section, Store, Sweep, gradient_section
@@ -120,16 +119,18 @@ def _update_graphs(problem: Problem, params: Mapping[str, Tensor]) -> tuple[Grap
         return {n: t for (r, n), t in values.items() if r == role}
 
     def init(values: Mapping[tuple[str, str], Tensor]) -> dict[str, Tensor]:
-        state, tree = pytree.tree_flatten(rule.init(part(values, "param"), hyper_tree(part(values, "hyper"))))
+        hyper = hyper_tree(part(values, "hyper"))
+        with rule.reading(hyper):
+            state, tree = pytree.tree_flatten(rule.init(part(values, "param"), hyper))
         spec.append(tree)
         return {f"state/{i}": s for i, s in enumerate(state)}
 
     def step(values: Mapping[tuple[str, str], Tensor]) -> dict[str, Tensor]:
         state = pytree.tree_unflatten(list(part(values, "state").values()), spec[0])
         hyper = hyper_tree(part(values, "hyper"))
-        made, after = rule.update(
-            part(values, "param"), part(values, "grad"), state, hyper, values["step", "k"], part(values, "param0")
-        )
+        params, grads, params0 = part(values, "param"), part(values, "grad"), part(values, "param0")
+        with rule.reading(hyper):
+            made, after = rule.update(params, grads, state, hyper, values["step", "k"], params0)
         flat, tree = pytree.tree_flatten(after)
         if tree != spec[0] or set(made) != set(names):
             raise Unsupported("update", type(rule).__name__, "update returns another tree than it was given")
@@ -217,7 +218,7 @@ class Native:
 
     def _outcome(self, problem: Problem, call: Call, fold: bool) -> Outcome:
         plan = self.plan
-        outcome = Outcome(losses=call.made.get(("loss", "loss")), step_losses=call.step_losses())
+        outcome = Outcome(losses=call.made.get(("loss", "loss")), step_losses=call.step_losses(), finite=call.finite())
         if plan.output_keys and problem.return_outputs and ("output", "output/0") in _short(call.made):
             flat = [call.made["output", k.removeprefix("output/")] for k in plan.output_keys]
             outcome.outputs = pytree.tree_unflatten(flat, plan.output_spec)
@@ -237,39 +238,31 @@ class Call:
         self.plan, self.lowered, self.problem = plan, lowered, problem
         self.kept: list[Tensor] = []  # alive while the addresses are in use
         self.made: dict[tuple[str, str], Tensor] = {}
-        self.table = np.zeros((len(lowered.externals), 3), dtype=np.int64)
-        for j, e in enumerate(lowered.externals):
-            if e.kind == "leaf":
-                self._bind(j, self._leaf(e, extra), per_task=e.per_task)
-            else:
-                self._allocate(j, e)
+        for e in lowered.externals:
+            self.kept.append(self._leaf(e, extra) if e.kind == "leaf" else self._allocate(e))
+        self.table = lowered.strides(problem.steps).copy()
+        self.table[:, 0] = [t.data_ptr() for t in self.kept]
 
     def _leaf(self, e: External, extra: Mapping[str, Tensor]) -> Tensor:
         """The tensor of that key as the program reads it: contiguous, labels as int64, all else in its dtype."""
-        leaf = extra.get(e.name)
+        leaf = extra.get(e.name) if extra else None
         if leaf is None:
             leaf = self.problem.leaves.get(e.name)
         if leaf is None:
             kind, _, name = e.name.partition("/")
             leaf = self.problem.buffers[name] if kind == "buffer" else self.plan.externs[e.name]
         dtype = torch.int64 if e.dtype == "int" else self.plan.dtype
-        if leaf.dtype == dtype and leaf.is_contiguous() and not leaf.is_neg():
+        if leaf.dtype is dtype and leaf.is_contiguous() and not leaf.is_neg():
             return leaf
         return leaf.detach().resolve_neg().to(dtype).contiguous()
 
-    def _bind(self, j: int, t: Tensor, *, per_task: bool, per_step: bool = False) -> None:
-        self.kept.append(t)
-        item = t.element_size()
-        task = t.stride(0) * item if per_task else 0
-        self.table[j] = (t.data_ptr(), task, t.stride(1) * item if per_step else 0)
-
-    def _allocate(self, j: int, e: External) -> None:
+    def _allocate(self, e: External) -> Tensor:
         tasks, steps = self.problem.tasks, self.problem.steps
         lead = (tasks, max(steps, 1)) if e.per_step else (tasks,)  # an empty tensor has no address
         make = torch.zeros if e.kind == "gradient" else torch.empty
         t = make((*lead, *e.shape), dtype=self.plan.dtype)
-        self.made[e.kind, e.name] = t[:, :steps] if e.per_step else t
-        self._bind(j, t, per_task=True, per_step=e.per_step)
+        self.made[e.kind, e.name] = t[:, :steps] if e.per_step and steps == 0 else t
+        return t
 
     def run(self, weights: Tensor | None) -> None:
         """Replay; raises what a kernel reported."""
@@ -277,18 +270,27 @@ class Call:
 
         problem, lowered = self.problem, self.lowered
         self.result = torch.empty(lowered.result_elements, dtype=self.plan.dtype)
-        w = weights.detach().to(self.plan.dtype).contiguous() if weights is not None else None
+        if weights is not None and not (weights.dtype is self.plan.dtype and weights.is_contiguous()):
+            weights = weights.detach().to(self.plan.dtype).contiguous()
         status = _C.run(
             lowered.program,
             self.table,
             T=problem.tasks,
             steps=problem.steps,
-            weights_ptr=0 if w is None else w.data_ptr(),
+            weights_ptr=0 if weights is None else weights.data_ptr(),
             result_ptr=self.result.data_ptr() if lowered.result_elements else 0,
             threads=torch.get_num_threads(),
         )
         if status[0]:
             self._raise(*status)
+
+    def finite(self) -> bool:
+        """Whether every loss is."""
+        from metafast import _C
+
+        losses = (self.made.get(("loss", "loss")), self.made.get(("step_loss", "loss")))
+        name = NAMES[self.plan.dtype]
+        return all(_C.all_finite(t.data_ptr(), t.numel(), name) for t in losses if t is not None)
 
     def _raise(self, status: int, task: int, step: int, section: Any, instruction: int) -> None:
         name = section if isinstance(section, str) else SECTIONS[section]
@@ -330,8 +332,8 @@ class Call:
     def gradients(self, wanted: Sequence[str]) -> dict[str, Tensor | None]:
         """The gradient of every wanted leaf; None where nothing depends on it."""
         out: dict[str, Tensor | None] = dict.fromkeys(wanted)
-        for key, (offset, shape) in self.lowered.accumulators.items():
-            out[key] = self.result.as_strided(shape, dense_strides(shape), offset)
+        for key, (offset, shape, strides) in self.lowered.accumulators.items():
+            out[key] = self.result.as_strided(shape, strides, offset)
         out.update({name: t for (kind, name), t in self.made.items() if kind == "gradient"})
         return out
 

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import InputError, InputTypeError, message
 
-__all__ = ["count_tasks", "describe", "flatten", "require_pair", "stack", "take", "unflatten"]
+__all__ = ["count_tasks", "describe", "flatten", "nesting", "require_pair", "stack", "take", "unflatten"]
 
 _PAIR = pytree.tree_flatten((0, 0))[1]
 _ONE_TENSOR = pytree.tree_flatten(0)[1]
@@ -35,6 +35,11 @@ def flatten(batch: Any, place: str) -> tuple[list[Tensor], pytree.TreeSpec]:
                 message(where, type(leaf).__name__, "a tensor with a leading task dimension", "use torch.as_tensor")
             )
     return leaves, spec
+
+
+def nesting(spec: pytree.TreeSpec | None) -> Any:
+    """What stands for a nesting in keys: equal for equal ones, and quick to hash for the common pair."""
+    return "pair" if spec is _PAIR else spec
 
 
 def unflatten(tensors: Sequence[Any], spec: pytree.TreeSpec) -> Any:

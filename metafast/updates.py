@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import numbers
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -127,6 +128,21 @@ class UpdateRule(nn.Module):
         return self._cache[key]
 
     @property
+    def plan_inputs(self) -> frozenset[str]:
+        """Attributes whose values are inputs of a plan or none of its business: a new learning rate needs no new plan."""
+        return frozenset({*self._hyper_names, "_cache", "_changes"})
+
+    @contextlib.contextmanager
+    def reading(self, hyper: Hyper) -> Iterator[None]:
+        """Let a rule that reads `self.lr`, not `hyper["lr"]`, find the same tensor there instead of a number."""
+        numbers = {n: v for n in self._hyper_names if isinstance(v := self.__dict__.get(n), Real)}
+        self.__dict__.update({n: hyper[n] for n in numbers})
+        try:
+            yield
+        finally:
+            self.__dict__.update(numbers)
+
+    @property
     def changes(self) -> int:
         """A number that differs once a hyper-parameter was replaced by anything but a number."""
         return self._changes
@@ -158,6 +174,8 @@ class UpdateRule(nn.Module):
 
 class _PerParameter(nn.Module):
     """One hyper-parameter for each of several parameters, registered under the parameters' own dotted names."""
+
+    plan_inputs = frozenset({"_numbers"})
 
     def __init__(self, name: str, values: Mapping[str, Any]) -> None:
         super().__init__()
@@ -215,7 +233,7 @@ def _require_value(place: str, value: Any) -> None:
     if isinstance(value, Tensor):
         if not value.is_floating_point():
             raise InputTypeError(message(place, value.dtype, "a floating-point tensor", "use .float()"))
-    elif isinstance(value, bool) or not isinstance(value, numbers.Real):
+    elif isinstance(value, bool) or not isinstance(value, Real):
         expected = "a number, a tensor, an nn.Parameter, or a mapping from parameter name to one"
         raise InputTypeError(message(place, type(value).__name__, expected, "pass e.g. 0.1"))
 

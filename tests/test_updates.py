@@ -13,6 +13,7 @@ from test_inner_loop import LR, TASKS, Tied, backends, close, data, expected, lo
 from torch import Tensor, nn
 
 import metafast
+from metafast import dispatch
 from metafast.errors import InputError, InputTypeError
 from metafast.updates import per_parameter
 
@@ -231,3 +232,29 @@ def test_a_rule_that_ignores_the_gradient(backend: str) -> None:
     inner = loop(model, backend, update=rule)
     close(inner(support, query), answer.losses.mean())
     assert inner.adapt(support)["0.bias"].shape == (TASKS, 7)
+
+
+class ReadsItself(metafast.UpdateRule):
+    """Gradient descent that finds its rate where a module keeps it."""
+
+    def __init__(self, lr: float) -> None:
+        super().__init__(lr=lr)
+
+    def update(self, params, grads, state, hyper, k, params0):
+        return {n: p - self.lr * grads[n] for n, p in params.items()}, state
+
+
+@pytest.mark.parametrize("rule", [metafast.SGD, ReadsItself])
+def test_a_schedule_of_the_rate_needs_one_plan(rule: type[metafast.UpdateRule]) -> None:
+    model = nn.Linear(2, 1).double()
+    batch = torch.randn(3, 4, 2, dtype=torch.float64), torch.randn(3, 4, 1, dtype=torch.float64)
+    inner = metafast.InnerLoop(model, F.mse_loss, update=rule(0.1), steps=2, backend="native")
+    losses = []
+    for rate in (0.1, 0.05, 0.2):
+        inner.update.lr = rate
+        losses.append(inner.meta_gradient(batch, batch)[0])
+        fresh = metafast.InnerLoop(model, F.mse_loss, update=rule(rate), steps=2, backend="torch")
+        torch.testing.assert_close(losses[-1], fresh.meta_gradient(batch, batch)[0], rtol=1e-12, atol=0)
+    assert len({float(loss) for loss in losses}) == 3
+    assert len(dispatch._plans[model]) == 1
+    assert inner.update.lr == 0.2

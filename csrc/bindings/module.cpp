@@ -112,6 +112,22 @@ py::tuple run(const Program& program, const Externals& externals, int64_t tasks,
   return to_tuple(outcome);
 }
 
+// The subnormal, the huge and the negative are finite; an exponent of all ones is not.
+template <class Bits, int kMantissa>
+bool all_finite_of(const void* values, int64_t count) {
+  constexpr Bits exponent = (~Bits{0} << kMantissa) & ~(Bits{1} << (8 * sizeof(Bits) - 1));
+  const auto* bits = static_cast<const Bits*>(values);
+  bool finite = true;
+  for (int64_t k = 0; k < count; ++k) finite &= (bits[k] & exponent) != exponent;
+  return finite;
+}
+
+bool all_finite(uintptr_t pointer, int64_t count, const std::string& dtype) {
+  const auto* values = reinterpret_cast<const void*>(pointer);
+  return parse_dtype(dtype) == kernels::DType::f32 ? all_finite_of<uint32_t, 23>(values, count)
+                                                   : all_finite_of<uint64_t, 52>(values, count);
+}
+
 py::list run_profile(const Program& program, const Externals& externals, int64_t tasks, int64_t steps,
                      uintptr_t steps_ptr, uintptr_t weights_ptr, uintptr_t result_ptr) {
   const Call call = make_call(externals, tasks, steps, steps_ptr, weights_ptr, result_ptr, 1, 0);
@@ -195,6 +211,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("steps"), py::arg("steps_ptr") = 0, py::arg("weights_ptr") = 0, py::arg("result_ptr") = 0);
   m.def("run_kernel", &run_kernel, py::arg("name"), py::arg("dtype"), py::arg("isa"), py::arg("ptrs"),
         py::arg("ints"), py::arg("floats"), py::arg("parts") = 1);
+  m.def("all_finite", &all_finite, py::arg("pointer"), py::arg("count"), py::arg("dtype"));
   m.def("isas", &isas);
   m.def("kernel_names", &kernel_names);
   m.def("pointwise_opcodes", &pointwise_opcodes);

@@ -1,5 +1,5 @@
 """Lowering: sections of graphs to one native Program (fuse, lay out, plan memory, assemble)."""
 
-from metafast.lower.program import External, Lowered, lower
+from metafast.lower.program import NAMES, External, Lowered, lower
 
-__all__ = ["External", "Lowered", "lower"]
+__all__ = ["NAMES", "External", "Lowered", "lower"]

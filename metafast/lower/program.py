@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from metafast.graph import Input, Shape, Value
@@ -53,12 +55,25 @@ class Lowered:
 
     program: Any
     externals: list[External]
-    accumulators: dict[str, tuple[int, Shape]]  # shared gradient -> element offset in the result, shape
+    accumulators: dict[str, tuple[int, Shape, Shape]]  # shared gradient -> element offset in the result, shape, strides
     result_elements: int
     code: dict[str, list[Instruction]]
     arena_bytes: int
     state_bytes: int
+    itemsize: int
     constants: bytes = b""
+    _strides: dict[int, npt.NDArray[np.int64]] = field(default_factory=dict)
+
+    def strides(self, steps: int) -> npt.NDArray[np.int64]:
+        """The table of a call of so many steps but for the pointers: 0, task stride, step stride in bytes."""
+        table = self._strides.get(steps)
+        if table is None:
+            table = self._strides[steps] = np.zeros((len(self.externals), 3), dtype=np.int64)
+            for row, e in zip(table, self.externals, strict=True):
+                item = numel(e.shape) * ITEM.get(e.dtype, self.itemsize)
+                row[2] = item if e.per_step else 0
+                row[1] = item * (max(steps, 1) if e.per_step else 1) if e.per_task else 0
+        return table
 
     def listing(self) -> str:
         """The program as text: section, kernel, operands with address and shape."""
@@ -217,7 +232,8 @@ def lower(state: Mapping[str, Shape], sections: Mapping[str, Section], dtype: to
         constants=constants,
         n_external=len(lowering.externals),
     )
-    sums = {name: (offset // dtype.itemsize, shape) for name, (offset, shape) in lowering.sums.offsets.items()}
+    offsets = lowering.sums.offsets.items()
+    sums = {name: (offset // dtype.itemsize, shape, dense_strides(shape)) for name, (offset, shape) in offsets}
     return Lowered(
         program,
         lowering.externals,
@@ -226,5 +242,6 @@ def lower(state: Mapping[str, Shape], sections: Mapping[str, Section], dtype: to
         code,
         lowering.arena,
         lowering.state.nbytes,
+        dtype.itemsize,
         constants,
     )
