@@ -7,7 +7,8 @@ import random
 import pytest
 import torch
 
-from metafast.lower.arrays import Array, Buffer, Instruction, collapse, memory_order, reshaped
+from metafast.lower.arrays import STATE_NEXT, Array, Buffer, Instruction, collapse, memory_order, reshaped
+from metafast.lower.bundle import bundle
 from metafast.lower.memory import lifetimes, place
 
 
@@ -66,3 +67,47 @@ def test_live_buffers_never_overlap(seed: int) -> None:
             apart = a.offset + a.nbytes <= b.offset or b.offset + b.nbytes <= a.offset
             never_together = life[a][1] < life[b][0] or life[b][1] < life[a][0]
             assert apart or never_together
+
+
+# ---- rows of alike instructions -------------------------------------------------------------------------------
+
+
+def doubling(a: Array, b: Array, n: int) -> Instruction:
+    """b = a + a over n elements; add is opcode 1."""
+    return Instruction("pointwise", [a, b], [1], [1, 1, 1, 1, 2, n, 1, 1, 1, 0, 1, 1, 0, 0, 0])
+
+
+def flat(n: int, space: int | None = None, offset: int | None = None) -> Array:
+    return Array(Buffer(4 * n, space, offset), (n,), (1,), 4)
+
+
+def test_alike_instructions_become_one_row() -> None:
+    sizes = (40, 1600, 1)
+    offsets = (0, 192, 192 + 6400)
+    grads = [flat(n) for n in sizes]
+    made = [Instruction("gemm", [g], [0], []) for g in grads]
+    updates = [doubling(g, flat(n, STATE_NEXT, o), n) for g, n, o in zip(grads, sizes, offsets, strict=True)]
+    code = bundle([made[0], updates[0], made[1], made[2], updates[2], updates[1]], set())
+    assert [ins.kernel for ins in code] == ["gemm", "gemm", "gemm", "pointwise"]
+    assert code[-1].ints[5] == (192 + 6400) // 4 + 1
+    place(code, 64)
+    start = grads[0].buffer.offset
+    assert start is not None and code[-1].operands[0].buffer.offset == start
+    assert [g.buffer.offset for g in grads] == [start + o for o in offsets]
+
+
+def test_a_row_ends_where_somebody_reads_in_between() -> None:
+    grads, states = [flat(16), flat(16)], [flat(16, STATE_NEXT, 0), flat(16, STATE_NEXT, 64)]
+    first, second = (doubling(g, s, 16) for g, s in zip(grads, states, strict=True))
+    reader = Instruction("gemm", [states[0], grads[1]], [1], [])
+    assert bundle([first, reader, second], set()) == [first, reader, second]
+
+
+@pytest.mark.parametrize("why", ["pinned", "gap", "same"])
+def test_arrays_that_cannot_lie_in_a_row_stay_apart(why: str) -> None:
+    grads = [flat(16), flat(16)]
+    states = [flat(16, STATE_NEXT, 0), flat(16, STATE_NEXT, 128 if why == "gap" else 64)]
+    if why == "same":
+        grads[1] = grads[0]
+    code = [doubling(g, s, 16) for g, s in zip(grads, states, strict=True)]
+    assert bundle(code, {grads[0].buffer} if why == "pinned" else set()) == code

@@ -22,6 +22,7 @@ class Buffer:
     space: int | None = None
     offset: int | None = None
     persistent: bool = False  # outlives its section
+    within: tuple[Buffer, int] | None = None  # part of a larger block, so many bytes from its start
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 
 from metafast.graph import Node, Shape, Value
 from metafast.lower.arrays import (
+    ACCUMULATOR,
     CONSTANT,
     ITEM,
     Array,
@@ -307,6 +308,8 @@ class Emitter:
         operands: list[Array] = [*inputs, *outputs]
         strides = [[a.strides[d] for d in order] for a in operands]
         dims, strides = collapse(tuple(shape[d] for d in order), strides)
+        if not dims:  # one element, which may stand in a row of others (see bundle.py)
+            dims, strides = [1], [[int(a.buffer.space is None or a.buffer.space <= ACCUMULATOR)] for a in operands]
         ints = [len(dims), len(inputs), len(outputs), len(ops) // 5, count, *dims]
         ints += [s for each in strides for s in each] + regs + modes + ops
         writes = list(range(len(inputs), len(operands)))

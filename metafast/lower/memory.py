@@ -15,14 +15,19 @@ def aligned(nbytes: int) -> int:
 
 
 def lifetimes(code: Sequence[Instruction]) -> dict[Buffer, tuple[int, int]]:
-    """First and last instruction that touches each arena buffer of the section."""
+    """First and last instruction that touches each arena buffer of the section; a part of a block counts for the block."""
     life: dict[Buffer, tuple[int, int]] = {}
     for k, ins in enumerate(code):
         for a in ins.operands:
             if a.buffer.space is None:
-                first, _ = life.get(a.buffer, (k, k))
-                life[a.buffer] = (first, k)
+                whole = _whole(a.buffer)
+                first, _ = life.get(whole, (k, k))
+                life[whole] = (first, k)
     return life
+
+
+def _whole(buffer: Buffer) -> Buffer:
+    return buffer if buffer.within is None else buffer.within[0]
 
 
 def place(code: Sequence[Instruction], base: int) -> int:
@@ -44,4 +49,8 @@ def place(code: Sequence[Instruction], base: int) -> int:
         end = at + aligned(max(buffer.nbytes, 1))
         placed.append((at, end, first, last))
         top = max(top, end)
+    for part in {a.buffer for ins in code for a in ins.operands}:
+        if part.within is not None:
+            assert part.within[0].offset is not None
+            part.offset = part.within[0].offset + part.within[1]
     return top

@@ -26,6 +26,7 @@ from metafast.lower.arrays import (
     Instruction,
     dense_strides,
 )
+from metafast.lower.bundle import bundle
 from metafast.lower.emit import Constants, Emitter
 from metafast.lower.memory import aligned, place
 from metafast.lower.spell import spell
@@ -147,7 +148,7 @@ class _Lowering:
         code = emitter.run()
         for name, array in emitter.kept.items():
             self.persistent["hoisted", name] = array
-        return code
+        return bundle(code, {array.buffer for array in self.persistent.values()})
 
     def _keep_hoisted(self, code: Mapping[str, list[Instruction]]) -> None:
         """What crosses sections lies at the arena's bottom and stays."""

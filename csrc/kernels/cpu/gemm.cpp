@@ -247,8 +247,18 @@ int64_t gemm_scratch(const int64_t* ints) noexcept {
 }
 
 template <class T>
+int64_t gemm_prepared_bytes(const int64_t*) noexcept {
+  return sizeof(Sizes);
+}
+
+template <class T>
+void gemm_prepare(const int64_t* ints, const double*, std::byte* place) noexcept {
+  *reinterpret_cast<Sizes*>(place) = Sizes::of<T>(ints);
+}
+
+template <class T>
 int gemm(const Args& a) noexcept {
-  const Sizes s = Sizes::of<T>(a.i);
+  const Sizes& s = *reinterpret_cast<const Sizes*>(a.prepared);
   const int64_t* i = a.i;
   Matrix<const T> A{static_cast<const T*>(a.ptr[0]), i[4], i[5], i[6]};
   Matrix<const T> B{static_cast<const T*>(a.ptr[1]), i[7], i[8], i[9]};
@@ -272,5 +282,9 @@ template int gemm<float>(const Args&) noexcept;
 template int gemm<double>(const Args&) noexcept;
 template int64_t gemm_scratch<float>(const int64_t*) noexcept;
 template int64_t gemm_scratch<double>(const int64_t*) noexcept;
+template int64_t gemm_prepared_bytes<float>(const int64_t*) noexcept;
+template int64_t gemm_prepared_bytes<double>(const int64_t*) noexcept;
+template void gemm_prepare<float>(const int64_t*, const double*, std::byte*) noexcept;
+template void gemm_prepare<double>(const int64_t*, const double*, std::byte*) noexcept;
 
 }  // namespace metafast::kernels::METAFAST_ISA

@@ -17,6 +17,11 @@ template <class T>
 int gemm(const Args&) noexcept;
 template <class T>
 int64_t gemm_scratch(const int64_t* ints) noexcept;
+// Which tiles, whether turned, packed or staged: decided once a program.
+template <class T>
+int64_t gemm_prepared_bytes(const int64_t* ints) noexcept;
+template <class T>
+void gemm_prepare(const int64_t* ints, const double* floats, std::byte* place) noexcept;
 
 extern template int gemm<float>(const Args&) noexcept;
 extern template int gemm<double>(const Args&) noexcept;

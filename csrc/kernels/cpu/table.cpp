@@ -20,7 +20,7 @@ struct Rows {
       {"pointwise", pointwise<T>, pointwise_scratch<T>, true, pointwise_prepared_bytes<T>,
        pointwise_prepare<T>},
       {"reduce", reduce<T>, none, true},
-      {"gemm", gemm<T>, gemm_scratch<T>, true},
+      {"gemm", gemm<T>, gemm_scratch<T>, true, gemm_prepared_bytes<T>, gemm_prepare<T>},
       {"conv_fwd", conv_fwd<T>, conv_fwd_scratch<T>, true},
       {"conv_dx", conv_dx<T>, conv_dx_scratch<T>, true},
       {"conv_dw", conv_dw<T>, conv_dw_scratch<T>, true},
