@@ -1,7 +1,7 @@
 """Functions applied element by element, with NumPy broadcasting; each row is a function and its partial derivatives.
 
-A partial is itself written in rows of this table, so a gradient can be differentiated again. None is a derivative that is
-zero almost everywhere. At kinks the partial is the one PyTorch's backward uses.
+A partial is itself written in rows of this table, so a gradient can be differentiated again. None is a derivative that
+is zero almost everywhere. At kinks the partial is the one PyTorch's backward uses.
 """
 
 from __future__ import annotations
