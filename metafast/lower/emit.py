@@ -481,6 +481,11 @@ class Emitter:
         out = self.env[node.outputs[0]] = self.fresh(x.shape, order)
         self.emit(node, "log_softmax", [x, out], 1, list(sizes))
 
+    def _cumsum(self, node: Node, _: tuple[Array, bool] | None) -> None:
+        x, order, sizes = self._blocked(self.array(node.inputs[0]), (node.attrs["dim"],))
+        out = self.env[node.outputs[0]] = self.fresh(x.shape, order)
+        self.emit(node, "cumsum", [x, out], 1, [*sizes, int(node.attrs["reverse"])])
+
     # -- pools
 
     def _max_pool(self, node: Node, _: tuple[Array, bool] | None) -> None:
