@@ -262,6 +262,11 @@ case("conv2d.same", IMAGE, (4, 3, 3, 5))(lambda x, w: F.conv2d(x, w, padding="sa
 case("conv2d.single", (3, 6, 6), CONV, (4,))(F.conv2d)
 case("conv1d", (2, 3, 7), (4, 3, 3), (4,))(lambda x, w, b: F.conv1d(x, w, b, stride=2, padding=1))
 case("attention", (1, 2, 3, 4), (1, 2, 5, 4), (1, 2, 5, 4))(F.scaled_dot_product_attention)
+case("attention.single", A, A, A)(F.scaled_dot_product_attention)
+case("attention.three_dims", (2, 3, 4), (2, 5, 4), (2, 5, 4))(F.scaled_dot_product_attention)
+case("attention.to_nothing", (2, 3, 4), (2, 3, 4), (2, 3, 4))(
+    lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=torch.ones(3, 3).tril(-1).bool())
+)
 case("attention.causal", (1, 2, 3, 4), (1, 2, 3, 4), (1, 2, 3, 4))(
     lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)
 )
