@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
+
+import metafast
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: an installed metafast goes first
 
@@ -14,6 +18,8 @@ from docs import walkthrough
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text()
+README = (ROOT / "README.md").read_text()
+PROJECT = (ROOT / "pyproject.toml").read_text()
 
 
 def codemap() -> list[str]:
@@ -61,3 +67,40 @@ def test_files_that_a_document_names_exist(document: str) -> None:
     places = (ROOT, ROOT / "metafast", ROOT / "csrc", *(p for p in (ROOT / "metafast").iterdir() if p.is_dir()))
     missing = [s for s in paths if not any(list(place.glob(s.rstrip("/"))) for place in places)]
     assert [s for s in missing if not list(ROOT.glob(f"tests/{s}"))] == []
+
+
+# ---- README and metadata
+
+
+def test_the_readmes_example_runs_natively() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    scope: dict[str, object] = {}
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a FallbackWarning among them
+        exec(compile(code, "README.md", "exec"), scope)
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in scope["inner"].parameters())
+
+
+def test_the_readme_states_the_oldest_torch_and_python() -> None:
+    oldest = re.search(r'"torch>=([\d.]+)"', PROJECT)
+    python = re.search(r'requires-python = ">=([\d.]+)"', PROJECT)
+    assert oldest is not None and python is not None
+    assert f"torch {oldest[1]} or newer" in README
+    assert f"Python {python[1]} or newer" in README
+
+
+def test_version_and_licence_are_the_same_everywhere() -> None:
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"version: {metafast.__version__}\n" in citation
+    assert f'version = "{metafast.__version__}"' in PROJECT
+    assert "license: Apache-2.0" in citation and 'license = { text = "Apache-2.0" }' in PROJECT
+    assert f"## {metafast.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    title = re.search(r'^title: "(.*)"$', citation, flags=re.MULTILINE)
+    assert title is not None and title[1] in README
+
+
+def test_every_public_name_is_documented() -> None:
+    bare = [name for name in metafast.__all__ if not (getattr(metafast, name).__doc__ or "").strip()]
+    assert bare == []
+    assert [name for name in metafast.__all__ if name not in README] == []
