@@ -168,6 +168,10 @@ void project_tangent(Call& c) {
   rows(c, {{in, true}, {in, true}, {in, true}, {in, false}, {in, false}, {out, true}});
 }
 void log_softmax(Call& c) { rows(c, {{in, true}, {out, true}}); }
+void cumsum(Call& c) {
+  c.flag(3, "flag of summing from the end");
+  rows(c, {{in, true}, {out, true}});
+}
 
 int64_t images(const Call& c) { return product(c.i.first(4)); }
 
@@ -235,7 +239,7 @@ constexpr Describe kDescribe[] = {
     {"standardize", standardize},   {"project", project},   {"project_tangent", project_tangent},
     {"log_softmax", log_softmax},   {"max_pool", max_pool}, {"pool_gather", pool_gather},
     {"pool_scatter", pool_scatter}, {"avg_pool", avg_pool}, {"avg_pool_adj", avg_pool_adj},
-    {"one_hot", one_hot},           {"fill", fill},
+    {"one_hot", one_hot},           {"fill", fill},         {"cumsum", cumsum},
 };
 
 void check_counts(std::string_view kernel, Ints ints, std::span<const double> floats) {

@@ -1,7 +1,7 @@
 """Reverse and forward mode over Graph: each walks the nodes once and asks the op table for the rule.
 
-Symbolic zeros (None) never become nodes. The Hessian-vector product of a loss is `push` over the graph that `pull` wrote:
-forward over reverse (Pearlmutter 1994; MixFlow-MG, arXiv:2505.00793).
+Symbolic zeros (None) never become nodes. The Hessian-vector product of a loss is `push` over the graph that `pull`
+wrote: forward over reverse (Pearlmutter 1994; MixFlow-MG, arXiv:2505.00793).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def depends_on(nodes: Iterable[Node], sources: Iterable[Value]) -> set[Value]:
 
 
 def pull(b: Builder, cotangents: Mapping[Value, Value], wrt: Sequence[Value]) -> list[Value | None]:
-    """Reverse mode: the cotangent of each of `wrt`, given cotangents of some values of the graph in `b`; None is zero."""
+    """Reverse mode: the cotangent of each of `wrt`, given those of some values of the graph in `b`; None is zero."""
     nodes = live_nodes(b.nodes, cotangents)
     active = depends_on(nodes, wrt)
     cts: dict[Value, Value] = dict(cotangents)

@@ -39,8 +39,8 @@ _scans: WeakKeyDictionary[nn.Module, _Scan] = WeakKeyDictionary()
 def choose(problem: Problem, backend: str) -> Backend:
     """The backend for `problem`: `backend` is "auto", "native", "cuda" or "torch".
 
-    A problem that cannot go native takes the PyTorch reference under "auto", with one FallbackWarning a plan; under "native" it
-    raises BackendError.
+    A problem that cannot go native takes the PyTorch reference under "auto", with one FallbackWarning a plan; under
+    "native" it raises BackendError.
     """
     return _choice(problem, backend).backend
 
@@ -110,7 +110,8 @@ def _explain_plan(plan: Any, problem: Problem) -> list[str]:
     lines += [f"flops: {name} {f:.3g} a task and step" for name, f in flops.items()]
     lines += [f"flops of the call: {total:.4g}"]
     state = (problem.steps + 1) * lowered.state_bytes
-    lines += [f"memory: arena {lowered.arena_bytes} B and state {state} B a worker, {lowered.result_elements} gradient elements"]
+    worker = f"arena {lowered.arena_bytes} B and state {state} B a worker"
+    lines += [f"memory: {worker}, {lowered.result_elements} gradient elements"]
     return lines
 
 
@@ -118,8 +119,8 @@ def _explain_plan(plan: Any, problem: Problem) -> list[str]:
 
 
 def plan_key(problem: Problem) -> Any:
-    """Everything that can change a plan: shapes, dtypes, who gets a gradient, training flags and plain attributes of every
-    module, what the objectives close over, autocast."""
+    """Everything that can change a plan: shapes, dtypes, who gets a gradient, training flags and plain attributes of
+    every module, what the objectives close over, autocast."""
     inner, query = problem.inner_objective, problem.query_objective
     inner_key = function_key(inner)
     return (

@@ -10,8 +10,8 @@ Grammar::
 Values are compared by identity and assigned once; nodes stand in an order in which every value is defined before it is
 used. Truth values are real 0 and 1. A pass reads one graph and writes another through `Builder`, whose `op` infers
 shapes, folds constants, applies the row's identities and returns the value that already exists for an equal node, so
-that common subexpressions and algebraic noise never enter a graph. Every pass ends in `Builder.finish`, which drops dead
-nodes and verifies.
+that common subexpressions and algebraic noise never enter a graph. Every pass ends in `Builder.finish`, which drops
+dead nodes and verifies.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def _externs(problem: Problem) -> dict[str, Tensor]:
 
 
 def _update_graphs(problem: Problem, params: Mapping[str, Tensor]) -> tuple[Graph, Graph, dict[str, Tensor]]:
-    """The update rule's (init, update) pair as graphs, and the tensors it closes over; its state becomes "state/<i>"."""
+    """The update rule's (init, update) pair as graphs, the tensors it closes over; its state becomes "state/<i>"."""
     rule, names = problem.update, problem.adapted
     given: dict[tuple[str, str], Tensor] = {("param", n): params[n] for n in names}
     given |= {("hyper", h): t.detach() for h, t in problem.group("hyper").items()}
@@ -386,14 +386,15 @@ def _compare(
     a, b = torch.cat(ours), torch.cat(theirs)
     if not torch.isfinite(b).all() or (a - b).norm() <= tolerance * b.norm() + 1e-6:
         return None
-    return f"the gradient of the first task differs from PyTorch's by {float((a - b).norm() / b.norm()):.2g} of its norm"
+    off = float((a - b).norm() / b.norm())
+    return f"the gradient of the first task differs from PyTorch's by {off:.2g} of its norm"
 
 
 def evaluate(graph: Graph, values: Mapping[tuple[str, str], Tensor]) -> dict[str, Tensor]:
     """Run one graph natively, once: what the tests of single ops call.
 
-    **Arguments:** `values` maps (role, name) to a tensor; floating-point ones share the program's dtype. **Returns** the
-    outputs by name.
+    **Arguments:** `values` maps (role, name) to a tensor; floating-point ones share the program's dtype. **Returns**
+    the outputs by name.
     """
     from metafast import _C
 

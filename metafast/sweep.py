@@ -6,9 +6,9 @@
     meta       step k back: (λ, γ, σ, dη, dφ₀) ← VJP of U along (λ, σ);  λ += ∂²L/∂φ²·γ, shared += ∂²L/∂ψ∂φ·γ
     epilogue   once a task: θ̄ += λ, VJP of init along σ, VJP of the prologue along its accumulated adjoints
 
-`meta` is forward over reverse: the tangent along γ of the gradient graph of one step, so no graph grows with the number of
-steps. The number of steps is known at run time only. Order 1 makes g a constant: the tangent is left out, λ, σ and the
-hyper-parameters' adjoints still pass through U.
+`meta` is forward over reverse: the tangent along γ of the gradient graph of one step, so no graph grows with the number
+of steps. The number of steps is known at run time only. Order 1 makes g a constant: the tangent is left out, λ, σ and
+the hyper-parameters' adjoints still pass through U.
 
 A section is a Graph and a list of stores. Section inputs, by role:
 
@@ -34,8 +34,9 @@ SECTIONS = ("prologue", "inner", "query", "meta", "epilogue")
 class Store:
     """Section output `output` goes to `kind`/`name`; `add` accumulates.
 
-    Kinds: state (slot k), state_next (slot k+1), adjoint (current), adjoint_next, gradient (a leaf's gradient: added up over the group for
-    a shared leaf, over steps for a task's), loss, step_loss, stat, output, fast (leaves of the result), hoisted, spill.
+    Kinds: state (slot k), state_next (slot k+1), adjoint (current), adjoint_next, gradient (a leaf's gradient: added up
+    over the group for a shared leaf, over steps for a task's), loss, step_loss, stat, output, fast (leaves of the
+    result), hoisted, spill.
     """
 
     output: str
@@ -57,8 +58,9 @@ class Loop:
     """What the sweep is made from: captured graphs and what they mean.
 
     `support`, `query`: inputs by role param, buffer, support | query, extern; outputs "loss", "stat/…", "output/<i>".
-    `update`: inputs param, grad, state, hyper, step "k", param0; outputs "param/<n>", "state/<p>". `init`: inputs param,
-    hyper; outputs "state/<p>". `adapted` lists parameter names; `wrt` leaf keys whose gradient is wanted; `order` 1 | 2.
+    `update`: inputs param, grad, state, hyper, step "k", param0; outputs "param/<n>", "state/<p>". `init`: inputs
+    param, hyper; outputs "state/<p>". `adapted` lists parameter names; `wrt` leaf keys whose gradient is wanted;
+    `order` 1 | 2.
     """
 
     support: Graph
@@ -210,7 +212,7 @@ class Sweep:
     # -- ways to run
 
     def fused(self, *, outputs: bool = False) -> dict[str, Section]:
-        """Query loss and its meta-gradient; with `outputs`, leaves "outputs/<i>" hold cotangents of the query outputs."""
+        """Query loss and meta-gradient; with `outputs`, leaves "outputs/<i>" hold cotangents of the query outputs."""
         return self._hoist(
             {
                 "prologue": self._prologue(),

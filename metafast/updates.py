@@ -129,7 +129,7 @@ class UpdateRule(nn.Module):
 
     @property
     def plan_inputs(self) -> frozenset[str]:
-        """Attributes whose values are inputs of a plan or none of its business: a new learning rate needs no new plan."""
+        """Attributes that are inputs of a plan or none of its business: a new learning rate needs no new plan."""
         return frozenset({*self._hyper_names, "_cache", "_changes"})
 
     @contextlib.contextmanager

@@ -290,37 +290,12 @@ def _literal(data: bytes, shape: Shape) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.float64).reshape(shape).clone()
 
 
-_SAME_NAME = [
-    "neg",
-    "exp",
-    "log",
-    "sqrt",
-    "rsqrt",
-    "square",
-    "abs",
-    "sign",
-    "floor",
-    "tanh",
-    "sigmoid",
-    "erf",
-]
-_SAME_NAME += [
-    "expm1",
-    "log1p",
-    "sin",
-    "cos",
-    "relu",
-    "add",
-    "sub",
-    "mul",
-    "div",
-    "maximum",
-    "minimum",
-    "pow",
-]
+_UNARY = ["neg", "exp", "log", "sqrt", "rsqrt", "square", "abs", "sign", "floor", "tanh", "sigmoid", "erf"]
+_UNARY += ["expm1", "log1p", "sin", "cos", "atan", "relu"]
+_BINARY = ["add", "sub", "mul", "div", "maximum", "minimum", "pow"]
 _COMPARE = ["gt", "ge", "lt", "le", "eq", "ne"]
 
-REFERENCE: dict[str, Callable[..., Any]] = {name: getattr(torch, name) for name in _SAME_NAME}
+REFERENCE: dict[str, Callable[..., Any]] = {name: getattr(torch, name) for name in [*_UNARY, *_BINARY]}
 REFERENCE |= {name: _as_real(getattr(torch, name)) for name in _COMPARE}
 REFERENCE |= {
     "recip": torch.reciprocal,
@@ -337,6 +312,7 @@ REFERENCE |= {
     "pad": _pad,
     "concat": lambda *x, dim: torch.cat(x, dim),
     "sum": lambda x, dims: x.sum(dims),
+    "cumsum": lambda x, dim, reverse: x.flip(dim).cumsum(dim).flip(dim) if reverse else x.cumsum(dim),
     "matmul": torch.matmul,
     "conv2d": lambda x, w, stride, padding, dilation: F.conv2d(x, w, None, stride, padding, dilation),
     "conv2d_dx": _conv2d_dx,
@@ -360,7 +336,7 @@ TAILS: tuple[Shape, ...] = ((), (1,), (17,), (3, 37), (2, 3, 5))
 
 def _unary() -> list[Case]:
     draws = dict.fromkeys(("log", "sqrt", "rsqrt"), "positive") | {"recip": "away", "log1p": "unit"}
-    names = [*_SAME_NAME[:17], "recip", "softplus", "step"]
+    names = [*_UNARY, "recip", "softplus", "step"]
     cases = []
     for name in names:
         draw = draws.get(name, "normal")
@@ -383,7 +359,7 @@ def _binary() -> list[Case]:
     )
     draws = {"div": ("normal", "away"), "pow": ("positive", "normal")}
     cases = []
-    for name in ["add", "sub", "mul", "div", "maximum", "minimum", "pow", *_COMPARE]:
+    for name in [*_BINARY, *_COMPARE]:
         for pair in pairs:
             args = (
                 Arg(a.shape, a.layout, d)
@@ -442,6 +418,10 @@ def _shape() -> list[Case]:
         Case("sum", (Arg((2, 3, 4, 5), "permuted"),), {"dims": (1, 3)}),
         Case("sum", (Arg((4, 6), "expanded"),), {"dims": (0,)}),
         Case("sum", (Arg((1027,), "strided"),), {"dims": (0,)}),
+        Case("cumsum", (Arg((5, 37)),), {"dim": 0, "reverse": False}),
+        Case("cumsum", (Arg((5, 37)),), {"dim": 1, "reverse": True}),
+        Case("cumsum", (Arg((2, 3, 4, 5), "permuted"),), {"dim": 2, "reverse": False}),
+        Case("cumsum", (Arg((1027,), "strided"),), {"dim": 0, "reverse": True}),
     ]
 
 

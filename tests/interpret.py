@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ def interpret(
     steps: int,
     weights: Tensor,
 ) -> dict[tuple[str, str], Tensor]:
-    """All stores by (kind, name): gradients of shared leaves summed over tasks, everything else with its leading dims."""
+    """All stores by (kind, name): gradients of shared leaves summed over tasks, all else with its leading dims."""
     sums: dict[tuple[str, str], Tensor] = {}
     rows: dict[tuple[str, str], dict[tuple[int, int], Tensor]] = {}
     for t in range(tasks):
@@ -28,7 +27,13 @@ def interpret(
         adjoint: dict[str, Tensor] = {}
         kept: dict[tuple[str, str], Tensor] = {}
 
-        def run(name: str, k: int, t: int = t, state: Any = state, kept: Any = kept) -> None:
+        def run(
+            name: str,
+            k: int,
+            t: int = t,
+            state: dict[int, dict[str, Tensor]] = state,
+            kept: dict[tuple[str, str], Tensor] = kept,
+        ) -> None:
             nonlocal adjoint
             section = sections.get(name)
             if section is None:

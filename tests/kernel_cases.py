@@ -405,12 +405,26 @@ def log_softmax(shape: tuple[int, int, int]) -> Case:
     return Case(f"log_softmax {shape}", make)
 
 
+def cumsum(shape: tuple[int, int, int], reverse: int) -> Case:
+    def make(draw: Draw) -> Call:
+        x = draw.dense(*shape)
+        X = x.double().flip(1) if reverse else x.double()
+        value, magnitude = X.cumsum(1), X.abs().cumsum(1)
+        bound = draw.u * value.abs() + 2.0**-53 * shape[1] * magnitude
+        if reverse:
+            value, bound = value.flip(1), bound.flip(1)
+        return Call("cumsum", [given(x), wanted(draw.dense(*shape), value, bound)], [*shape, reverse])
+
+    return Case(f"cumsum {shape} reverse{reverse}", make)
+
+
 def middle_cases() -> Iterator[Case]:
     for k, shape in enumerate(MIDDLE):
         yield standardize(shape)
         yield project(shape, k % 2)
         yield project_tangent(shape, (k + 1) % 2)
         yield log_softmax(shape)
+        yield cumsum(shape, k % 2)
     for shape in [(75, 5, 1), (17, 1, 1), (16, 64, 1), (3, 65, 1), (2, 5, 33)]:
         yield log_softmax(shape)
 

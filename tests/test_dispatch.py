@@ -187,7 +187,7 @@ def test_a_fallback_names_op_module_and_line_once() -> None:
 
 
 def test_what_capture_cannot_see_fails_the_first_use_check() -> None:
-    """A hook on an autograd node leaves no mark on tensors or modules; the comparison of one task's gradient finds it."""
+    """A hook on an autograd node leaves no mark on tensors or modules; comparing one task's gradient finds it."""
 
     class Hooked(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:

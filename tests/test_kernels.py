@@ -134,6 +134,7 @@ ROUNDED: dict[str, tuple[Callable[..., Tensor], float]] = {
     "erf": (torch.erf, 2),
     "sin": (torch.sin, 2),
     "cos": (torch.cos, 2),
+    "atan": (torch.atan, 2),
     "tanh": (torch.tanh, 4),
     "sigmoid": (torch.sigmoid, 4),
     "softplus": (lambda a: torch.logaddexp(a, torch.zeros((), dtype=a.dtype)), 4),

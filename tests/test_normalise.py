@@ -81,7 +81,7 @@ A, V, M = (3, 4), (4,), (4, 5)
 IMAGE, CONV = (2, 3, 6, 6), (4, 3, 3, 3)
 
 _SMOOTH_OR_NOT = ["neg", "exp", "square", "abs", "sign", "tanh", "sigmoid", "erf", "relu", "expm1", "sin", "cos"]
-_SMOOTH_OR_NOT += ["floor", "ceil", "exp2", "erfc", "tan", "isnan", "isinf"]
+_SMOOTH_OR_NOT += ["atan", "floor", "ceil", "exp2", "erfc", "tan", "isnan", "isinf"]
 for _n in _SMOOTH_OR_NOT:
     case(_n, A, make=_kinks)(lambda x, n=_n: getattr(torch, n)(x).double())
 for _n in ("log", "sqrt", "rsqrt", "log1p", "reciprocal", "log2", "log10"):
@@ -217,6 +217,8 @@ case("labels.both", A, labels=(((3,), 4),))(lambda x, y: F.cross_entropy(x, y) *
 # ---- sums -----------------------------------------------------------------------------------------------------
 
 case("sum", A)(lambda x: x.exp().sum())
+case("cumsum", IMAGE)(lambda x: x.exp().cumsum(-2) * x.cumsum(0))
+case("cumsum.scalar", ())(lambda x: x.cumsum(0) * 2)
 case("sum.dim", IMAGE)(lambda x: x.exp().sum((0, 2), keepdim=True) * x.sum(-1, keepdim=True))
 case("mean", IMAGE)(lambda x: x.exp().mean() * x.mean((2, 3)) + x.mean([0, -1]).sum())
 case("var", A)(lambda x: x.var() + x.var(1, unbiased=False) * x.var(0).sum())
@@ -260,6 +262,11 @@ case("conv2d.same", IMAGE, (4, 3, 3, 5))(lambda x, w: F.conv2d(x, w, padding="sa
 case("conv2d.single", (3, 6, 6), CONV, (4,))(F.conv2d)
 case("conv1d", (2, 3, 7), (4, 3, 3), (4,))(lambda x, w, b: F.conv1d(x, w, b, stride=2, padding=1))
 case("attention", (1, 2, 3, 4), (1, 2, 5, 4), (1, 2, 5, 4))(F.scaled_dot_product_attention)
+case("attention.single", A, A, A)(F.scaled_dot_product_attention)
+case("attention.three_dims", (2, 3, 4), (2, 5, 4), (2, 5, 4))(F.scaled_dot_product_attention)
+case("attention.to_nothing", (2, 3, 4), (2, 3, 4), (2, 3, 4))(
+    lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=torch.ones(3, 3).tril(-1).bool())
+)
 case("attention.causal", (1, 2, 3, 4), (1, 2, 3, 4), (1, 2, 3, 4))(
     lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)
 )
@@ -580,7 +587,7 @@ UNSUPPORTED: dict[str, tuple[Function, str]] = {
     "amax": (lambda x: x.amax(1), "aten.amax"),
     "max": (lambda x: x.max(1).values, "aten.max.dim"),
     "sort": (lambda x: x.sort().values, "aten.sort"),
-    "cumsum": (lambda x: x.cumsum(0), "aten.cumsum"),
+    "cumprod": (lambda x: x.cumprod(0), "aten.cumprod"),
     "floor_divide": (lambda x: torch.div(x, 2, rounding_mode="floor"), "rounding_mode"),
     "groups": (lambda x: F.conv2d(x.view(1, 2, 2, 3), x.view(2, 1, 2, 3)[..., :2], groups=2), "groups"),
     "transposed": (lambda x: F.conv_transpose2d(x.view(1, 1, 3, 4), x.view(1, 1, 3, 4)), "transposed"),

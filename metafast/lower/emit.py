@@ -1,8 +1,8 @@
 """Units to instructions: for each kernel stem one emitter that fixes layouts and writes the kernel's integers.
 
-Layouts are a matter of strides alone. Convolutions and pools work on dense N,H,W,C; a pointwise cluster takes the layout
-of its largest dense input; normalisations keep their input's layout where the reduced dims are one block of it; everything that leaves
-the section is contiguous. Where an operand lies otherwise, `_dense` copies it.
+Layouts are a matter of strides alone. Convolutions and pools work on dense N,H,W,C; a pointwise cluster takes the
+layout of its largest dense input; normalisations keep their input's layout where the reduced dims are one block of it;
+everything that leaves the section is contiguous. Where an operand lies otherwise, `_dense` copies it.
 """
 
 from __future__ import annotations
@@ -159,7 +159,15 @@ class Emitter:
         order = tuple(range(len(a.shape))) if order is None else order
         return a if lies_in(a, order) else self._copied(a, order)
 
-    def emit(self, node: Node, kernel: str, operands: list[Array], writes: int, ints: list[int], floats: Sequence[float] = ()) -> None:
+    def emit(
+        self,
+        node: Node,
+        kernel: str,
+        operands: list[Array],
+        writes: int,
+        ints: list[int],
+        floats: Sequence[float] = (),
+    ) -> None:
         """Append one instruction whose last `writes` operands are written."""
         n = len(operands)
         self.code.append(
@@ -475,6 +483,11 @@ class Emitter:
         x, order, sizes = self._blocked(self.array(node.inputs[0]), (node.attrs["dim"],))
         out = self.env[node.outputs[0]] = self.fresh(x.shape, order)
         self.emit(node, "log_softmax", [x, out], 1, list(sizes))
+
+    def _cumsum(self, node: Node, _: tuple[Array, bool] | None) -> None:
+        x, order, sizes = self._blocked(self.array(node.inputs[0]), (node.attrs["dim"],))
+        out = self.env[node.outputs[0]] = self.fresh(x.shape, order)
+        self.emit(node, "cumsum", [x, out], 1, [*sizes, int(node.attrs["reverse"])])
 
     # -- pools
 

@@ -3,9 +3,9 @@
 A *cluster* is a set of pointwise nodes of one shape that run block by block through L1 as one instruction. A node joins
 the cluster of one of its producers where no path leaves that cluster and comes back. A *sum* is an addition whose terms
 are all kernels that can accumulate (`x·Ẇ + ẋ·W`): the terms write into one buffer. A *biased* unit is a product or
-convolution that starts from its bias. A *lazy* node is a cheap function of one value (a mask, a multiple) that only clusters
-read: each of them computes it again, which costs less than writing it down. A sum over what a cluster makes is the cluster's
-own output.
+convolution that starts from its bias. A *lazy* node is a cheap function of one value (a mask, a multiple) that only
+clusters read: each of them computes it again, which costs less than writing it down. A sum over what a cluster makes is
+the cluster's own output.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ MAX_INPUTS = 20
 
 @dataclass(eq=False)
 class Unit:
-    """`nodes` in order: one node, or a cluster (`pointwise`), or the terms of a sum (`result` names their total), or one
-    node that starts from `bias` (`result` is what the addition would have made)."""
+    """`nodes` in order: one node, or a cluster (`pointwise`), or the terms of a sum (`result` names their total), or
+    one node that starts from `bias` (`result` is what the addition would have made)."""
 
     kind: str  # "node" | "pointwise" | "sum" | "biased"
     nodes: list[Node] = field(default_factory=list)
@@ -239,7 +239,7 @@ class _Fuser:
     # -- reductions of what a cluster makes
 
     def _reduction(self, node: Node) -> bool:
-        """Let the cluster that makes the values add them up, while they are in L1; no later node may join through it."""
+        """Let the cluster that makes the values add them up while they are in L1; no later node may join through it."""
         u = self.unit_of.get(self._alias(node.inputs[0]))
         if u is None or self.units[u].kind != "pointwise" or node.inputs[0].shape != self.units[u].shape:
             return False
@@ -252,7 +252,7 @@ class _Fuser:
     # -- biases
 
     def _bias(self, node: Node, k: int) -> bool:
-        """Make `add(product, bias)` a biased unit where the sum goes on to a kernel; a cluster adds a bias for nothing."""
+        """Make `add(product, bias)` a biased unit where a kernel reads the sum; a cluster adds a bias for nothing."""
         out = node.outputs[0]
         if any(n.op in POINTWISE for n in self.users[out]):
             return False
@@ -277,15 +277,17 @@ class _Fuser:
 
     def _store(self, store: Store) -> None:
         value = self.graph.outputs[store.output]
-        u = self.unit_of.get(self._alias(value))
-        if u is None or self._alias(value) in self.summed or self.units[u].kind != "pointwise" or self.units[u].shape != value.shape:
+        made = self._alias(value)
+        u = self.unit_of.get(made)
+        joins = u is not None and self.units[u].kind == "pointwise" and self.units[u].shape == value.shape
+        if u is None or not joins or made in self.summed:
             u = self._new(Unit("pointwise", order=len(self.graph.nodes)), self._deps((value,)))
         self.units[u].stores.append((value, store))
 
     # -- order
 
     def _ordered(self) -> list[Unit]:
-        """Units by the number of units before them would do; by position of their last node keeps values short-lived."""
+        """Units, each after those it reads; of those ready, the one whose last node is earliest: short lives."""
         alive = [u for u in range(len(self.units)) if self.units[u].kind != "gone"]
         gone = sum(1 << u for u in range(len(self.units)) if self.units[u].kind == "gone")
         done, out = gone, []
@@ -299,5 +301,6 @@ class _Fuser:
 
 
 def _lies_along(shape: tuple[int, ...], full: tuple[int, ...], dim: int) -> bool:
-    """Whether an array of that shape, broadcast to `full`, varies along `dim` (counted from the end) and nowhere else."""
-    return len(shape) >= -dim and all(n == (full[dim] if d == dim else 1) for d, n in zip(range(-len(shape), 0), shape, strict=True))
+    """Whether an array of that shape, broadcast to `full`, varies along `dim` (from the end) and nowhere else."""
+    along = {dim: full[dim]}
+    return len(shape) >= -dim and all(n == along.get(d - len(shape), 1) for d, n in enumerate(shape))

@@ -40,7 +40,7 @@ SLOTS = {"state": STATE, "state_next": STATE_NEXT, "adjoint": ADJOINT, "adjoint_
 
 @dataclass(frozen=True)
 class External:
-    """A tensor of the call: `kind` "leaf" is read; the others are written, one slice a task, and a step where `steps`."""
+    """A tensor of the call: `kind` "leaf" is read; others are written, one slice a task, and a step where `steps`."""
 
     kind: str
     name: str

@@ -15,8 +15,8 @@ import torch
 from metafast.graph import Value
 from metafast.normalise.table import Context, rule
 
-_SAME_NAME = "neg exp log sqrt rsqrt square abs sign tanh sigmoid erf relu expm1 log1p sin cos floor maximum minimum"
-_SAME_NAME += " gt ge lt le eq ne"
+_SAME_NAME = "neg exp log sqrt rsqrt square abs sign tanh sigmoid erf relu expm1 log1p sin cos atan floor"
+_SAME_NAME += " maximum minimum gt ge lt le eq ne"
 _OTHER_NAME = {"reciprocal": "recip", "sgn": "sign", "max.other": "maximum", "min.other": "minimum"}
 
 

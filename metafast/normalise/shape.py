@@ -234,6 +234,12 @@ def _sum(c: Context, x: Any, dim: Sequence[int] | None = None, keepdim: bool = F
     return c.total(x, dim, keepdim)
 
 
+@rule("cumsum")
+def _cumsum(c: Context, x: Any, dim: int, *, dtype: Any = None) -> Value:
+    rank = len(c.shape(x))
+    return c("cumsum", x, dim=dim % rank, reverse=False) if rank else c.real(x)
+
+
 @rule("mean")
 def _mean(c: Context, x: Any, dim: Sequence[int] | None = None, keepdim: bool = False, *, dtype: Any = None) -> Value:
     return c.mean(x, dim, keepdim)

@@ -1,7 +1,7 @@
 """Functions applied element by element, with NumPy broadcasting; each row is a function and its partial derivatives.
 
-A partial is itself written in rows of this table, so a gradient can be differentiated again. None is a derivative that is
-zero almost everywhere. At kinks the partial is the one PyTorch's backward uses.
+A partial is itself written in rows of this table, so a gradient can be differentiated again. None is a derivative that
+is zero almost everywhere. At kinks the partial is the one PyTorch's backward uses.
 """
 
 from __future__ import annotations
@@ -231,6 +231,7 @@ _row("expm1", torch.expm1, lambda b, y, x: b.op("exp", x))
 _row("log1p", torch.log1p, lambda b, y, x: b.op("recip", b.op("add", x, b.const(1.0))))
 _row("sin", torch.sin, lambda b, y, x: b.op("cos", x))
 _row("cos", torch.cos, lambda b, y, x: b.op("neg", b.op("sin", x)))
+_row("atan", torch.atan, lambda b, y, x: b.op("recip", b.op("add", b.op("square", x), b.const(1.0))))
 _row("step", lambda x: x > 0, _zero)
 for _name in ("gt", "ge", "lt", "le", "eq", "ne"):
     _row(_name, getattr(torch, _name), _zero, _zero)

@@ -281,3 +281,24 @@ register(
         bound=4e-6,
     )
 )
+
+
+def _cumsum_eval(x: list[torch.Tensor], a: Attrs) -> tuple[torch.Tensor, ...]:
+    d = a["dim"]
+    return (x[0].flip(d).cumsum(d).flip(d) if a["reverse"] else x[0].cumsum(d),)
+
+
+def _cumsum_vjp(b: Builder, n: Node, ct: Value | None) -> list[Value | None]:
+    return [None if ct is None else b.op("cumsum", ct, dim=n.attrs["dim"], reverse=not n.attrs["reverse"])]
+
+
+register(
+    Op(
+        "cumsum",  # sums up to each place along dim; from the end where `reverse`, which is the adjoint
+        lambda x, a: ((x[0].shape, "real"),),
+        _cumsum_eval,
+        "cumsum",
+        vjp=_cumsum_vjp,
+        jvp=lambda b, n, t: [None if t is None else b.op("cumsum", t, **n.attrs)],
+    )
+)

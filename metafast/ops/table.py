@@ -22,8 +22,9 @@ Simplify = Callable[[Builder, tuple[Value, ...], dict[str, Any]], "Value | None"
 class Op:
     """One op: everything the pipeline asks of it.
 
-    `vjp(b, node, *cotangents)` returns one cotangent an input, `jvp(b, node, *tangents)` one tangent an output; None is a
-    symbolic zero on both sides. A missing rule means that no pass differentiates the op (it appears only in tangents).
+    `vjp(b, node, *cotangents)` returns one cotangent an input, `jvp(b, node, *tangents)` one tangent an output; None is
+    a symbolic zero on both sides. A missing rule means that no pass differentiates the op (it appears only in
+    tangents).
     `bound` is the float32 error of the native kernel relative to the largest magnitude of the exact result, and what
     the tests assert. `kernel` is the native stem: the lowering has one emitter of that name.
     """

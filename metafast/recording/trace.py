@@ -123,6 +123,32 @@ class Trace:
             self._root, self._leaves = None, {}
         return self._gradients
 
+    def __str__(self) -> str:
+        return show(self)
+
+
+def show(trace: Trace) -> str:
+    """The trace as text: one line a leaf and a call; `#` is where the call came from."""
+
+    def text(x: Any) -> str:
+        if isinstance(x, Ref):
+            return f"%{x.id}"
+        return f"[{', '.join(map(text, x))}]" if isinstance(x, (list, tuple)) else str(x)
+
+    def typed(ref: Ref) -> str:
+        return f"%{ref.id}:{'×'.join(map(str, trace.tensors[ref.id].shape)) or '()'}"
+
+    lines = [f"  {typed(Ref(i)):<24} = {t.key}" for i, t in enumerate(trace.tensors) if t.key is not None]
+    for call in trace.calls:
+        made = call.outputs if isinstance(call.outputs, (list, tuple)) else [call.outputs]
+        left = ", ".join(typed(r) for r in made if isinstance(r, Ref))
+        args = ", ".join([*map(text, call.args), *(f"{k}={text(v)}" for k, v in call.kwargs.items())])
+        tail = f"    # {call.origin}" if str(call.origin) else ""
+        lines.append(f"  {left:<24} = {call.op}({args}){tail}")
+    if trace.loss_ref is not None:
+        lines.append(f"  return loss = {text(trace.loss_ref)}")
+    return "\n".join([*lines, *(f"  return {name} = {text(ref)}" for name, ref in trace.outputs.items())])
+
 
 # ---- what is known of an op ----------------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@
 //   avg_pool_adj     dy, dx | the same
 //   one_hot          labels, out(N,C) | N, C, ignore_index, label_stride
 //   fill             out | n | value
+//   cumsum           x, y | outer, reduce, inner, reverse
 //
 // The header of each family (cpu/<family>.hpp) has the formula, what may alias, and the error bound.
 #pragma once

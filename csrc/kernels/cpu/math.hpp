@@ -1,7 +1,7 @@
 // Elementary functions of vectors.
 //
 // float: polynomials on a reduced argument (least-maximum fits to 2^-28 or better before rounding); error at
-// most 2 ulp for exp, log, log1p, expm1, erf, sin, cos and 4 ulp for tanh, sigmoid, softplus where the result
+// most 2 ulp for exp, log, log1p, expm1, erf, sin, cos, atan and 4 ulp for tanh, sigmoid, softplus where the result
 // is a normal number; sin and cos of |x| > 8192 and pow go through the C library lane by lane. double: the C
 // library. Special values (zeros with their sign, infinities, NaN, domain errors) as in the C library.
 #pragma once
@@ -12,6 +12,7 @@ double exp(double) noexcept;
 double log(double) noexcept;
 double expm1(double) noexcept;
 double log1p(double) noexcept;
+double atan(double) noexcept;
 double tanh(double) noexcept;
 double erf(double) noexcept;
 double sin(double) noexcept;
@@ -215,6 +216,21 @@ METAFAST_INLINE Vec<float> sine(Vec<float> x, int quarter) {
 METAFAST_INLINE Vec<float> sin_v(Vec<float> x) { return sine(x, 0); }
 METAFAST_INLINE Vec<float> cos_v(Vec<float> x) { return sine(x, 1); }
 
+// atan x = pi/4 i + atan r with i = 0, 1 (r = (x - 1)/(x + 1)) or 2 (r = -1/x), so that |r| <= tan(pi/8).
+METAFAST_INLINE Vec<float> atan_v(Vec<float> x) {
+  const Vec<float> a = abs_v<float>(x);
+  const Bits<float> large = a > 2.41421356f, middle = a > 0.414213562f;
+  const Vec<float> r = large ? -1.0f / a : (middle ? (a - 1.0f) / (a + 1.0f) : a), s = r * r;
+  Vec<float> p = splat(0.0805374450f);  // Cephes' atanf
+  p = p * s - 0.138776856f;
+  p = p * s + 0.199777106f;
+  p = p * s - 0.333329492f;
+  const Vec<float> zero{};
+  const Vec<float> hi = large ? splat(1.57079637f) : (middle ? splat(0.785398185f) : zero);
+  const Vec<float> lo = large ? splat(-4.37113883e-8f) : (middle ? splat(-2.18556941e-8f) : zero);
+  return copysign_v<float>(hi + (r + ((p * s) * r + lo)), x);
+}
+
 METAFAST_INLINE Vec<float> floor_v(Vec<float> x) { return by_lane<float>(x, floorf); }
 METAFAST_INLINE Vec<float> pow_v(Vec<float> x, Vec<float> y) {
   for (int i = 0; i < kLanes<float>; ++i) x[i] = powf(x[i], y[i]);
@@ -229,6 +245,7 @@ METAFAST_INLINE Vec<double> tanh_v(Vec<double> x) { return by_lane<double>(x, ::
 METAFAST_INLINE Vec<double> erf_v(Vec<double> x) { return by_lane<double>(x, ::erf); }
 METAFAST_INLINE Vec<double> sin_v(Vec<double> x) { return by_lane<double>(x, ::sin); }
 METAFAST_INLINE Vec<double> cos_v(Vec<double> x) { return by_lane<double>(x, ::cos); }
+METAFAST_INLINE Vec<double> atan_v(Vec<double> x) { return by_lane<double>(x, ::atan); }
 METAFAST_INLINE Vec<double> floor_v(Vec<double> x) { return by_lane<double>(x, ::floor); }
 METAFAST_INLINE Vec<double> sigmoid_v(Vec<double> x) {
   const Vec<double> e = exp_v(-abs_v<double>(x));

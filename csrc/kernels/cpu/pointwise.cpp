@@ -96,6 +96,8 @@ METAFAST_INLINE Vec<T> apply(Vec<T> a, Vec<T> b, Vec<T> c) {
       return a * a;
     case Opcode::floor:
       return floor_v(a);
+    case Opcode::atan:
+      return atan_v(a);
     case Opcode::count:
       break;
   }

@@ -7,6 +7,7 @@
 #include "pointwise.hpp"
 #include "pool.hpp"
 #include "reduce.hpp"
+#include "scan.hpp"
 #include "softmax.hpp"
 
 namespace metafast::kernels::METAFAST_ISA {
@@ -35,6 +36,7 @@ struct Rows {
       {"avg_pool_adj", avg_pool_adj<T>, none, true},
       {"one_hot", one_hot<T>, none, true},
       {"fill", fill<T>, none, true},
+      {"cumsum", cumsum<T>, none, true},
   };
   static constexpr KernelTable table{rows, sizeof rows / sizeof rows[0]};
 };
