@@ -114,7 +114,9 @@ def eager_meta_gradient(
         params, state = dict(start), init(start, hyper)
         for k in range(steps):
             loss = loss_of(objective, params, here)
-            grads = torch.autograd.grad(loss, list(params.values()), create_graph=order == 2)
+            grads = torch.autograd.grad(
+                loss, list(params.values()), create_graph=order == 2, allow_unused=True, materialize_grads=True
+            )
             step = torch.tensor(float(k), dtype=loss.dtype)
             params, state = update(params, dict(zip(params, grads, strict=True)), state, hyper, step, start)
         losses.append(loss_of(query_objective or objective, params, there))

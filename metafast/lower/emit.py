@@ -276,7 +276,10 @@ class Emitter:
 
     def _made_once(self, v: Value, unit: Unit) -> bool:
         """A lazy node has a copy in every cluster that reads it, so none of them writes it down."""
-        return len(self.homes[self.producer[v]]) == 1 or any(s is v for s, _ in unit.stores)
+        maker = self.producer[v]
+        while maker.op == "stop_gradient":
+            maker = self.producer[maker.inputs[0]]
+        return len(self.homes[maker]) == 1 or any(s is v for s, _ in unit.stores)
 
     def _biases(self, n: Node) -> bool:
         """Whether the addition was taken into a biased unit (or a sum), so that its operands are read elsewhere."""

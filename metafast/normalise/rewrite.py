@@ -266,15 +266,30 @@ class _Rewriter:
             raise GraphError(f"{call.op}: rewritten as {self.c.shape(content)}, the run gave {info.shape}")
         if isinstance(content, Tensor):
             return content
-        if info.dtype.is_complex or (info.dtype.is_floating_point and info.dtype != self.trace.dtype):
+        foreign = info.dtype.is_floating_point and info.dtype != self.trace.dtype
+        if info.dtype.is_complex or (foreign and not self._exact(call, info)):
             reason = f"its result is {info.dtype}, the parameters are {self.trace.dtype}"
             raise Unsupported(call.op, call.origin, reason)
         if not call.grad and info.dtype.is_floating_point:
             return Stop().get(self.b, content)
         return content
 
+    def _exact(self, call: Call, info: TensorInfo) -> bool:
+        """Whether the call only moves elements that its dtype holds as they are: a mask or a choice of constants in
+        another precision than the parameters' is the same numbers in theirs."""
+        read = [self.trace.tensors[r.id].dtype for r in _refs(list(call.args))]
+        numbers = [a for a in call.args if isinstance(a, float)]
+        held = all(d in _SMALL or d == info.dtype for d in read)
+        return _base(call) in _MOVES and held and all(a == torch.tensor(a, dtype=info.dtype).item() for a in numbers)
+
 
 _SAME = View()  # a second tensor over the same memory
+_MOVES = {"_to_copy", "where", "masked_fill", "clone", "cat", "stack", "repeat", "flip", "roll"}
+_SMALL = {torch.bool, torch.uint8, torch.int8, torch.int16}  # every floating-point dtype of interest holds them
+
+
+def _base(call: Call) -> str:
+    return op_info(call.func).base if call.func is not None else call.op
 
 
 def _refs(x: Any) -> list[Ref]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from metafast.graph import Value
 from metafast.normalise.table import Context, rule
+from metafast.normalise.views import Diagonal
 from metafast.ops import numel
 
 _PIECES = 256  # a choice of elements that falls into more runs than this is not written as slices
@@ -108,6 +109,21 @@ def _pad(c: Context, x: Any, pad: Sequence[int], value: float = 0) -> Value:
     return v
 
 
+def _enter_padded(name: str, index: Callable[[torch.Tensor, int], torch.Tensor]) -> None:
+    """Padding by elements of the array itself: `index` says which lies at each place, counted from before its start."""
+
+    @rule(*(f"{name}_pad{rank}d" for rank in (1, 2, 3)))
+    def padded(c: Context, x: Any, pad: Sequence[int]) -> Value:
+        v = c.real(x)
+        for i, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True)):
+            d = len(v.shape) - 1 - i
+            v = choose(c, v, d, index(torch.arange(-before, v.shape[d] + after), v.shape[d]))
+        return v
+
+
+_enter_padded("replication", lambda at, n: at.clamp(0, n - 1))
+_enter_padded("reflection", lambda at, n: n - 1 - (n - 1 - at.abs()).abs())
+
 # ---- elements by index ----------------------------------------------------------------------------------------
 
 
@@ -187,7 +203,23 @@ def _index(c: Context, x: Any, indices: Sequence[Any]) -> Value:
         rows, labels = rows_labels
         if isinstance(labels, Value) and rows.dim() == 1 and torch.equal(rows, torch.arange(labels.shape[0])):
             return pick(c, c.piece(x, 0, 0, len(rows)), labels)
-    raise c.refuse("the index depends on the data, or runs over several dims")
+    if all(isinstance(i, torch.Tensor) and i.dtype not in (torch.bool, torch.uint8) for i in rows_labels):
+        return c.reshape(_points(c, x, [d for d, _ in used], rows_labels), c.out[0].shape)
+    raise c.refuse("the index depends on the data, or is a mask beside another index")
+
+
+def _points(c: Context, x: Any, dims: Sequence[int], indices: Sequence[torch.Tensor]) -> Value:
+    """x indexed by constants along several dims at once: those dims as one, where they stand together, else in front."""
+    shape = c.shape(x)
+    at = dims[0] if dims[-1] - dims[0] == len(dims) - 1 else 0
+    rest = [d for d in range(len(shape)) if d not in dims]
+    v = c.permute(c.real(x), [*rest[:at], *dims, *rest[at:]])
+    flat = torch.zeros((), dtype=torch.long)
+    for d, i in zip(dims, indices, strict=True):
+        flat = flat * shape[d] + i % shape[d]
+    sizes = [shape[d] for d in rest]
+    v = c.reshape(v, (*sizes[:at], numel(tuple(shape[d] for d in dims)), *sizes[at:]))
+    return choose(c, v, at, flat)
 
 
 @rule("gather")
@@ -197,6 +229,10 @@ def _gather(c: Context, x: Any, dim: int, index: Any, *, sparse_grad: bool = Fal
         return c.reshape(pick(c, x, c.reshape(index, (shape[0],))), want)
     if isinstance(index, Value) and len(shape) == 1 and len(want) == 1:
         return c.total(c("where", one_hot(c, index, shape[0], None), x, 0.0), 1)
+    if isinstance(index, torch.Tensor) and shape:
+        every = torch.meshgrid(*(torch.arange(n) for n in want), indexing="ij")
+        along = [index if d == dim % len(shape) else i for d, i in enumerate(every)]
+        return c.reshape(_points(c, x, range(len(shape)), along), want)
     raise c.refuse("a gather with this index has no native form")
 
 
@@ -214,6 +250,13 @@ def _roll(c: Context, x: Any, shifts: Sequence[int], dims: Sequence[int] = ()) -
     for shift, d in zip(shifts, dims or (0,), strict=True):
         v = choose(c, v, d, torch.arange(v.shape[d]).roll(shift))
     return c.reshape(v, c.shape(x))
+
+
+@rule("trace", "diagonal_copy")
+def _diagonal(c: Context, x: Any, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Value:
+    rank = len(c.shape(x))
+    diagonal = Diagonal(offset, dim1 % rank, dim2 % rank).get(c.b, c.real(x))
+    return diagonal if c.out[0].shape else c.total(diagonal)
 
 
 @rule("tril")
@@ -300,8 +343,11 @@ def _norm(c: Context, x: Any, p: float | None = 2, dim: Any = None, keepdim: boo
 @rule("logsumexp")
 def _logsumexp(c: Context, x: Any, dim: Sequence[int], keepdim: bool = False) -> Value:
     """Σ p·(x − log p) with p = softmax x: exact where p weighs, and Σ dp = 0 makes its derivatives logsumexp's."""
-    (d,) = c.dims(x, dim)
-    logs = c("log_softmax", x, dim=d)
+    dims = c.dims(x, dim)
+    kept = [d for d in range(len(c.shape(x))) if d not in dims]
+    rows = tuple(c.shape(x)[d] for d in kept)
+    v = c.reshape(c.permute(x, [*kept, *dims]), (*rows, numel(c.shape(x)) // max(numel(rows), 1)))
+    logs = c("log_softmax", v, dim=len(rows))
     p = c("exp", logs)
-    gap = c("where", c("eq", p, 0.0), 0.0, c("sub", x, logs))
-    return c.total(c("mul", p, gap), (d,), keepdim)
+    gap = c("where", c("eq", p, 0.0), 0.0, c("sub", v, logs))
+    return c.keep(c.total(c("mul", p, gap), (len(rows),)), x, dims, keepdim)

@@ -113,6 +113,42 @@ class Expand(View):
         return t.expand(self.shape)
 
 
+@dataclass(frozen=True)
+class Diagonal(View):
+    """The elements (i, i + offset) of two dims, laid along a new last one."""
+
+    offset: int
+    dim1: int
+    dim2: int
+
+    def _parts(self, shape: Shape) -> tuple[View, ...]:
+        """Both dims as one of rows × columns, of which every (columns + 1)-th element is the diagonal's."""
+        rest = [d for d in range(len(shape)) if d not in (self.dim1, self.dim2)]
+        rows, columns = shape[self.dim1], shape[self.dim2]
+        below, right = max(-self.offset, 0), max(self.offset, 0)
+        n = max(min(rows - below, columns - right), 0)
+        first, step = below * columns + right, columns + 1
+        cut = Slice(len(rest), first, first + (n - 1) * step + 1, step) if n else Slice(len(rest), 0, 0)
+        whole = Reshape((*(shape[d] for d in rest), rows * columns))
+        return Permute((*rest, self.dim1, self.dim2)), whole, cut
+
+    def get(self, b: Builder, v: Value) -> Value:
+        for part in self._parts(v.shape):
+            v = part.get(b, v)
+        return v
+
+    def put(self, c: Context, parent: Value, new: Any) -> Value:
+        parts, held = self._parts(parent.shape), [parent]
+        for part in parts:
+            held.append(part.get(c.b, held[-1]))
+        for part, before in zip(reversed(parts), held[-2::-1], strict=True):
+            new = part.put(c, before, new)
+        return c.real(new)
+
+    def of_tensor(self, t: Tensor) -> Tensor:
+        return t.diagonal(self.offset, self.dim1, self.dim2)
+
+
 def is_constant(b: Builder, v: Value) -> bool:
     """Whether nothing flows back through the value anyway."""
     node = b.producer(v)
@@ -252,8 +288,5 @@ def _unbound(shape: Shape, results: Sequence[Shape], dim: int = 0) -> list[Chain
 def _diagonal(
     shape: Shape, results: Sequence[Shape], offset: int = 0, dim1: int = 0, dim2: int = 1
 ) -> list[Chain]:
-    if len(shape) != 2 or offset or (dim1 % 2, dim2 % 2) != (0, 1):
-        raise NotImplementedError("only the main diagonal of a matrix")
-    n, step = min(shape), shape[1] + 1
-    stop = min(shape[0] * shape[1], (n - 1) * step + 1) if n else 0
-    return [(Reshape((shape[0] * shape[1],)), Slice(0, 0, stop, step))]
+    rank = len(shape)
+    return [(Diagonal(offset, dim1 % rank, dim2 % rank),)]
