@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,10 +34,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="tiny workloads, few rounds")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--rounds", type=int, help="rounds at most (default 15)")
-    parser.add_argument("--budget", type=float, help="seconds a contender may use on a workload (default 20; 3 calls at least)")
+    parser.add_argument("--budget", type=float, help="seconds a contender may use on a workload (default 20)")
     parser.add_argument("--longest", type=float, help="seconds of a call that is not repeated (default 30)")
     parser.add_argument("--limit", type=float, help="seconds a trial in a process of its own may take (default 300)")
-    parser.add_argument("--fresh", action="store_true", default=None, help="trials of all: cold first call, peak memory")
+    parser.add_argument("--fresh", action="store_true", default=None, help="trials of all: first call, peak memory")
     parser.add_argument("--prepare", action="store_true", help="trials and references alone, kept for later runs")
     parser.add_argument("--list", action="store_true", help="list workloads and contenders, and end")
     return parser.parse_args(arguments)
@@ -152,6 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.list:
         _list()
         return 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a time limit sends ends trials too
     try:
         results = run(given)
     except KeyboardInterrupt:

@@ -245,8 +245,11 @@ def prepare(
         at(100 * number // len(peers), f"trial of {peer.name}")
         if peer.family != "metafast":
             record = enter(peer, w, effort).record
-            times = "first call {first:.2f} s, second {second:.3f} s".format(**record.fresh) if record.fresh else "no trial"
-            report(f"  {peer.name:16} {record.skipped or times}")
+            report(f"  {peer.name:16} {record.skipped or _times(record.fresh)}")
+
+
+def _times(fresh: dict | None) -> str:
+    return f"first call {fresh['first']:.2f} s, second {fresh['second']:.3f} s" if fresh else "no trial"
 
 
 def summary(w: Workload, records: Sequence[Record], reference_l2: float) -> dict:

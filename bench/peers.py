@@ -315,8 +315,8 @@ class Learn2learn(Peer):
     packages = ("learn2learn",)
     # pip takes the C files of its archive, which were made for Python 3.7; built in its folder, Cython makes new ones.
     install = (
-        "pip install cython setuptools wheel; pip download --no-deps --no-binary :all: --no-build-isolation learn2learn; "
-        "unpack it; there python setup.py build_ext bdist_wheel; pip install --no-deps dist/*.whl"
+        "pip install cython setuptools wheel; pip download --no-deps --no-binary :all: --no-build-isolation "
+        "learn2learn; unpack it; there python setup.py build_ext bdist_wheel; pip install --no-deps dist/*.whl"
     )
 
     def load(self) -> None:

@@ -73,7 +73,7 @@ def kept(w: Workload, peer: Peer, threads: int, limit: float) -> dict | None:
 
 
 def outcome(w: Workload, peer: Peer, threads: int, limit: float) -> dict:
-    """`first` and `second` call in seconds, `peak` in bytes, `load` before; or `skipped`, and the `limit` where that was why."""
+    """`first` and `second` call in seconds, `peak` in bytes, `load` before; or `skipped`, with its `limit` if any."""
     held = kept(w, peer, threads, limit)
     if held is not None:
         return held

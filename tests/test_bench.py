@@ -222,8 +222,13 @@ def test_a_call_too_long_to_repeat_is_named():
 
 def test_progress_grows_from_nothing_to_almost_all():
     seen = []
-    harness.measure(TINY, {"eager": peers.Eager()}, EFFORT, lambda line: None, lambda done, note: seen.append((done, note)))
-    assert [done for done, _ in seen] == sorted(done for done, _ in seen) and seen[0][0] == 0 and seen[-1][0] < 100
+
+    def at(done, note):
+        seen.append((done, note))
+
+    harness.measure(TINY, {"eager": peers.Eager()}, EFFORT, report=lambda line: None, at=at)
+    shares = [done for done, _ in seen]
+    assert shares == sorted(shares) and shares[0] == 0 and shares[-1] < 100
     assert seen[-1][1] == "round 3/3, eager"
 
 
@@ -493,6 +498,7 @@ def test_an_interrupted_run_keeps_the_workloads_before(tmp_path, monkeypatch, ca
     monkeypatch.setattr(harness, "measure", measure)
     monkeypatch.setattr(command.machine, "bind", lambda threads: None)
     monkeypatch.setattr(command.machine, "settle", lambda threads: None)
+    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
     file = tmp_path / "results.json"
     assert command.main(["tiny-mlp", "tiny-conv", "--quick", "--json", str(file)]) == 130
     held = json.loads(file.read_text())
