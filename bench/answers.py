@@ -14,15 +14,14 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import platformdirs
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from bench.machine import cache_folder
 from bench.peers import Eager, Raw
 from bench.workloads import Case
 
@@ -119,12 +118,6 @@ def _target(y: Tensor) -> Tensor:
 
 
 # ---- the oracle is slow on large nets, so its answers are kept
-
-
-def cache_folder() -> Path:
-    """Where oracle answers lie: bench in `$METAFAST_CACHE` or in metafast's part of the user's cache."""
-    held = os.environ.get("METAFAST_CACHE") or platformdirs.user_cache_dir("metafast", appauthor=False)
-    return Path(held) / "bench"
 
 
 def _jittered(case: Case) -> Iterator[Case]:

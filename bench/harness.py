@@ -1,8 +1,9 @@
 """How a workload is measured: answers first, then warm calls, then rounds of turns.
 
 A sample is the mean of as many calls as fill `sample` seconds. Contenders take turns within a round, and
-the order rotates from round to round, so that a drift of the machine hits all alike. A contender whose call
-takes longer than `slow` seconds gets fewer rounds, which the record says (`samples`).
+the order rotates from round to round, so that a drift of the machine hits all alike. A contender gets as many
+rounds as fit into `budget` seconds, at least three, which the record says (`samples`); one whose single call takes
+longer than `longest` seconds is named and left out.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
+import torch
+
 from bench import flops, trial
 from bench.answers import Verdict, as_answer, judge, reference
 from bench.machine import spread
@@ -21,40 +24,46 @@ from bench.peers import Call, Peer
 from bench.workloads import Case, Goal, Workload, make_case
 
 Report = Callable[[str], None]
+Progress = Callable[[int, str], None]  # share done (of 100), what is going on
+
+LEAST = 3  # rounds, however slow
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: rounds, seconds a sample and a contender in all, and from how many on it is slow.
+    """How long to measure: rounds, seconds a sample, seconds a contender in all, the longest call that is repeated.
 
-    `limit` bounds, in seconds, the trial of a contender that is only run on demand. `pause` lets spinning
-    thread pools fall asleep before another contender starts.
+    `limit` bounds, in seconds, the trial of a contender in a process of its own; `fresh` asks for such a trial of
+    every contender (first call, peak memory), not only of those that compile. `pause` lets spinning thread pools
+    fall asleep before another contender starts.
     """
 
     rounds: int = 15
     sample: float = 0.05
     budget: float = 20.0
-    slow: float = 5.0
+    longest: float = 30.0
     limit: float = 300.0
+    fresh: bool = False
     pause: float = 0.02
 
     def rounds_for(self, seconds: float) -> int:
-        """Rounds for a contender that needs so many seconds a call: at least 2, at most `rounds`."""
-        if seconds > self.slow:
-            return 2
-        return max(3, min(self.rounds, math.ceil(self.budget / max(seconds, self.sample))))
+        """Rounds for a contender that needs so many seconds a call: at least 3, at most `rounds`."""
+        return max(LEAST, min(self.rounds, math.floor(self.budget / max(seconds, self.sample))))
 
     def calls_for(self, seconds: float) -> int:
         """Calls a sample."""
         return max(1, math.ceil(self.sample / max(seconds, 1e-6)))
 
 
-QUICK = Effort(rounds=3, sample=0.005, budget=1.0, limit=30.0, pause=0.0)
+QUICK = Effort(rounds=3, sample=0.005, budget=1.0, pause=0.0)
 
 
 @dataclass
 class Record:
-    """What one contender did on one workload. Seconds are of one call; `skipped` says why there are none."""
+    """What one contender did on one workload. Seconds are of one call; `skipped` says why there are none.
+
+    `fresh` is what a trial in a process of its own found: cold `first` call, `second` call, `peak` memory in bytes.
+    """
 
     peer: str
     family: str
@@ -62,6 +71,7 @@ class Record:
     verdict: Verdict | None = None
     notes: list[str] = field(default_factory=list)
     first_call: float | None = None
+    fresh: dict | None = None
     seconds: list[float] = field(default_factory=list)
 
     @property
@@ -92,26 +102,35 @@ class Contender:
     estimate: float = 0.0
 
 
-def enter(peer: Peer, w: Workload, effort: Effort, hard: bool) -> Contender:
-    """A contender; skipped if it is missing, can't compute the workload, or compiles for minutes."""
-    reason = peer.missing() or peer.declines(w)
-    if reason is None and peer.compiles and w.hard_to_compile:
-        reason = (
-            trial.attempt(w.name, peer.name, effort.limit)
-            if hard
-            else "compiles for minutes: run with --hard"
-        )
-    return Contender(Record(peer.name, peer.family, skipped=reason))
+def enter(peer: Peer, w: Workload, effort: Effort) -> Contender:
+    """A contender; skipped if it is missing, can't compute the workload, or its trial says so."""
+    record = Record(peer.name, peer.family, skipped=peer.missing() or peer.declines(w))
+    threads = torch.get_num_threads()
+    if record.skipped is not None:
+        return Contender(record)
+    if peer.compiles or effort.fresh:
+        record.fresh = trial.outcome(w, peer, threads, effort.limit)
+    else:
+        record.fresh = trial.kept(w, peer, threads, effort.limit)
+    found = record.fresh or {}
+    record.skipped = found.get("skipped") or _too_long(found.get("second", 0.0), effort)
+    return Contender(record)
+
+
+def _too_long(seconds: float, effort: Effort) -> str | None:
+    return f"one call takes {seconds:.2g} s, over {effort.longest:g} s" if seconds > effort.longest else None
 
 
 def _first_call(peer: Peer, contender: Contender, case: Case, answer: tuple) -> None:
-    """Prepare and call once; keep the time, the warnings and the verdict on the answer."""
+    """Prepare and call once; keep the times, the warnings and the verdict on the answer."""
     record = contender.record
     start = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         contender.call = peer.prepare(case)
+        middle = time.perf_counter()
         raw = contender.call()
+    contender.estimate = time.perf_counter() - middle
     record.first_call = time.perf_counter() - start
     record.notes += sorted(
         {str(w.message).splitlines()[0] for w in caught if "Fallback" in w.category.__name__}
@@ -126,12 +145,17 @@ def check(peer: Peer, contender: Contender, case: Case, answer: tuple, effort: E
     try:
         _first_call(peer, contender, case, answer)
         if contender.record.skipped is None:
-            contender.estimate = _sample(contender.call, 1)
-            if contender.estimate < effort.slow:
-                contender.estimate = min(contender.estimate, _sample(contender.call, 1))
+            contender.estimate = _rough(peer, contender, effort)
+            contender.record.skipped = _too_long(contender.estimate, effort)
     except (Exception, SystemExit) as error:
-        line = (str(error).strip().splitlines() or [""])[0]
-        contender.record.skipped = f"{type(error).__name__}: {line}"[:300]
+        contender.record.skipped = trial.brief(error)
+
+
+def _rough(peer: Peer, contender: Contender, effort: Effort) -> float:
+    """Seconds of a call. A first one that leaves room for no more than `LEAST` rounds is not repeated to find out."""
+    if contender.estimate > effort.budget / LEAST and not (peer.compiles or peer.family == "metafast"):
+        return contender.estimate
+    return min(_sample(contender.call, 1) for _ in range(1 if contender.estimate > 1.0 else 2))
 
 
 def _sample(call: Call, calls: int) -> float:
@@ -151,14 +175,16 @@ def _turn(contender: Contender, effort: Effort) -> None:
     contender.record.seconds.append(_sample(contender.call, calls))
 
 
-def take_turns(contenders: Sequence[Contender], effort: Effort) -> None:
+def take_turns(contenders: Sequence[Contender], effort: Effort, at: Progress = lambda done, note: None) -> None:
     """The rounds. Who needs fewer of them drops out early; order rotates."""
     rounds = {c.record.peer: effort.rounds_for(c.estimate) for c in contenders}
-    for turn in range(max(rounds.values(), default=0)):
+    most = max(rounds.values(), default=0)
+    for turn in range(most):
         gc.collect()
         shift = turn % len(contenders)
         for contender in [*contenders[shift:], *contenders[:shift]]:
             if turn < rounds[contender.record.peer]:
+                at(50 + 50 * turn // most, f"round {turn + 1}/{most}, {contender.record.peer}")
                 _turn(contender, effort)
 
 
@@ -176,19 +202,22 @@ def measure(
     w: Workload,
     peers: Mapping[str, Peer],
     effort: Effort,
-    hard: bool = False,
     report: Report = print,
-    case: Case | None = None,
+    at: Progress = lambda done, note: None,
 ) -> dict:
-    """Measure one workload: its JSON entry. `hard` lets compilers try that take minutes."""
-    case = case or make_case(w)
+    """Measure one workload: its JSON entry."""
+    at(0, "reference answer")
+    case = make_case(w)
     answer = reference(case)
-    contenders = [enter(peer, w, effort, hard) for peer in peers.values()]
-    for peer, contender in zip(peers.values(), contenders, strict=True):
+    contenders = []
+    for number, peer in enumerate(peers.values()):
+        at(50 * number // len(peers), f"checking {peer.name}")
+        contender = enter(peer, w, effort)
         if contender.record.skipped is None:
             check(peer, contender, case, answer, effort)
+        contenders.append(contender)
         report(_line(contender))
-    take_turns([c for c in contenders if c.record.skipped is None], effort)
+    take_turns([c for c in contenders if c.record.skipped is None], effort, at)
     return summary(w, [c.record for c in contenders], answer[1].l2)
 
 
@@ -198,7 +227,29 @@ def _line(contender: Contender) -> str:
         return f"  {record.peer:16} {record.skipped}"
     found = record.verdict.deviation if record.verdict else None
     error = f"rel. L2 {found.l2:.1e}, cosine {found.cosine:.6f}" if found else ""
-    return f"  {record.peer:16} right: {error}; first call {record.first_call:.2f} s"
+    return f"  {record.peer:16} right: {error}; first call {first_call(record):.2f} s"
+
+
+def first_call(record: Record) -> float:
+    """Seconds of a first call with nothing compiled yet: the trial's where there was one, else this process's."""
+    return record.fresh["first"] if record.fresh else record.first_call or math.nan
+
+
+def prepare(
+    w: Workload, peers: Mapping[str, Peer], effort: Effort, report: Report, at: Progress = lambda done, note: None
+) -> None:
+    """What a measurement of the workload will find kept: the reference answer, trials, compiled code."""
+    at(0, "reference answer")
+    reference(make_case(w))
+    for number, peer in enumerate(peers.values()):
+        at(100 * number // len(peers), f"trial of {peer.name}")
+        if peer.family != "metafast":
+            record = enter(peer, w, effort).record
+            report(f"  {peer.name:16} {record.skipped or _times(record.fresh)}")
+
+
+def _times(fresh: dict | None) -> str:
+    return f"first call {fresh['first']:.2f} s, second {fresh['second']:.3f} s" if fresh else "no trial"
 
 
 def summary(w: Workload, records: Sequence[Record], reference_l2: float) -> dict:

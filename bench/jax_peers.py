@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from bench.architectures import EPS, Layer
-from bench.peers import Call, Raw, not_importable
+from bench.peers import Call, Peer, Raw
 from bench.workloads import Case, Workload
 
 Params = Mapping[str, Any]
@@ -138,16 +138,11 @@ def _as_jax(tensor: Tensor) -> Any:
     return jnp.asarray(tensor.detach().numpy())
 
 
-class JaxVmap:
+class JaxVmap(Peer):
     """`jax.jit` of the gradient of a mean over `vmap`."""
 
     name, family, compiles = "jax-vmap", "jax", True
-
-    def missing(self) -> str | None:
-        return not_importable("jax")
-
-    def declines(self, w: Workload) -> str | None:
-        return None
+    packages, install = ("jax",), "pip install jax"
 
     def build(self, w: Workload) -> Callable[..., Any]:
         """The function to jit."""

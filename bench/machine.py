@@ -1,7 +1,7 @@
 """The machine a run takes place on: threads, subnormals, versions, roof.
 
-`bind` has to run before torch is imported: thread pools read the environment once, and a thread takes its
-rounding and flushing mode from the thread that started it.
+`bind` has to run before torch is imported: thread pools and compilers read the environment once, and a thread
+takes its rounding and flushing mode from the thread that started it.
 """
 
 from __future__ import annotations
@@ -15,16 +15,30 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
+import platformdirs
+
 POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-PACKAGES = ("metafast", "torch", "numpy", "jax", "jaxlib", "learn2learn", "higher")
+PACKAGES = ("metafast", "torch", "numpy", "jax", "jaxlib", "learn2learn", "higher", "torchopt")
+
+
+def cache_folder() -> Path:
+    """Where oracle answers, trials and compiled peers lie: bench in `$METAFAST_CACHE` or in the user's cache."""
+    held = os.environ.get("METAFAST_CACHE") or platformdirs.user_cache_dir("metafast", appauthor=False)
+    return Path(held) / "bench"
 
 
 def bind(threads: int) -> None:
-    """Give every pool `threads` threads and the process as many cores (JAX goes by cores); before torch."""
+    """Give every pool `threads` threads and the process as many cores (JAX goes by cores); before torch.
+
+    What torch.compile and JAX compile goes into the cache, so that a trial elsewhere spares this process the wait.
+    """
     if "torch" in sys.modules:
         raise RuntimeError("bench.machine.bind: torch is already imported, expected to be called before that")
     for name in POOLS:
         os.environ[name] = str(threads)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder() / "inductor")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache_folder() / "jax")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, cores[:threads])

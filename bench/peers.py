@@ -8,15 +8,17 @@ returns only when the numbers are there.
 
 from __future__ import annotations
 
+import importlib
 import importlib.machinery
 import importlib.util
 import sys
 import time
 import types
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,31 +29,39 @@ from bench.workloads import Case, Workload
 Raw = tuple[Any, Sequence[Any]]  # mean loss, gradients; tensors or arrays
 Call = Callable[[], Raw]
 
+LONG = 2.0  # seconds of a call from which on one run says enough
 
-class Peer(Protocol):
+
+class Peer(ABC):
     """One contender. `family` is metafast, pytorch or jax; ratios are formed by family.
 
-    `compiles` marks those whose compiler takes minutes on some nets (`Workload.hard_to_compile`).
+    `packages` are what it imports beside torch, `install` how to get them. `compiles` marks those whose compiler
+    takes minutes on some nets and can't be stopped: a process of their own tries them first (`bench.trial`).
     """
 
     name: str
     family: str
-    compiles: bool
+    compiles: bool = False
+    packages: tuple[str, ...] = ()
+    install: str = ""
 
     def missing(self) -> str | None:
-        """Why it can't run on this machine (a package that is not there), or None."""
+        """Which of its packages are not installed and how to get them, or None if they all are."""
+        absent = [package for package in self.packages if importlib.util.find_spec(package) is None]
+        return f"{', '.join(absent)} not installed: {self.install}" if absent else None
+
+    def load(self) -> None:
+        """Import its packages, which `prepare` would do else."""
+        for package in self.packages:
+            importlib.import_module(package)
 
     def declines(self, w: Workload) -> str | None:
         """Why it can't compute this workload, or None."""
+        return None
 
+    @abstractmethod
     def prepare(self, case: Case) -> Call:
         """A callable that computes one meta-gradient; it may compile at its first call."""
-
-
-def not_importable(*modules: str) -> str | None:
-    """ "<modules> not installed", or None if they all are."""
-    absent = [m for m in modules if importlib.util.find_spec(m) is None]
-    return f"{', '.join(absent)} not installed" if absent else None
 
 
 def _scaled(total: Sequence[Tensor], tasks: int) -> list[Tensor]:
@@ -61,20 +71,15 @@ def _scaled(total: Sequence[Tensor], tasks: int) -> list[Tensor]:
 # ---- metafast
 
 
-class Metafast:
+class Metafast(Peer):
     """metafast itself, through its public call to raw gradients. `backend` is what InnerLoop takes."""
 
-    family, compiles = "metafast", False
+    family = "metafast"
+    packages, install = ("metafast",), "pip install -e . in the checkout"
 
     def __init__(self, backend: str = "auto") -> None:
         self.backend = backend
         self.name = "metafast" if backend == "auto" else f"metafast-{backend}"
-
-    def missing(self) -> str | None:
-        return not_importable("metafast")
-
-    def declines(self, w: Workload) -> str | None:
-        return None
 
     def loop(self, case: Case) -> nn.Module:
         """The `InnerLoop` of the workload."""
@@ -131,16 +136,10 @@ def task_loss(
     return w.loss(forward(w.layers, fast, query[0]), query[1])
 
 
-class Eager:
+class Eager(Peer):
     """A loop over tasks, steps and `torch.autograd.grad`, written by hand over plain functional calls."""
 
-    name, family, compiles = "eager", "pytorch", False
-
-    def missing(self) -> str | None:
-        return None
-
-    def declines(self, w: Workload) -> str | None:
-        return None
+    name, family = "eager", "pytorch"
 
     def prepare(self, case: Case) -> Call:
         w, params = case.workload, case.params
@@ -235,17 +234,11 @@ def _over(case: Case, mapped: Mapped) -> Call:
     return call
 
 
-class Vmap:
+class Vmap(Peer):
     """torch.func over all tasks; `vmap(grad)` and `grad(vmap)` are both tried, the faster one counts."""
 
-    name, family, compiles = "vmap", "pytorch", False
+    name, family = "vmap", "pytorch"
     forms: tuple[Callable[[Workload], Mapped], ...] = (map_of_gradients, gradient_of_map)
-
-    def missing(self) -> str | None:
-        return None
-
-    def declines(self, w: Workload) -> str | None:
-        return None
 
     def build(self, case: Case, form: Callable[[Workload], Mapped]) -> Call:
         """The call for one of the two forms."""
@@ -256,22 +249,32 @@ class Vmap:
 
 
 class Compiled(Vmap):
-    """torch.compile (inductor, defaults) of the torch.func form; whole graphs only."""
+    """torch.compile (inductor, defaults) of the torch.func form; whole graphs only.
+
+    Each workload starts with an empty compiler: its code objects are the same, and torch.compile would take the
+    second set of shapes for dynamic ones and refuse after the eighth.
+    """
 
     name, compiles = "compile", True
+
+    def prepare(self, case: Case) -> Call:
+        torch.compiler.reset()
+        return super().prepare(case)
 
     def build(self, case: Case, form: Callable[[Workload], Mapped]) -> Call:
         return _over(case, torch.compile(form(case.workload), fullgraph=True))
 
 
 def _fastest(calls: Sequence[Call]) -> Call:
-    """The quickest of several calls that do the same: each runs until warm, the better of two runs counts."""
+    """The quickest of several calls that do the same: the better of two runs counts, after one that warms up."""
     if len(calls) == 1:
         return calls[0]
     seconds = []
     for call in calls:
         call()
-        seconds.append(min(_seconds(call), _seconds(call)))
+        seconds.append(_seconds(call))
+        if seconds[-1] < LONG:
+            seconds[-1] = min(seconds[-1], _seconds(call))
     return calls[seconds.index(min(seconds))]
 
 
@@ -287,9 +290,8 @@ def _seconds(call: Call) -> float:
 def import_learn2learn_maml() -> types.ModuleType:
     """`learn2learn.algorithms.maml` without the package's own imports.
 
-    learn2learn imports gym, torchvision and C extensions that do not build on newer Pythons; its MAML is
-    plain Python and needs none of them. So empty modules that know their folder stand in for the packages.
-    Where pip can't build it: unpack the folder `learn2learn` of its source archive into site-packages.
+    learn2learn imports gym, torchvision, qpth and its own C extensions; its MAML is plain Python and needs none
+    of them. So empty modules that know their folder stand in for the packages.
     """
     if "learn2learn.algorithms.maml" in sys.modules:
         return sys.modules["learn2learn.algorithms.maml"]
@@ -306,13 +308,19 @@ def import_learn2learn_maml() -> types.ModuleType:
         return importlib.import_module("learn2learn.algorithms.maml")
 
 
-class Learn2learn:
+class Learn2learn(Peer):
     """learn2learn's `MAML`: clone, adapt, loss; task by task (Arnold et al. 2020)."""
 
-    name, family, compiles = "learn2learn", "pytorch", False
+    name, family = "learn2learn", "pytorch"
+    packages = ("learn2learn",)
+    # pip takes the C files of its archive, which were made for Python 3.7; built in its folder, Cython makes new ones.
+    install = (
+        "pip install cython setuptools wheel; pip download --no-deps --no-binary :all: --no-build-isolation "
+        "learn2learn; unpack it; there python setup.py build_ext bdist_wheel; pip install --no-deps dist/*.whl"
+    )
 
-    def missing(self) -> str | None:
-        return not_importable("learn2learn")
+    def load(self) -> None:
+        import_learn2learn_maml()
 
     def declines(self, w: Workload) -> str | None:
         return None if w.adapted == "*" else "its MAML adapts every parameter"
@@ -330,13 +338,11 @@ class Learn2learn:
         return _task_by_task(case, task)
 
 
-class Higher:
+class Higher(Peer):
     """higher's `innerloop_ctx` around `torch.optim.SGD`, task by task (Grefenstette et al. 2019)."""
 
-    name, family, compiles = "higher", "pytorch", False
-
-    def missing(self) -> str | None:
-        return not_importable("higher")
+    name, family = "higher", "pytorch"
+    packages, install = ("higher",), "pip install higher"
 
     def declines(self, w: Workload) -> str | None:
         return None if w.adapted == "*" else "its loop adapts every parameter"
@@ -357,6 +363,35 @@ class Higher:
                     loss = w.loss(fast(support[0]), support[1])
                     inner.step(loss, grad_callback=None if second else first_order_gradients)
                 return w.loss(fast(query[0]), query[1])
+
+        return _task_by_task(case, task)
+
+
+class TorchOpt(Peer):
+    """TorchOpt's `MetaSGD`, the module's state taken back after each task (Ren et al. 2022)."""
+
+    name, family = "torchopt", "pytorch"
+    packages, install = ("torchopt",), "pip install torchopt"
+
+    def declines(self, w: Workload) -> str | None:
+        if w.order == 1:
+            return "its MetaSGD always keeps the graph of second order"
+        return None if w.adapted == "*" else "its MetaSGD adapts every parameter"
+
+    def prepare(self, case: Case) -> Call:
+        import torchopt
+
+        w, module = case.workload, case.module
+        start = torchopt.extract_state_dict(module, by="reference")
+
+        def task(support: Sequence[Tensor], query: Sequence[Tensor]) -> Tensor:
+            optimizer = torchopt.MetaSGD(module, lr=w.lr)
+            try:
+                for _ in range(w.steps):
+                    optimizer.step(w.loss(module(support[0]), support[1]))
+                return w.loss(module(query[0]), query[1])
+            finally:
+                torchopt.recover_state_dict(module, start)
 
         return _task_by_task(case, task)
 
@@ -388,6 +423,7 @@ def all_peers() -> dict[str, Peer]:
         Compiled(),
         Learn2learn(),
         Higher(),
+        TorchOpt(),
         JaxVmap(),
         JaxScan(),
     ]
@@ -395,5 +431,5 @@ def all_peers() -> dict[str, Peer]:
     return {peer.name: peer for peer in (*peers, *extra)}
 
 
-DEFAULT = ("metafast", "eager", "vmap", "compile", "learn2learn", "higher", "jax-vmap", "jax-scan")
+DEFAULT = ("metafast", "eager", "vmap", "compile", "learn2learn", "higher", "torchopt", "jax-vmap", "jax-scan")
 QUICK = ("metafast", "eager", "vmap")

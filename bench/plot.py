@@ -14,6 +14,7 @@ COLOURS = {
     "compile": "#c44e52",
     "learn2learn": "#8172b3",
     "higher": "#937860",
+    "torchopt": "#64b5cd",
     "jax-vmap": "#da8bc3",
     "jax-scan": "#ccb974",
 }

@@ -18,7 +18,7 @@ HEAD = (
     "fastest PyTorch peer",
     "eager loop",
     "JAX",
-    "GFLOP/s (of roof)",
+    "of the sgemm roof",
     "printed by",
 )
 
@@ -36,6 +36,16 @@ def times(ratio: float) -> str:
     return f"{ratio:.0f}×" if ratio >= 20 else f"{ratio:.1f}×"
 
 
+def percent(share: float) -> str:
+    """A percentage without exponents: '172 %', '33 %', '0.4 %'."""
+    return f"{share:.0f} %" if share >= 9.5 else f"{share:.1f} %"
+
+
+def mebibytes(size: float) -> str:
+    """Bytes in MiB: '512 MiB', '0.3 MiB'."""
+    return f"{size / 2**20:.0f} MiB" if size >= 9.5 * 2**20 else f"{size / 2**20:.1f} MiB"
+
+
 def report(entry: Mapping) -> str:
     """One workload for the terminal: a line a contender, then the goals."""
     return "\n".join([*(_line(entry, name) for name in entry["peers"]), *goals(entry), ""])
@@ -50,9 +60,14 @@ def _line(entry: Mapping, name: str) -> str:
     roof = 100 * record["gflops"] / entry["roof"]["sgemm_gflops"]
     rate = f"{record['gflops']:8.2f} GFLOP/s {roof:4.0f} %"
     time = f"{duration(record['median']):>10}  ± {iqr:4.1f} %  n={record['samples']:<3}"
-    return "\n".join(
-        [f"  {name:16} {time} {ratio:>7}  {rate}", *(f"    note: {note}" for note in record["notes"])]
-    )
+    notes = [f"    note: {note}" for note in record["notes"]]
+    return "\n".join([f"  {name:16} {time} {ratio:>7}  {rate}{_fresh(record)}", *notes])
+
+
+def _fresh(record: Mapping) -> str:
+    """First call and peak memory of a process of its own, where there was one."""
+    found = record.get("fresh")
+    return f"  first {duration(found['first'])}, peak {mebibytes(found['peak'])}" if found else ""
 
 
 def _ours(entry: Mapping) -> Mapping | None:
@@ -105,25 +120,40 @@ def row(name: str, entry: Mapping) -> list[str]:
         _versus(entry, "pytorch", named=True),
         _versus(entry, "eager", named=False),
         _versus(entry, "jax", named=True),
-        f"{ours['gflops']:.3g} ({roof:.2g} %)",
+        f"{percent(roof)} ({ours['gflops']:.3g} GFLOP/s)",
         f"`python -m bench {name}`",
     ]
 
 
+def untimed(results: Mapping) -> list[str]:
+    """A line a reason for which peers have no time: who, why, and on which workloads."""
+    where: dict[tuple[str, str], list[str]] = {}
+    for name, entry in results["workloads"].items():
+        for peer, record in entry["peers"].items():
+            if "median" not in record:
+                where.setdefault((peer, record["skipped"]), []).append(name)
+    lines = []
+    for (peer, reason), names in where.items():
+        on = "all workloads" if len(names) == len(results["workloads"]) else ", ".join(names)
+        lines.append(f"- {peer} ({on}): {reason.split(':')[0] if 'not installed' in reason else reason}")
+    return lines
+
+
 def markdown(results: Mapping) -> str:
-    """The README's table with a line on the machine above it."""
+    """The README's table, a line on the machine above it and below it who was not timed."""
     here = results["machine"]
     versions = ", ".join(
         f"{name} {version}" for name, version in here["versions"].items() if name != "metafast"
     )
     where = f"threads: {here['threads']}, on {here['processor']} ({', '.join(here['vector_sets'])})"
     lead = (
-        "One meta-gradient, median; in brackets the peer's time. "
+        "One meta-gradient, median; in brackets the peer's time. Operations are counted as direct algorithms. "
         f"{where}, Python {here['python']}, {versions}; subnormals flushed for all."
     )
     rows = [row(name, entry) for name, entry in results["workloads"].items()]
     lines = [f"| {' | '.join(cells)} |" for cells in (HEAD, ["---"] * len(HEAD), *rows)]
-    return "\n".join([lead, "", *lines])
+    skipped = untimed(results)
+    return "\n".join([lead, "", *lines, *(["", "Not timed:", "", *skipped] if skipped else [])])
 
 
 def replace_between(text: str, table: str) -> str:

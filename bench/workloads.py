@@ -35,8 +35,7 @@ class Workload:
 
     `classes` is 0 for regression. `support` and `query` are rows a task. `adapted` is a pattern of
     parameter names: all (`*`) or a prefix (`head.*`). `chunk` is how many tasks torch.func maps at once
-    (None: all), set where all at once need more memory than a laptop has. `hard_to_compile` marks nets on
-    which torch.compile and JAX take minutes: they run only on demand, in a process of their own first.
+    (None: all), set where all at once need more memory than a laptop has.
     """
 
     name: str
@@ -53,7 +52,6 @@ class Workload:
     dtype: torch.dtype = torch.float32
     adapted: str = "*"
     chunk: int | None = None
-    hard_to_compile: bool = False
     goal: Goal = field(default_factory=Goal)
 
     @property
@@ -148,9 +146,7 @@ def _omniglot(name: str, tasks: int, goal: Goal, chunk: int | None = None) -> Wo
     title = f"Omniglot conv4-64 max-pool, {counted}, 5w1s, 75 query, K=1"
     shape = (1, 28, 28)
     net = conv4(1, 28, 64, 5)
-    return Workload(
-        name, title, net, shape, 5, tasks, 5, 75, 1, 0.4, chunk=chunk, hard_to_compile=True, goal=goal
-    )
+    return Workload(name, title, net, shape, 5, tasks, 5, 75, 1, 0.4, chunk=chunk, goal=goal)
 
 
 def _omniglot_20_ways() -> Workload:
@@ -158,7 +154,7 @@ def _omniglot_20_ways() -> Workload:
     title = "Omniglot conv4-64 max-pool, 16 tasks, 20w5s, 300 query, K=5"
     net, goal = conv4(1, 28, 64, 20), Goal((3.5, 5), roof=(85, 120))
     row = Workload("omniglot-20w5s", title, net, (1, 28, 28), 20, 16, 100, 300, 5, 0.1, goal=goal)
-    return replace(row, chunk=2, hard_to_compile=True)
+    return replace(row, chunk=2)
 
 
 def _mini_imagenet(name: str, adapted: str, goal: Goal) -> Workload:
@@ -166,21 +162,20 @@ def _mini_imagenet(name: str, adapted: str, goal: Goal) -> Workload:
     what = "miniImageNet" if adapted == "*" else "ANIL head, miniImageNet"
     title = f"{what} conv4-32 84², 4 tasks, 5w1s, 75 query, K=5"
     net = conv4(3, 84, 32, 5)
-    row = Workload(name, title, net, (3, 84, 84), 5, 4, 5, 75, 5, 0.01, adapted=adapted, goal=goal)
-    return replace(row, hard_to_compile=True)
+    return Workload(name, title, net, (3, 84, 84), 5, 4, 5, 75, 5, 0.01, adapted=adapted, goal=goal)
 
 
-def _mlp() -> Workload:
+def _mlp(name: str, tasks: int, goal: Goal) -> Workload:
     """The smallest net that anyone times."""
-    goal = Goal((3, 5), (150, 150), (2.5, 4))
-    title = "MLP 10-100-1, 32 tasks, 10 shots, K=1"
-    return Workload("mlp", title, mlp(10, 100, 1), (10,), 0, 32, 10, 10, 1, 0.01, goal=goal)
+    counted = "one task" if tasks == 1 else f"{tasks} tasks"
+    title = f"MLP 10-100-1, {counted}, 10 shots, K=1"
+    return Workload(name, title, mlp(10, 100, 1), (10,), 0, tasks, 10, 10, 1, 0.01, goal=goal)
 
 
 _FC_GOAL = Goal((3, 4), (4, 4), (1.8, 2.5), (70, 90))
 
 _FULL = [
-    _mlp(),
+    _mlp("mlp", 32, Goal((3, 5), (150, 150), (2.5, 4))),
     _sinusoid("sinusoid", 25, 5, Goal((4, 6), (200, 200), (3, 5), (40, 60))),
     _sinusoid("sinusoid-1000", 1000, 10, Goal((5, 8), (200, 200), (4, 6), (50, 75))),
     _omniglot_fc("omniglot-fc", False, _FC_GOAL),
@@ -189,18 +184,14 @@ _FULL = [
     _omniglot_20_ways(),
     _mini_imagenet("miniimagenet", "*", Goal((3, 5), roof=(75, 110))),
     _mini_imagenet("anil", "head.*", Goal((3, 5))),
+    _mlp("one-mlp", 1, Goal((2.5, 4))),
     _sinusoid("one-sinusoid", 1, 5, Goal((2.5, 4))),
     _omniglot("one-omniglot", 1, Goal((2.5, 4))),
 ]
 
 _TINY = [
     Workload("tiny-mlp", "MLP 3-8-1, 4 tasks, 5 shots, K=2", mlp(3, 8, 1), (3,), 0, 4, 5, 5, 2, 0.05),
-    replace(
-        Workload(
-            "tiny-conv", "conv4-4 16², 2 tasks, K=2", conv4(1, 16, 4, 3), (1, 16, 16), 3, 2, 3, 6, 2, 0.1
-        ),
-        hard_to_compile=True,
-    ),
+    Workload("tiny-conv", "conv4-4 16², 2 tasks, K=2", conv4(1, 16, 4, 3), (1, 16, 16), 3, 2, 3, 6, 2, 0.1),
 ]
 
 
@@ -211,5 +202,5 @@ def first_order(w: Workload) -> Workload:
 
 _FOMAML = [first_order(w) for w in _FULL if not w.name.startswith("one-")]
 WORKLOADS: dict[str, Workload] = {w.name: w for w in (*_FULL, *_FOMAML, *_TINY)}
-DEFAULT = tuple(w.name for w in _FULL)
+DEFAULT = tuple(w.name for w in (*_FULL, *_FOMAML))
 QUICK = tuple(w.name for w in _TINY)
