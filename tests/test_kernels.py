@@ -26,13 +26,12 @@ from kernel_cases import (
     small_cases,
     wanted,
 )
+from machines import _C, MACHINE
 from torch import Tensor
-
-_C = pytest.importorskip("metafast._C", reason="the native backend is not built", exc_type=ImportError)
 
 GUARD = 64  # elements before and after every operand
 DTYPES = {"f32": torch.float32, "f64": torch.float64}
-EACH_ISA = pytest.mark.parametrize("isa", _C.isas())
+EACH_ISA = pytest.mark.parametrize("isa", MACHINE.isas())
 EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES)
 
 
@@ -53,8 +52,9 @@ class Guarded:
 def run(call: Call, dtype: str, isa: str, parts: int = 1) -> list[Tensor]:
     """What the operands hold afterwards; their guards and the inputs are checked."""
     operands = [Guarded(o) for o in call.operands]
-    pointers = [o.inner.data_ptr() for o in operands]
-    status = _C.run_kernel(call.kernel, dtype, isa, pointers, call.ints, call.floats, parts=parts)
+    status = MACHINE.run_kernel(
+        call.kernel, dtype, isa, [o.inner for o in operands], call.ints, call.floats, parts=parts
+    )
     assert status == call.status
     for k, o in enumerate(operands):
         assert o.intact(), f"{call.kernel}: operand {k} was written beyond its end"
@@ -319,7 +319,7 @@ def test_pointwise_updates_an_input_in_place(dims: tuple[int, ...], dtype: str, 
     call = p.call()
     held = [storage.storage.clone() for storage in call.operands]
     held[2] = held[0]  # new overwrites w
-    status = _C.run_kernel("pointwise", dtype, isa, [h.data_ptr() for h in held], call.ints, call.floats)
+    status = MACHINE.run_kernel("pointwise", dtype, isa, held, call.ints, call.floats)
     assert status == 0
     assert torch.equal(held[0].double(), call.operands[2].expected)
     assert torch.equal(held[3].double(), call.operands[3].expected)
@@ -360,7 +360,7 @@ def apply(name: str, args: list[Tensor], dtype: str, isa: str) -> Tensor:
     op = [_C.pointwise_opcodes().index(name), k, *range(k), *[0] * (3 - k)]
     ints = [1, k, 1, 1, k + 1, n, *[1] * (k + 1), k, 0, *op]
     out = torch.empty(n, dtype=DTYPES[dtype])
-    assert _C.run_kernel("pointwise", dtype, isa, [t.data_ptr() for t in [*args, out]], ints, []) == 0
+    assert MACHINE.run_kernel("pointwise", dtype, isa, [*args, out], ints, []) == 0
     return out
 
 
@@ -444,7 +444,7 @@ def test_log_softmax_of_extremes(isa: str) -> None:
     ]
     x = torch.tensor(rows)
     y = torch.empty_like(x)
-    assert _C.run_kernel("log_softmax", "f32", isa, [x.data_ptr(), y.data_ptr()], [5, 3, 1], []) == 0
+    assert MACHINE.run_kernel("log_softmax", "f32", isa, [x, y], [5, 3, 1], []) == 0
     torch.testing.assert_close(y, x.log_softmax(1), equal_nan=True)
 
 
@@ -456,7 +456,7 @@ def test_reduce_max_passes_nan_on(shape: tuple[int, int, int], isa: str) -> None
     x[20, 0] = torch.nan
     y = torch.empty(inner)
     ints = [1, 1, inner, n, 1, inner, 1, 0, 1]
-    assert _C.run_kernel("reduce", "f32", isa, [x.data_ptr(), y.data_ptr()], ints, [1.0]) == 0
+    assert MACHINE.run_kernel("reduce", "f32", isa, [x, y], ints, [1.0]) == 0
     torch.testing.assert_close(y, x.amax(0), equal_nan=True)
 
 

@@ -3,9 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "memory.hpp"
 #include "program.hpp"
 #include "replay.hpp"
+#include "run_kernel.hpp"
 
 namespace py = pybind11;
 using namespace metafast;
@@ -144,30 +144,14 @@ py::list run_profile(const Program& program, const Externals& externals, int64_t
   return rows;
 }
 
-// One kernel by itself, its parts one after the other; returns its status. Memory is the caller's business.
-int run_kernel(const std::string& name, const std::string& dtype, const std::string& isa,
-               const std::vector<uintptr_t>& ptrs, const std::vector<int64_t>& ints,
-               const std::vector<double>& floats, int parts) {
-  const Signature sig = signature(name, ints, floats, parse_dtype(dtype));
-  if (sig.operands.size() != ptrs.size())
-    throw py::value_error(name + ": " + std::to_string(sig.operands.size()) + " pointers expected, got " +
-                          std::to_string(ptrs.size()));
-  const kernels::Kernel* kernel = kernels::find_kernel(name, parse_dtype(dtype), parse_isa(isa));
-  if (kernel == nullptr) throw py::value_error(name + ": not in this build");
-  if (parts < 1 || (parts > 1 && !kernel->splittable))
-    throw py::value_error(name + ": cannot be split into parts");
-  Buffer scratch;
-  scratch.reserve(kernel->scratch ? kernel->scratch(ints.data()) : 0);
-  Buffer prepared;
-  if (kernel->prepare)
-    kernel->prepare(ints.data(), floats.data(), prepared.reserve(kernel->prepared_bytes(ints.data())));
+int run_one_kernel(const std::string& name, const std::string& dtype, const std::string& isa,
+                   const std::vector<uintptr_t>& ptrs, const std::vector<int64_t>& ints,
+                   const std::vector<double>& floats, int parts) {
+  const kernels::DType type = parse_dtype(dtype);
+  const kernels::Isa set = parse_isa(isa);
   const py::gil_scoped_release unlocked;
-  void* const* operands = reinterpret_cast<void* const*>(ptrs.data());
-  for (int part = 0; part < parts; ++part)
-    if (const int status =
-            kernel->run({operands, ints.data(), floats.data(), scratch.data(), part, parts, prepared.data()}))
-      return status;
-  return 0;
+  return run_kernel(name, type, set, {reinterpret_cast<void* const*>(ptrs.data()), ptrs.size()}, ints, floats,
+                    parts);
 }
 
 std::vector<std::string> isas() {
@@ -209,7 +193,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("threads") = 1, py::arg("seed") = 0, py::arg("cancel_ptr") = 0);
   m.def("profile", &run_profile, py::arg("program"), py::arg("externals").noconvert(), py::arg("T"),
         py::arg("steps"), py::arg("steps_ptr") = 0, py::arg("weights_ptr") = 0, py::arg("result_ptr") = 0);
-  m.def("run_kernel", &run_kernel, py::arg("name"), py::arg("dtype"), py::arg("isa"), py::arg("ptrs"),
+  m.def("run_kernel", &run_one_kernel, py::arg("name"), py::arg("dtype"), py::arg("isa"), py::arg("ptrs"),
         py::arg("ints"), py::arg("floats"), py::arg("parts") = 1);
   m.def("all_finite", &all_finite, py::arg("pointer"), py::arg("count"), py::arg("dtype"));
   m.def("isas", &isas);
