@@ -221,8 +221,7 @@ def _refuse_custom_functions(recorder: Recorder, roots: Iterable[Tensor]) -> Non
         fn = stack.pop()
         if isinstance(fn, torch.autograd.function.BackwardCFunction):
             name = type(fn).__name__.removesuffix("Backward")
-            where = recorder.functions.get(name, Origin())
-            recorder.refuse(name, "an autograd.Function brings its own gradient", where)
+            recorder.refuse(name, "an autograd.Function brings its own gradient", recorder.applied(fn))
         for after, _ in fn.next_functions:
             if after is not None and after not in seen:
                 seen.add(after)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import subprocess
 import sys
 import time
@@ -297,6 +298,56 @@ class Reverse(torch.autograd.Function):
         return -g
 
 
+class Nothing(Reverse):
+    """Gradient reversal whose forward calls no op at all."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x
+
+
+class Split(torch.autograd.Function):
+    """A forward that sees no context."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.sign()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        return g
+
+
+class Wrapped(Sign):
+    """A forward in another one."""
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.sign()
+
+
+class Outer(Sign):
+    """A forward that applies another function."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return Sign.apply(x) + 1
+
+
+class InPlace(Sign):
+    """A forward that returns its own argument, changed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        return x.sign_()
+
+
 class Net(nn.Module):
     """A small net around one function of its hidden values."""
 
@@ -408,6 +459,16 @@ HAZARDS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "float": (lambda self, h: h + (h.float() * 2).sum(), "float32"),
     "complex": (lambda self, h: h + torch.fft.fft(h).real, "aten._fft"),
 }
+
+
+@pytest.mark.parametrize("function", [Sign, Reverse, Nothing, Split, Wrapped, Outer, InPlace])
+def test_a_custom_gradient_is_shown_where_it_is_applied(function: Any) -> None:
+    apply = function.apply
+    net = Net(lambda self, h: apply(h * 2))  # the line to show
+    with pytest.raises(Unsupported) as caught:
+        run(net, squared, data()[0])
+    assert caught.value.op == function.__name__
+    assert re.fullmatch(r"Net: test_capture.py:\d+ `net = Net\(.*the line to show`", caught.value.origin)
 
 
 @pytest.mark.parametrize("name", HAZARDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,7 +27,6 @@ _STATIC, _VALUE = "static", "value"  # what a storage holds, unless it holds a l
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _MODULE_CALL = nn.Module._call_impl.__code__
-_FUNCTION_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 _user_code: dict[CodeType, bool] = {}
 
 
@@ -62,7 +62,6 @@ class Recorder:
         self.stats: list[Stat] = []
         self.externs: list[tuple[str, Tensor]] = []
         self.hazard: Unsupported | None = None
-        self.functions: dict[str, Origin] = {}  # autograd.Function by name → where it was applied
         self.momenta: dict[str, float | None] = {}  # layers with running statistics, by path
         self.originals: dict[int, str] = {}  # storages of the model's own parameters and buffers
         named = model.named_modules() if model is not None else ()
@@ -74,6 +73,7 @@ class Recorder:
         self._storages: dict[int, str] = {}
         self._dirty: set[str] = set()  # buffers that BatchNorm has updated
         self._undo: list[tuple[Tensor, Tensor]] = []
+        self._stacks: dict[int, list[tuple[CodeType, Origin]]] = {}  # by position in `tensors`, of those made without autograd
 
     # -- tensors
 
@@ -198,7 +198,7 @@ class Recorder:
         outputs = _map(out, lambda t: self._result(t, kind))
         origin = self.origin()
         if not grad:
-            self._note_function()
+            self._note_stack(outputs)
         self.calls.append(Call(name, func, *refs, outputs, grad, origin))
 
     def _lift(self, info: OpInfo, func: Any, tensor: Tensor) -> Any:
@@ -286,13 +286,28 @@ class Recorder:
             frame = frame.f_back
         return Origin(module, code, line)
 
-    def _note_function(self) -> None:
-        """Inside an autograd.Function's forward, note where it was applied: its node in the graph does not know."""
+    def applied(self, node: Any) -> Origin:
+        """Where the autograd.Function of a node in the graph was applied, which the node does not know.
+
+        Its forward is on the stack of the call that made its result; or is not, where it returns its argument, of
+        which autograd then makes a view at the place of application itself.
+        """
+        made = (self._refs[id(t)] for t in self._keep if id(t) in self._refs and t.grad_fn is node)
+        stack = next((self._stacks[ref.id] for ref in made if ref.id in self._stacks), [])
+        forward = inspect.unwrap(node._forward_cls.forward)
+        inside = [i for i, (code, _) in enumerate(stack) if code is getattr(forward, "__code__", None)]
+        outside = stack[inside[0] + 1 :] if inside else stack
+        return outside[0][1] if outside else Origin()
+
+    def _note_stack(self, outputs: Any) -> None:
+        """Autograd is off inside an autograd.Function's forward: note from where its results were called for."""
+        stack: list[tuple[CodeType, Origin]] = []
         frame: Any = sys._getframe(1)
         while frame is not None and frame.f_code is not _RUN:
-            if frame.f_code is _FUNCTION_APPLY and (cls := frame.f_locals.get("cls")) is not None:
-                self.functions.setdefault(cls.__name__, self.origin(frame.f_back))
+            stack.append((frame.f_code, self.origin(frame)))
             frame = frame.f_back
+        for ref in _refs(outputs):
+            self._stacks[ref.id] = stack
 
 
 def _updates_statistics(info: OpInfo, args: tuple[Any, ...]) -> bool:
@@ -320,6 +335,14 @@ def _map(x: Any, f: Callable[[Tensor], Any]) -> Any:
     if isinstance(x, Tensor):
         return f(x)
     return [_map(e, f) for e in x] if isinstance(x, (list, tuple)) else x
+
+
+def _refs(x: Any) -> Iterator[Ref]:
+    if isinstance(x, Ref):
+        yield x
+    elif isinstance(x, list):
+        for e in x:
+            yield from _refs(e)
 
 
 def _tensors(x: Any) -> Iterator[Tensor]:
