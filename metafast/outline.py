@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from . import tasks
 from .errors import InputError, InputTypeError, LabelError, message
-from .externs import Places, find_externs
+from .externs import find_externs
 from .problem import Loss, Objective, Problem
+from .reach import Reach
 from .structure import Structure
 from .transforms import tracing, transformed
 
@@ -72,6 +74,10 @@ class Outline:
         if not names:
             way_out = "there is nothing to adapt; give it parameters"
             raise InputError(message("InnerLoop(model)", "a model without parameters", "at least one", way_out))
+        for name, tensor in zip(names, tensors, strict=True):
+            if is_lazy(tensor):
+                way_out = "run the model on one batch first, or write its widths out"
+                raise InputError(message(f"parameter {name}", "a lazy one without a shape", "a shape", way_out))
         self.adapted = _select(inner.model, inner._params[0], names, tensors, structure.aliases)
         by_name = dict(zip(names, tensors, strict=True))
         for name in self.adapted:
@@ -83,7 +89,7 @@ class Outline:
         self._keys = ["param/" + name for name in names]
         self._names = dict(zip(self._keys, names, strict=True))
         self._inner = weakref.ref(inner)
-        self._places: Places | None = None
+        self._reach: Reach | None = None
         self._externs: dict[Any, list[weakref.ref[Tensor]]] = {}
         self._weights: dict[Any, Tensor] = {}
 
@@ -117,6 +123,7 @@ class Outline:
             return_outputs=inner.return_outputs and query is not None,
             buffers=dict(zip(structure.buffer_names, structure.buffers(), strict=True)),
             aliases=structure.aliases,
+            reach=self.reach(),
         )
         if gradient or tracing():
             self._want(problem, leaves)
@@ -154,11 +161,16 @@ class Outline:
             wrt = [key for key, leaf in leaves.items() if leaf.requires_grad]
         object.__setattr__(problem, "wrt", tuple(wrt))
 
+    def reach(self) -> Reach:
+        """What the losses and the rule can read besides their arguments, looked for again when some of it changed."""
+        if self._reach is None or not self._reach.same():
+            before, self._reach = self._reach, Reach(self.structure.module, *self.objectives, self.update)
+            if before is not None and not self._reach.finds(before):
+                self._externs.clear()
+        return self._reach
+
     def _found(self, problem: Problem) -> list[Tensor]:
-        """Tensors that the losses read from outside; looked for again when the places that can hold them changed."""
-        if self._places is None or not self._places.same():
-            self._places = Places(problem.model, *self.objectives, self.update)
-            self._externs.clear()
+        """Tensors that the losses read from outside; looked for again when the reach changed."""
         shapes = tuple([leaf.shape[1:] for key, leaf in problem.leaves.items() if key[0] in "sq"])
         key = (self.structure.training(), problem.steps > 0, problem.query_spec is None, shapes)
         refs = self._externs.get(key)

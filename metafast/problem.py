@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 if TYPE_CHECKING:
+    from .reach import Reach
     from .updates import UpdateRule
 
 __all__ = ["Backend", "Loss", "Objective", "Outcome", "Problem", "hyper_tree"]
@@ -37,7 +38,8 @@ class Problem:
     `leaves` is ordered as the module docstring lists the kinds. `adapted` holds the names, without "param/", that the
     inner loop adapts; `wrt` the keys whose gradient is wanted. `aliases` maps the first name of each parameter and
     buffer to all its names. `buffers` holds the values the losses read, usually the model's own tensors; a deferred
-    replay is given a copy from before the first pass instead.
+    replay is given a copy from before the first pass instead. `reach` knows what else model, objectives and update rule
+    can read.
     """
 
     model: nn.Module
@@ -55,6 +57,7 @@ class Problem:
     return_outputs: bool = False
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    reach: Reach | None = None
 
     def with_leaves(self, tensors: Sequence[Tensor]) -> Problem:
         """The same problem over other values of its leaves, in their order."""

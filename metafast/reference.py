@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from . import tasks
@@ -129,6 +130,8 @@ class _Replay:
             stack.enter_context(swapping)
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.set_grad_enabled(self.differentiate))
+            if self.second_order:  # PyTorch differentiates no other form of attention twice
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             self._exit = stack.pop_all()
             problem = self.problem
             self.frame = _Frame(problem.model)

@@ -127,11 +127,6 @@ class UpdateRule(nn.Module):
             self._cache[key] = made
         return self._cache[key]
 
-    @property
-    def plan_inputs(self) -> frozenset[str]:
-        """Attributes that are inputs of a plan or none of its business: a new learning rate needs no new plan."""
-        return frozenset({*self._hyper_names, "_cache", "_changes"})
-
     @contextlib.contextmanager
     def reading(self, hyper: Hyper) -> Iterator[None]:
         """Let a rule that reads `self.lr`, not `hyper["lr"]`, find the same tensor there instead of a number."""
@@ -150,23 +145,15 @@ class UpdateRule(nn.Module):
     def check(self, shapes: Mapping[str, torch.Size], aliases: Mapping[str, tuple[str, ...]]) -> None:
         """Validate the hyper-parameters against the parameters that adapt, and bring tied names to the first one.
 
-        **Raises** `InputError` for a mapping that lacks an adapted parameter or names an unknown one, and for a tensor
-        that does not broadcast to its parameter.
+        **Raises** `InputError` for a mapping that lacks an adapted parameter or names an unknown one.
         """
         if self._update is None and type(self).update is UpdateRule.update:
             self.update({}, {}, {}, {}, torch.zeros(()), {})  # raises, and says so early
         first = {alias: name for name, names in aliases.items() for alias in names}
         for name in self._hyper_names:
             value = getattr(self, name)
-            place = f"{type(self).__name__}({name}=...)"
             if isinstance(value, _PerParameter):
-                value.bind(place, first, shapes)
-                entries = dict(value.items())
-            else:
-                entries = dict.fromkeys(shapes, value)
-            for parameter, entry in entries.items():
-                if isinstance(entry, Tensor) and parameter in shapes:
-                    _require_width(place, entry, parameter, shapes[parameter])
+                value.bind(f"{type(self).__name__}({name}=...)", first, shapes)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": {}}
@@ -174,8 +161,6 @@ class UpdateRule(nn.Module):
 
 class _PerParameter(nn.Module):
     """One hyper-parameter for each of several parameters, registered under the parameters' own dotted names."""
-
-    plan_inputs = frozenset({"_numbers"})
 
     def __init__(self, name: str, values: Mapping[str, Any]) -> None:
         super().__init__()
@@ -258,6 +243,14 @@ class SGD(UpdateRule):
 
     def __init__(self, lr: Any) -> None:
         super().__init__(lr=lr)
+
+    def check(self, shapes: Mapping[str, torch.Size], aliases: Mapping[str, tuple[str, ...]]) -> None:
+        """As any rule's; and a rate must broadcast to its parameter. **Raises** `InputError`."""
+        super().check(shapes, aliases)
+        rates = dict(self.lr.items()) if isinstance(self.lr, _PerParameter) else dict.fromkeys(shapes, self.lr)
+        for parameter, rate in rates.items():
+            if isinstance(rate, Tensor) and parameter in shapes:
+                _require_width("SGD(lr=...)", rate, parameter, shapes[parameter])
 
     def update(
         self, params: Params, grads: Params, state: State, hyper: Hyper, k: Tensor, params0: Params

@@ -1,0 +1,359 @@
+"""What the losses and the update rule can read besides their arguments, and whether it still is what it was.
+
+A plan holds for one state of all that: attributes of modules and objects, closures, defaults, globals that the code names,
+class attributes, hooks. A walk over code and objects finds the places; its `key` tells two states apart, and `same()`
+looks at the places again, which costs microseconds. Of an object that is no module only the attributes that some code
+reached by the walk names are looked at, so that a trainer's step counter makes no new plan.
+
+What no walk can see (files, clocks, environment variables, the state of iterators) must not steer a loss.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import operator
+import sys
+import types
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Reach"]
+
+_DEPTH = 24
+_WIDTH = 256  # longer containers are taken for data, and known by identity and length
+_BYTES = 1 << 14  # so are larger NumPy arrays
+_MISSING = object()
+_CONSTANTS = (type(None), bool, int, str, bytes, complex, torch.dtype, torch.device, torch.layout, torch.memory_format)
+_CODE = (types.FunctionType, types.MethodType, functools.partial)
+_BY_ANY_NAME = frozenset({"getattr", "vars", "__dict__", "__getattribute__", "attrgetter", "eval", "exec"})
+_STORES = ("_parameters", "_buffers", "_modules")
+_INTERNAL = frozenset(nn.Module().__dict__) - {"training"}
+_HOOKS = tuple(name for name in nn.Module().__dict__ if name.endswith("_hooks"))
+_GLOBAL_HOOKS = tuple(name for name in vars(torch.nn.modules.module) if name.startswith("_global_") and "hooks" in name)
+_OF_A_RULE = frozenset({"_cache", "_changes"})
+_ENDS = frozenset({"torch", "metafast", "numpy", *sys.stdlib_module_names})  # code that reads its arguments only
+
+
+class Reach:
+    """All places that the code under `roots` and the forward of `model` can read, found once.
+
+    `key` is hashable: equal keys mean that a plan made for one state serves the other. It keeps nothing alive but code.
+    `code` is the part of it that no state changes: the code of the roots.
+    `draws()` is the state of the random generators among them that PyTorch does not own.
+    """
+
+    def __init__(self, model: nn.Module, *roots: Any) -> None:
+        self.code = tuple(map(_code, roots))
+        names: frozenset[str] = frozenset()
+        while True:  # code that was reached names more attributes, which lead to more code
+            walk = _Walk(names)
+            self.key = walk.all(model, roots)
+            if walk.names <= names:
+                break
+            names = names | walk.names
+        self._sizes, self._lists, self._cells, self._functions = walk.sizes, walk.lists, walk.cells, walk.functions
+        self._gets = [(store.get, name) for store, name, _ in walk.slots]
+        self._values = [value for _, _, value in walk.slots]
+        self._types = walk.types
+        self._tensors = [(t, _tensor_facts(t)) for t in walk.tensors]
+        self._computed = walk.computed
+        self._generators = walk.generators
+        self._keep = walk.keep
+
+    def same(self) -> bool:
+        """Whether every place holds the very object that it held."""
+        if any([len(store) != size for store, size in self._sizes]):
+            return False
+        if not all(map(operator.is_, [get(name, _MISSING) for get, name in self._gets], self._values)):
+            return False
+        if not all([type(owner) is cls for owner, cls in self._types]):
+            return False
+        if not all([_same_items(items, before) for items, before in self._lists]):
+            return False
+        if not all([_content(cell) is before for cell, before in self._cells]):
+            return False
+        if not all([f.__code__ is c and f.__defaults__ is d and f.__kwdefaults__ is k for f, c, d, k in self._functions]):
+            return False
+        if not all([_tensor_facts(tensor) == facts for tensor, facts in self._tensors]):
+            return False
+        return all([read() == before for read, before in self._computed])
+
+    def finds(self, before: Reach) -> bool:
+        """Whether it finds what an earlier one found, the same tensors among it."""
+        return self.key == before.key and all([a is b for (a, _), (b, _) in zip(self._tensors, before._tensors, strict=True)])
+
+    def draws(self) -> list[str]:
+        """The states of Python's and NumPy's generator objects, to see whether a run drew from one."""
+        return [repr(state()) for state in self._generators]
+
+
+class _Identity:
+    """Stands for an object that is known by identity alone; equal only while it lives."""
+
+    __slots__ = ("_hash", "_ref")
+
+    def __init__(self, value: Any) -> None:
+        self._hash = id(value)
+        try:
+            self._ref: Callable[[], Any] = weakref.ref(value)
+        except TypeError:
+            self._ref = lambda: value
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and (own := self._ref()) is not None and own is other._ref()
+
+
+class _Walk:
+    """One pass over everything, depth first; each method returns the part of the key that stands for its argument."""
+
+    def __init__(self, names: frozenset[str]) -> None:
+        self._wanted, self._sorted = names, sorted(names)
+        self._any_name = bool(names & _BY_ANY_NAME)
+        self.names: set[str] = set()
+        self.slots: list[tuple[Any, str, Any]] = []
+        self.sizes: list[tuple[Any, int]] = []
+        self.lists: list[tuple[Any, Any]] = []
+        self.cells: list[tuple[Any, Any]] = []
+        self.functions: list[tuple[Any, Any, Any, Any]] = []
+        self.types: list[tuple[Any, type]] = []
+        self.tensors: list[Tensor] = []
+        self.computed: list[tuple[Callable[[], Any], Any]] = []
+        self.generators: list[Callable[[], Any]] = []
+        self.keep: list[Any] = []
+        self._numbers: dict[int, int] = {}
+        self._inside: frozenset[int] = frozenset()
+
+    def all(self, model: nn.Module, roots: Iterable[Any]) -> Any:
+        """The model, the roots, and the hooks that torch keeps for all modules."""
+        modules = list(model.modules())
+        self._inside = frozenset(map(id, modules))
+        for module in modules:
+            self._number(module)
+        inside = [self._module(module, 0) for module in modules]
+        hooks = [self.visit(getattr(torch.nn.modules.module, name), 0) for name in _GLOBAL_HOOKS]
+        return (tuple(inside), tuple([self.visit(root, 0) for root in roots]), tuple(hooks))
+
+    def visit(self, value: Any, depth: int) -> Any:
+        """Any value."""
+        if isinstance(value, enum.Enum):
+            return _Identity(value)
+        if isinstance(value, _CONSTANTS):
+            return (type(value), value)
+        if isinstance(value, float):
+            return (float, value.hex())  # tells -0.0 from 0.0
+        if isinstance(value, type):
+            return self._class(value, depth)
+        if (number := self._numbers.get(id(value))) is not None:
+            return ("again", number)
+        self._number(value)
+        if depth > _DEPTH:
+            return _Identity(value)
+        if isinstance(value, Tensor):
+            return self._tensor(value)
+        if isinstance(value, nn.Module):
+            return self._module(value, depth)
+        if isinstance(value, _CODE):
+            return self._function(value, depth)
+        if isinstance(value, (list, tuple, deque, dict, set, frozenset)):
+            return self._container(value, depth)
+        if isinstance(value, types.ModuleType):
+            return (_Identity(value), self._named(value.__dict__, depth, self._sorted))
+        return self._object(value, depth)
+
+    def _number(self, value: Any) -> None:
+        self._numbers[id(value)] = len(self._numbers)
+        self.keep.append(value)
+
+    # -- tensors and numbers
+
+    def _tensor(self, tensor: Tensor) -> Any:
+        """One that requires grad is a leaf of the call; any other is held, and read at each call, by the plan."""
+        self.tensors.append(tensor)
+        return (tensor.requires_grad or _Identity(tensor), _tensor_facts(tensor))
+
+    # -- places
+
+    def _slot(self, store: Any, name: str, depth: int) -> Any:
+        value = store[name]
+        self.slots.append((store, name, value))
+        return (name, self.visit(value, depth + 1))
+
+    def _named(self, store: Any, depth: int, names: Iterable[str]) -> tuple[Any, ...]:
+        """The entries of a dict whose names are among `names`."""
+        self.sizes.append((store, len(store)))
+        return tuple([self._slot(store, name, depth) for name in names if name in store])
+
+    def _container(self, value: Any, depth: int) -> Any:
+        self.sizes.append((value, len(value)))
+        if len(value) > _WIDTH:
+            return (_Identity(value), len(value))
+        if isinstance(value, dict):
+            items = list(value.items())
+            self.slots += [(value, key, entry) for key, entry in items]
+            return (type(value), tuple([(self.visit(k, depth + 1), self.visit(v, depth + 1)) for k, v in items]))
+        before = value.copy() if isinstance(value, set) else tuple(value)
+        if not isinstance(value, (tuple, frozenset)):
+            self.lists.append((value, before))
+        kind = frozenset if isinstance(value, (set, frozenset)) else tuple
+        return (type(value), kind([self.visit(entry, depth + 1) for entry in value]))
+
+    def _module(self, module: nn.Module, depth: int) -> Any:
+        """Flags, plain attributes, children and hooks; of a module outside the model, its parameters and buffers too."""
+        own = module.__dict__
+        if type(module).__module__.startswith("metafast.") and "_hyper_names" not in own:
+            return _Identity(module)  # an InnerLoop
+        hyper = own.get("_hyper_names", ())  # of an update rule: leaves of the call, or numbers that become some
+        hidden = _INTERNAL.union(_OF_A_RULE, hyper) if hyper else _INTERNAL
+        self.types.append((module, type(module)))
+        self.sizes.append((own, len(own)))
+        key = [self._class(type(module), depth)]
+        key += [self._slot(own, name, depth) for name in list(own) if name not in hidden]
+        for name in ("_modules", *_HOOKS) if id(module) in self._inside else (*_STORES, *_HOOKS):
+            if (store := own.get(name)) is not None:
+                key.append((name, self._named(store, depth, [entry for entry in store if entry not in hyper])))
+        return tuple(key)
+
+    def _function(self, f: Any, depth: int) -> Any:
+        if isinstance(f, functools.partial):
+            return (functools.partial, *[self.visit(part, depth + 1) for part in (f.func, f.args, f.keywords)])
+        if isinstance(f, types.MethodType):
+            return (types.MethodType, self.visit(f.__func__, depth + 1), self.visit(f.__self__, depth + 1))
+        self.functions.append((f, f.__code__, f.__defaults__, f.__kwdefaults__))
+        key: list[Any] = [f.__code__, self.visit(f.__defaults__, depth + 1), self.visit(f.__kwdefaults__, depth + 1)]
+        for cell in f.__closure__ or ():
+            content = _content(cell)
+            self.cells.append((cell, content))
+            key.append(None if content is _MISSING else self.visit(content, depth + 1))
+        if _of_the_user(f.__globals__.get("__name__")):
+            names = sorted(set(_names(f.__code__)))
+            self.names.update(names)
+            key.append(self._named(f.__globals__, depth, names))
+        return tuple(key)
+
+    def _class(self, cls: type, depth: int) -> Any:
+        """What a class of the user's defines itself and inherits, as far as code names it; of others, the forward."""
+        key: list[Any] = [_Identity(cls)]
+        if id(cls) in self._numbers:
+            return key[0]
+        for base in cls.__mro__:
+            own = vars(base)
+            if not _of_the_user(base.__module__):
+                if base is not nn.Module and "forward" in own:
+                    self.slots.append((own, "forward", own["forward"]))
+                    key.append(_Identity(own["forward"]))
+            elif id(base) not in self._numbers:
+                self._number(base)
+                made = base.__name__ in self._wanted  # by code that was reached
+                names = [n for n in own if n == "forward" or n in self._wanted or _special(n, own[n], made)]
+                key.append(self._named(own, depth, names))
+        return tuple(key)
+
+    def _object(self, value: Any, depth: int) -> Any:
+        """Attributes by name; what has none is known by identity, descriptors by the functions in them."""
+        array = sys.modules.get("numpy")
+        if array is not None and isinstance(value, (array.ndarray, array.generic)):
+            return self._array(value)
+        if isinstance(value, (staticmethod, classmethod)):
+            return (type(value), self.visit(value.__func__, depth + 1))
+        if isinstance(value, property):
+            return (property, self.visit(value.fget, depth + 1))
+        if (state := _generator_state(value)) is not None:
+            self.generators.append(state)
+            return _Identity(value)
+        owner = getattr(value, "__self__", None)
+        if owner is not None and not isinstance(owner, types.ModuleType):  # a method written in C
+            return (getattr(value, "__name__", ""), self.visit(owner, depth + 1))
+        key: list[Any] = [self.visit(type(value), depth + 1)]
+        self.types.append((value, type(value)))
+        store = getattr(value, "__dict__", None)
+        slotted = [n for base in type(value).__mro__ for n in _slots_of(base) if hasattr(value, n)]
+        if not isinstance(store, dict) and not slotted:
+            return _Identity(value)
+        if isinstance(store, dict):
+            every = self._any_name or type(value).__module__.startswith("metafast.")
+            key.append(self._named(store, depth, list(store) if every else self._sorted))
+        for name in slotted:
+            self.computed.append((functools.partial(_same_attribute, value, name, getattr(value, name)), True))
+            key.append((name, self.visit(getattr(value, name), depth + 1)))
+        return tuple(key)
+
+    def _array(self, value: Any) -> Any:
+        if value.nbytes > _BYTES or value.dtype.hasobject:
+            return (_Identity(value), value.shape)
+        self.computed.append((value.tobytes, value.tobytes()))
+        return (type(value), str(value.dtype), value.shape, value.tobytes())
+
+
+def _code(root: Any) -> Any:
+    """The code of a callable, without what it closes over."""
+    for inside in ("loss", "func", "__func__"):  # a loss as an objective, a partial, a method
+        if (part := getattr(root, inside, None)) is not None and not isinstance(root, nn.Module):
+            return _code(part)
+    return getattr(root, "__code__", type(root))
+
+
+def _special(name: str, value: Any, made: bool) -> bool:
+    """Whether Python may call it unnamed: operators, calls, `__init__` where the class is `made` during a run."""
+    return name[:2] == "__" and isinstance(value, types.FunctionType) and (made or name not in ("__init__", "__new__"))
+
+
+def _tensor_facts(tensor: Tensor) -> tuple[Any, ...]:
+    return (tensor.requires_grad, tensor.shape, tensor.dtype)
+
+
+def _same_items(items: Any, before: Any) -> bool:
+    if isinstance(items, set):
+        return bool(items == before)
+    return len(items) == len(before) and all(map(operator.is_, items, before))
+
+
+def _same_attribute(owner: Any, name: str, before: Any) -> bool:
+    return getattr(owner, name, _MISSING) is before
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not yet filled
+        return _MISSING
+
+
+def _of_the_user(module: Any) -> bool:
+    return isinstance(module, str) and module.partition(".")[0] not in _ENDS or module == "__main__"
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    """The names that code reads globals and attributes by, with those of functions inside it and of getattr's strings."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
+        elif isinstance(constant, str) and constant.isidentifier():
+            yield constant
+
+
+def _slots_of(cls: type) -> Iterator[str]:
+    slots = cls.__dict__.get("__slots__", ()) if _of_the_user(cls.__module__) else ()
+    for name in (slots,) if isinstance(slots, str) else slots:
+        if name not in ("__dict__", "__weakref__"):
+            yield name
+
+
+def _generator_state(value: Any) -> Callable[[], Any] | None:
+    """How to read the state of a random generator that is neither PyTorch's nor a module's global one."""
+    kind = f"{type(value).__module__}.{type(value).__name__}"
+    if kind == "random.Random":
+        state: Callable[[], Any] = value.getstate
+        return state
+    if kind == "numpy.random._generator.Generator":
+        return lambda: value.bit_generator.state
+    return value.get_state if kind == "numpy.random.mtrand.RandomState" else None

@@ -1,0 +1,293 @@
+"""What the losses read besides their arguments: each change of it is seen by the next call, and only such a change."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import metafast
+from metafast import dispatch
+from metafast.reach import Reach
+
+pytest.importorskip("metafast._C")
+
+F64 = torch.float64
+
+
+@dataclasses.dataclass
+class Settings:
+    gain: float = 1.0
+
+
+class Slotted:
+    __slots__ = ("gain",)
+
+    def __init__(self) -> None:
+        self.gain = 1.0
+
+
+class ClassGain:
+    gain = 1.0
+
+
+GAIN = 1.0
+TABLE: dict[str, Any] = {"deep": {"gain": 1.0}}
+SPACE = types.SimpleNamespace(gain=1.0, act=torch.tanh, tensor=torch.ones((), dtype=F64))
+SETTINGS, SLOTTED = Settings(), Slotted()
+ARRAY = np.ones(1)
+FLAGS = {"on"}
+
+
+def helper(h: Tensor) -> Tensor:
+    return h * GAIN
+
+
+class Net(nn.Module):
+    """A forward that reads one thing of each kind."""
+
+    factor = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.a, self.act, self.b = nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)
+        self.box, self.settings, self.array, self.flags = types.SimpleNamespace(gain=1.0), Settings(), np.ones(1), {"on"}
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = helper(self.act(self.a(x))) * self.factor * self.box.gain * self.settings.gain * float(self.array[0])
+        h = h * TABLE["deep"]["gain"] * SPACE.gain * SETTINGS.gain * float(ARRAY[0]) * SPACE.tensor
+        h = SPACE.act(h) if "on" in FLAGS else h
+        return self.b(h * SLOTTED.gain * ClassGain.gain if "on" in self.flags else h * 0.5)
+
+
+def tasks() -> tuple[Any, Any]:
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(3, 8, 3, generator=g, dtype=F64), torch.randn(3, 8, 2, generator=g, dtype=F64)
+    return (x[:, :4], y[:, :4]), (x[:, 4:], y[:, 4:])
+
+
+def change(name: str, net: Net, patch: pytest.MonkeyPatch) -> None:
+    """Change one thing; what does not belong to `net` is given back after the test."""
+    here = globals()
+    if name == "child":
+        net.act = nn.Tanh()  # type: ignore[assignment]
+    elif name == "class of the model":
+        net.__class__ = type("Other", (Net,), {"forward": lambda self, x: self.b(torch.sigmoid(self.a(x)))})
+    elif name == "object of the model":
+        net.box.gain = 2.0
+    elif name == "dataclass of the model":
+        net.settings.gain = 2.0
+    elif name == "array of the model":
+        net.array[0] = 2.0
+    elif name == "set of the model":
+        net.flags.clear()
+    elif name == "array":
+        patch.setitem(here, "ARRAY", np.full(1, 2.0))
+    elif name == "default dtype":
+        patch.setattr(torch, "pi", 3.0)  # named nowhere: no change
+        torch.set_default_dtype(F64)
+    else:
+        owner, key, value = OUTSIDE[name]
+        (patch.setitem if isinstance(owner, dict) else patch.setattr)(owner, key, value)  # type: ignore[operator]
+
+
+OUTSIDE: dict[str, tuple[Any, str, Any]] = {
+    "forward of a class": (Net, "forward", lambda self, x: self.b(torch.sigmoid(self.a(x)))),
+    "forward of torch's": (nn.ReLU, "forward", lambda self, x: torch.tanh(x)),
+    "class attribute": (Net, "factor", 2.0),
+    "attribute of another class": (ClassGain, "gain", 2.0),
+    "global behind a function": (globals(), "GAIN", 2.0),
+    "global function": (globals(), "helper", lambda h: torch.sin(h)),
+    "nested dict": (TABLE["deep"], "gain", 2.0),
+    "namespace": (SPACE, "gain", 2.0),
+    "function in a namespace": (SPACE, "act", torch.sin),
+    "tensor in a namespace": (SPACE, "tensor", torch.full((), 2.0, dtype=F64)),
+    "dataclass": (SETTINGS, "gain", 2.0),
+    "slots": (SLOTTED, "gain", 2.0),
+    "set": (globals(), "FLAGS", set()),
+}
+INSIDE = ["child", "class of the model", "object of the model", "dataclass of the model", "array of the model"]
+
+
+def agree(inner: metafast.InnerLoop) -> None:
+    """The native gradient, from a plan old or new, against that of the reference, which has none."""
+    answers = []
+    for backend in ("native", "torch"):
+        inner.backend = backend
+        answers.append(inner.meta_gradient(*tasks())[1])
+    for name, gradient in answers[1].items():
+        torch.testing.assert_close(answers[0][name], gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [*INSIDE, "set of the model", "array", *OUTSIDE])
+def test_a_change_of_what_the_forward_reads_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Net().double()
+    inner = metafast.InnerLoop(net, F.mse_loss, update=metafast.SGD(lr=0.1), steps=2)
+    agree(inner)
+    before = inner.meta_gradient(*tasks())[1]
+    change(name, net, monkeypatch)
+    agree(inner)
+    after = inner.meta_gradient(*tasks())[1]
+    assert any(not torch.allclose(before[n], after[n]) for n in before), "the change changes nothing"
+
+
+@pytest.fixture
+def default_dtype() -> Iterator[None]:
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_the_default_dtype_is_seen(default_dtype: None) -> None:
+    net = nn.Linear(3, 2).double()
+    inner = metafast.InnerLoop(
+        net, lambda out, y: F.mse_loss(out * torch.tensor(0.1), y), update=metafast.SGD(lr=0.1), steps=2
+    )
+    agree(inner)
+    torch.set_default_dtype(F64)
+    agree(inner)
+
+
+def keyword_default() -> tuple[Any, Callable[[], None]]:
+    def loss(out: Tensor, y: Tensor, *, gain: float = 1.0) -> Tensor:
+        return F.mse_loss(out, y) * gain
+
+    return loss, lambda: loss.__kwdefaults__.__setitem__("gain", 2.0)  # type: ignore[attr-defined]
+
+
+def other_module() -> tuple[Any, Callable[[], None]]:
+    after = nn.BatchNorm1d(2).double().eval()
+
+    def loss(out: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(after(out), y)
+
+    return loss, lambda: setattr(after, "eps", 0.5)
+
+
+class Criterion:
+    gain = 1.0
+
+    def __call__(self, out: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(out, y) * self.gain
+
+
+def attribute_of_a_callables_class() -> tuple[Any, Callable[[], None]]:
+    own = type("Own", (Criterion,), {})
+    return own(), lambda: setattr(own, "gain", 2.0)
+
+
+def closure_in_a_closure() -> tuple[Any, Callable[[], None]]:
+    space = types.SimpleNamespace(f=lambda loss: loss)
+
+    def loss(out: Tensor, y: Tensor) -> Tensor:
+        return space.f(F.mse_loss(out, y))
+
+    return loss, lambda: setattr(space, "f", lambda loss: loss * 2)
+
+
+@pytest.mark.parametrize(
+    "make", [keyword_default, other_module, attribute_of_a_callables_class, closure_in_a_closure], ids=lambda f: f.__name__
+)
+def test_a_change_of_what_the_loss_reads_is_seen(make: Callable[[], tuple[Any, Callable[[], None]]]) -> None:
+    loss, alter = make()
+    inner = metafast.InnerLoop(nn.Linear(3, 2).double(), loss, update=metafast.SGD(lr=0.1), steps=2)
+    agree(inner)
+    alter()
+    agree(inner)
+
+
+def test_hooks_on_all_modules_and_what_a_hook_reads_are_seen() -> None:
+    net, gain = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)).double(), [1.0]
+    net[1].register_forward_hook(lambda module, args, out: out * gain[0])
+    inner = metafast.InnerLoop(net, F.mse_loss, update=metafast.SGD(lr=0.1), steps=2)
+    agree(inner)
+    gain[0] = 2.0
+    agree(inner)
+    everywhere = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: out * 2 if isinstance(module, nn.ReLU) else None
+    )
+    try:
+        agree(inner)
+    finally:
+        everywhere.remove()
+    agree(inner)
+
+
+class Trainer:
+    """An objective that is a method: of its owner's attributes it reads one."""
+
+    def __init__(self) -> None:
+        self.model, self.step, self.gain = nn.Linear(3, 2).double(), 0, 1.0
+        self.inner = metafast.InnerLoop(self.model, objective=self.loss, update=metafast.SGD(lr=0.1), steps=1)
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        return F.mse_loss(model(batch[0]), batch[1]) * self.gain
+
+
+def test_what_no_code_names_and_numbers_of_the_rule_make_no_new_plan() -> None:
+    trainer = Trainer()
+    for step in range(3):
+        trainer.step = step
+        trainer.inner.update.lr = 0.1 / (step + 1)  # type: ignore[assignment]
+        agree(trainer.inner)
+    assert len(dispatch._plans[trainer.model]) == 1
+    trainer.gain = 2.0
+    agree(trainer.inner)
+    assert len(dispatch._plans[trainer.model]) == 2
+
+
+def test_a_cache_that_the_first_run_fills_still_goes_native() -> None:
+    cache: dict[str, Tensor] = {}
+
+    def loss(out: Tensor, y: Tensor) -> Tensor:
+        if "w" not in cache:
+            cache["w"] = torch.linspace(0, 1, 2, dtype=F64)
+        return ((out - y) ** 2 * cache["w"]).mean()
+
+    agree(metafast.InnerLoop(nn.Linear(3, 2).double(), loss, update=metafast.SGD(lr=0.1), steps=1))
+
+
+def counter() -> Callable[[], float]:
+    calls = [0]
+
+    def draw() -> float:
+        calls[0] += 1
+        return float(calls[0])
+
+    return draw
+
+
+@pytest.mark.parametrize("draw", [counter, lambda: np.random.default_rng(0).normal, lambda: random.Random(0).random])
+def test_a_loss_that_reads_what_it_changes_falls_back_once(draw: Callable[[], Callable[[], float]]) -> None:
+    net, number = nn.Linear(3, 2).double(), draw()
+    inner = metafast.InnerLoop(
+        net, lambda out, y: F.mse_loss(out, y) * number(), update=metafast.SGD(lr=0.1), steps=1
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        losses = [inner(*tasks()).item() for _ in range(3)]
+    assert [w.category for w in caught] == [metafast.FallbackWarning]
+    assert "changes what they read" in str(caught[0].message)
+    assert len(set(losses)) == 3
+
+
+def test_the_key_keeps_no_object_alive_and_tells_numbers_apart() -> None:
+    net = nn.Linear(3, 2)
+
+    def key(value: Any) -> Any:
+        return Reach(net, lambda: value).key
+
+    assert key(1) != key(1.0) != key(True)
+    assert key(0.0) != key(-0.0)
+    assert key([1, 2]) == key([1, 2]) != key((1, 2))
+    gone = key(SPACE.tensor.clone())
+    assert gone != key(SPACE.tensor.clone())  # though the second may lie where the first lay
