@@ -7,7 +7,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 
 from metafast.errors import BackendError, FallbackWarning, message, warn
@@ -36,8 +36,8 @@ _plans: WeakKeyDictionary[nn.Module, dict[Any, Choice]] = WeakKeyDictionary()
 def choose(problem: Problem, backend: str) -> Backend:
     """The backend for `problem`: `backend` is "auto", "native", "cuda" or "torch".
 
-    A problem that cannot go native takes the PyTorch reference under "auto", with one FallbackWarning a plan; under "native" it
-    raises BackendError.
+    A problem that cannot go native takes the PyTorch reference under "auto", with one FallbackWarning a plan; under
+    "native" it raises BackendError.
     """
     return _choice(problem, backend).backend
 
@@ -122,7 +122,8 @@ def _explain_plan(plan: Any, problem: Problem) -> list[str]:
     lines += [f"flops: {name} {f:.3g} a task and step" for name, f in flops.items()]
     lines += [f"flops of the call: {total:.4g}"]
     state = (problem.steps + 1) * lowered.state_bytes
-    lines += [f"memory: arena {lowered.arena_bytes} B and state {state} B a worker, {lowered.result_elements} gradient elements"]
+    memory = f"arena {lowered.arena_bytes} B and state {state} B a worker"
+    lines += [f"memory: {memory}, {lowered.result_elements} gradient elements"]
     return lines
 
 
@@ -150,8 +151,9 @@ def plan_key(problem: Problem) -> tuple[Any, ...]:
 
 
 def _reach(problem: Problem) -> Reach:
-    known = problem.reach
-    return Reach(problem.model, problem.inner_objective, problem.query_objective, problem.update) if known is None else known
+    if problem.reach is not None:
+        return problem.reach
+    return Reach(problem.model, problem.inner_objective, problem.query_objective, problem.update)
 
 
 def _settings() -> tuple[Any, ...]:

@@ -328,7 +328,7 @@ def _content(cell: Any) -> Any:
 
 
 def _of_the_user(module: Any) -> bool:
-    return isinstance(module, str) and module.partition(".")[0] not in _ENDS or module == "__main__"
+    return (isinstance(module, str) and module.partition(".")[0] not in _ENDS) or module == "__main__"
 
 
 def _names(code: types.CodeType) -> Iterator[str]:

@@ -46,8 +46,8 @@ def _flat(ins: Instruction) -> bool:
     modes = ins.ints[5 + rank * (1 + n_in + n_out) + n_out :][:n_out]
     if rank != 1 or max(modes) > 1 or 1 not in strides:
         return False
-    return all(s == 0 or (s == 1 and a.offset == 0 and a.buffer.nbytes == dims[0] * a.itemsize)
-               for s, a in zip(strides, ins.operands, strict=True))
+    whole = [a.offset == 0 and a.buffer.nbytes == dims[0] * a.itemsize for a in ins.operands]
+    return all(s == 0 or (s == 1 and w) for s, w in zip(strides, whole, strict=True))
 
 
 def _strides(ins: Instruction) -> list[int]:
@@ -61,7 +61,8 @@ def _program(ins: Instruction) -> Any:
 
 def _where(ins: Instruction) -> Any:
     """The address of each scalar and the space of each run."""
-    return tuple(a.buffer.space if s else (_place(a), a.offset) for s, a in zip(_strides(ins), ins.operands, strict=True))
+    pairs = zip(_strides(ins), ins.operands, strict=True)
+    return tuple(a.buffer.space if stride else (_place(a), a.offset) for stride, a in pairs)
 
 
 def _place(a: Array) -> Place:

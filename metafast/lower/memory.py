@@ -15,7 +15,7 @@ def aligned(nbytes: int) -> int:
 
 
 def lifetimes(code: Sequence[Instruction]) -> dict[Buffer, tuple[int, int]]:
-    """First and last instruction that touches each arena buffer of the section; a part of a block counts for the block."""
+    """First and last instruction that touches each arena buffer of the section; a part counts for its block."""
     life: dict[Buffer, tuple[int, int]] = {}
     for k, ins in enumerate(code):
         for a in ins.operands:
