@@ -7,16 +7,17 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
 from metafast.errors import BackendError, FallbackWarning, message, warn
 from metafast.problem import Backend, Problem
+from metafast.profile import Profile
 from metafast.reach import Reach
 from metafast.reference import Reference
 from metafast.tasks import nesting
 
-__all__ = ["choose", "explain"]
+__all__ = ["choose", "explain", "profile"]
 
 MOST_PLANS = 64  # a model keeps so many, the oldest go first
 
@@ -108,6 +109,16 @@ def explain(problem: Problem, backend: str) -> str:
     if choice.native:
         lines += _explain_plan(choice.backend.plan, problem)  # type: ignore[attr-defined]
     return "\n".join(lines)
+
+
+def profile(problem: Problem, backend: str, weights: Tensor, repeats: int) -> Profile:
+    """Where the time of the call goes. Raises BackendError where `problem` does not go native."""
+    choice = _choice(problem, backend)
+    if not choice.native:
+        way_out = "use torch.profiler for the PyTorch reference"
+        raise BackendError(message("InnerLoop.profile", choice.reason, "a problem that goes native", way_out))
+    found: Profile = choice.backend.profile(problem, weights, repeats)  # type: ignore[attr-defined]
+    return found
 
 
 def _explain_plan(plan: Any, problem: Problem) -> list[str]:

@@ -19,7 +19,9 @@ from metafast.errors import LabelError, message, position
 from metafast.graph import Builder, Graph, copy_into
 from metafast.lower import NAMES, External, Lowered, lower
 from metafast.normalise import normalise
+from metafast.ops import numel
 from metafast.problem import Outcome, Problem, hyper_tree
+from metafast.profile import Profile, Row
 from metafast.sweep import SECTIONS, Loop, Section, Store, Sweep, gradient_section
 
 LABEL_OUT_OF_RANGE = 1  # a kernel's error codes, csrc/kernels/common/kernels.hpp
@@ -194,6 +196,23 @@ class Native:
         extra = {f"fast/{n}": c for n, c in cotangents.items()}
         return self._run(problem, "adapt_vjp", extra=extra).gradients(problem.wrt)
 
+    def profile(self, problem: Problem, weights: Tensor, repeats: int) -> Profile:
+        """The fused call instruction by instruction; of each the least time of so many runs."""
+        from metafast import _C
+
+        lowered = self.plan.program("fused")
+        call = Call(self.plan, lowered, problem, {})
+        arguments = call.arguments(weights)
+        runs = [_C.profile(lowered.program, call.table, **arguments) for _ in range(repeats)]
+        rows = []
+        for same in zip(*runs, strict=True):
+            section, index, kernel, calls, _ = same[0]
+            ins = lowered.code[section][index]
+            nbytes = float(calls * sum(numel(a.shape) * a.itemsize for a in ins.operands))
+            seconds = min(run[4] for run in same)
+            rows.append(Row(section, index, kernel, ins.note, calls, seconds, calls * ins.flops, nbytes))
+        return Profile(tuple(rows), problem.tasks, problem.steps)
+
     # -- one call
 
     def _run(
@@ -268,21 +287,23 @@ class Call:
         """Replay; raises what a kernel reported."""
         from metafast import _C
 
-        problem, lowered = self.problem, self.lowered
-        self.result = torch.empty(lowered.result_elements, dtype=self.plan.dtype)
-        if weights is not None and not (weights.dtype is self.plan.dtype and weights.is_contiguous()):
-            weights = weights.detach().to(self.plan.dtype).contiguous()
-        status = _C.run(
-            lowered.program,
-            self.table,
-            T=problem.tasks,
-            steps=problem.steps,
-            weights_ptr=0 if weights is None else weights.data_ptr(),
-            result_ptr=self.result.data_ptr() if lowered.result_elements else 0,
-            threads=torch.get_num_threads(),
-        )
+        status = _C.run(self.lowered.program, self.table, threads=torch.get_num_threads(), **self.arguments(weights))
         if status[0]:
             self._raise(*status)
+
+    def arguments(self, weights: Tensor | None) -> dict[str, int]:
+        """What a run takes besides program and table: sizes, and the addresses of weights and result."""
+        elements = self.lowered.result_elements
+        self.result = torch.empty(elements, dtype=self.plan.dtype)
+        if weights is not None and not (weights.dtype is self.plan.dtype and weights.is_contiguous()):
+            weights = weights.detach().to(self.plan.dtype).contiguous()
+        self.weights = weights
+        return {
+            "T": self.problem.tasks,
+            "steps": self.problem.steps,
+            "weights_ptr": 0 if weights is None else weights.data_ptr(),
+            "result_ptr": self.result.data_ptr() if elements else 0,
+        }
 
     def finite(self) -> bool:
         """Whether every loss is."""
