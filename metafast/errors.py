@@ -21,6 +21,7 @@ __all__ = [
     "MetafastError",
     "NonFiniteError",
     "NonFiniteWarning",
+    "TaskError",
     "TransformError",
     "message",
     "position",
@@ -31,7 +32,12 @@ _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
 class MetafastError(Exception):
-    """Whatever metafast itself raises."""
+    """Whatever metafast itself raises; `metafast.errors` holds its kinds.
+
+    Each is a built-in exception as well: `InputError` a ValueError, `InputTypeError` a TypeError, `LabelError` both an
+    InputError and an IndexError, `NonFiniteError` an ArithmeticError, the others RuntimeErrors. What the model or the
+    loss raise comes as a `TaskError` with task and step.
+    """
 
 
 class InputError(MetafastError, ValueError):
@@ -44,6 +50,10 @@ class InputTypeError(MetafastError, TypeError):
 
 class LabelError(InputError, IndexError):
     """A class label lies outside 0..classes-1 (and is not `ignore_index`)."""
+
+
+class TaskError(InputError, RuntimeError):
+    """The model, the loss or the update rule raised for one task; the message says where, and with which shapes."""
 
 
 class BackendError(MetafastError, RuntimeError):
@@ -63,15 +73,23 @@ class TransformError(MetafastError, RuntimeError):
 
 
 class NonFiniteError(MetafastError, ArithmeticError):
-    """A loss became infinite or NaN, and `nonfinite="raise"` was asked for."""
+    """A loss became infinite or NaN, and `nonfinite="raise"` was asked for.
+
+    The message begins with task and step. The buffers of the model are as before the call; no gradient was written.
+    """
 
 
 class NonFiniteWarning(RuntimeWarning):
-    """A loss became infinite or NaN; it propagates as in PyTorch."""
+    """A loss became infinite or NaN; it propagates as in PyTorch. The message begins with task and step."""
 
 
 class FallbackWarning(UserWarning):
-    """A problem runs on the PyTorch reference, because something in it cannot go native."""
+    """A problem runs on the PyTorch reference, because something in it cannot go native.
+
+    Once a plan, at the line that called. The message names the op, the module's path and the user's line, and why; the
+    results are those of eager PyTorch, the time is its too. `InnerLoop(backend="native")` raises `BackendError`
+    instead, `backend="torch"` asks for the reference and does not warn.
+    """
 
 
 def message(place: str, got: object, expected: str, way_out: str) -> str:

@@ -22,9 +22,14 @@ __all__ = ["FastWeights"]
 class FastWeights(Mapping[str, Tensor]):
     """What the inner loop adapted: a mapping from parameter name to `(T, *shape)`, differentiable.
 
-    Made by `InnerLoop.adapt`. The tensors are ordinary ones: any outer loss written in PyTorch may read them, and its
-    backward pass replays the inner loop for the meta-gradient. A tied parameter is held once; each of its names finds
-    it.
+    Made by `InnerLoop.adapt`: φ_K of every task, in the model's dtype and on its device. The tensors are
+    ordinary ones: any outer loss written in PyTorch may read them, and its backward pass runs the inner loop again for
+    the meta-gradient (once: the meta-gradient itself cannot be differentiated). A tied parameter is held once; each of
+    its names finds it. `tasks` is T.
+
+    **Raises** `KeyError` for a name that did not adapt.
+
+    **Cost**: T copies of the adapted parameters.
 
     >>> fast = inner.adapt(support)             # doctest: +SKIP
     >>> logits = fast(x_query)                  # (T, Q, ways)
@@ -54,9 +59,10 @@ class FastWeights(Mapping[str, Tensor]):
         return f"FastWeights({self.tasks} tasks; {shapes})"
 
     def task(self, index: int) -> dict[str, Tensor]:
-        """The adapted parameters of one task, by name, differentiable; negative numbers count from the end.
+        """The adapted parameters of one task, by name, differentiable: what `torch.func.functional_call` takes.
 
-        **Raises** `IndexError` for a task that there is not.
+        **Arguments**: `index`, a task's number; negative ones count from the end. **Returns** views, each of its
+        parameter's shape. **Raises** `IndexError` for a task that there is not.
         """
         if not -self.tasks <= index < self.tasks:
             raise IndexError(f"FastWeights.task: got {index}, expected 0 .. {self.tasks - 1}")
@@ -70,7 +76,9 @@ class FastWeights(Mapping[str, Tensor]):
         **Returns** what the model returns, tensors stacked to `(T, ...)`, differentiable in the weights, in
         parameters that did not adapt, and in the inputs. Running statistics are folded as the tasks in order would
         leave them.
-        **Raises** `InputError` where a tensor has another number of tasks.
+        **Raises** `InputError` where a tensor has another number of tasks, `InputTypeError` where an input is no tensor
+        or lies on another device.
+        **Cost**: T forward passes of the model in eager PyTorch, one after the other, each with its own graph.
         """
         return self._run(inputs, named_inputs)
 

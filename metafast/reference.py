@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from . import tasks
 from .batchnorm import Buffers
-from .errors import InputError, InputTypeError, LabelError, MetafastError, message, position
+from .errors import InputError, InputTypeError, LabelError, MetafastError, TaskError, message, position
 from .problem import Objective, Outcome, Problem, hyper_tree
 
 __all__ = ["Reference", "TaskError", "swapping"]
@@ -27,10 +27,6 @@ Params = dict[str, Tensor]
 
 # Parameters are swapped on the user's module while it runs, so one call runs at a time.
 swapping = threading.RLock()
-
-
-class TaskError(InputError, RuntimeError):
-    """The model, the loss or the update rule raised for one task; the message says where, and with which shapes."""
 
 
 class Reference:
