@@ -6,6 +6,7 @@ a harmless value, so that it cannot turn a zero cotangent into 0·∞.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -194,14 +195,41 @@ def _masked_fill(c: Context, x: Any, mask: Any, value: Any) -> Value:
     return c("where", mask, value, x)
 
 
+@functools.cache
+def _share_at_bound(tensor: bool) -> float:
+    """The part of a cotangent that `clamp` passes to x where x is at its bound, a number or a tensor.
+
+    PyTorch itself is asked, for it changed its mind: 1 up to 2.13, the subgradient of least norm since (0 at a number,
+    ½ at a tensor; pytorch/pytorch#191142).
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.zeros((), device="cpu", requires_grad=True)
+        bound = torch.zeros((), device="cpu") if tensor else 0.0
+        return torch.autograd.grad(torch.clamp(x, min=bound), x)[0].item()
+
+
 @rule("clamp", "clip")
 def _clamp(c: Context, x: Any, min: Any = None, max: Any = None) -> Value:
+    share = _share_at_bound(not isinstance(min if max is None else max, (int, float)))
+    if share == 0.5:
+        return _even_clamp(c, x, min, max)
+    below, above = ("lt", "gt") if share else ("le", "ge")
     y = c.real(x)
     if min is not None:
-        y = c("where", c("lt", y, min), min, y)
+        y = c("where", c(below, y, min), min, y)
     if max is not None:
-        y = c("where", c("gt", y, max), max, y)
+        y = c("where", c(above, y, max), max, y)
     return y
+
+
+def _even_clamp(c: Context, x: Any, min: Any, max: Any) -> Value:
+    """Where x is at a bound, both have half of the cotangent; where the bounds meet, one of the three has it whole."""
+    low = x if min is None else c("maximum", x, min)
+    y = low if max is None else c("minimum", low, max)
+    if min is None or max is None:
+        return y
+    met = c("where", c("lt", x, min), min, c("where", c("gt", x, max), max, x))
+    return c("where", c("eq", min, max), met, y)
 
 
 @rule("clamp_min")
