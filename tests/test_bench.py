@@ -467,6 +467,11 @@ def test_table_goes_between_the_markers():
         table.replace_between("no markers", "new")
 
 
+@pytest.mark.parametrize(("ratio", "text"), [(0.084, "0.084×"), (1.0, "1.0×"), (3.44, "3.4×"), (181.2, "181×")])
+def test_ratios_keep_their_digits(ratio, text):
+    assert table.times(ratio) == text
+
+
 DURATIONS = [(2.5, "2.5 s"), (0.0123, "12.3 ms"), (4.12e-4, "412 µs"), (5e-9, "5 ns")]
 
 
