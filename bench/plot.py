@@ -1,4 +1,4 @@
-"""A picture of the ratios, a bar a peer: `python -m bench.plot RESULTS.json OUT.png`."""
+"""A picture of the ratios, a line a workload and a dot a peer: `python -m bench.plot RESULTS.json OUT.png`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from bench.table import times
 
 COLOURS = {
     "eager": "#4c72b0",
@@ -31,23 +33,17 @@ def ratios(entry: Mapping) -> dict[str, float]:
     return {name: r["median"] / ours for name, r in timed.items()}
 
 
-def _bars(axes: Any, results: Mapping) -> None:
-    """Horizontal bars from the top, workloads apart by a gap."""
-    place, ticks, shown = 0.0, [], set()
-    for entry in results["workloads"].values():
-        found = ratios(entry)
-        if not found:
-            continue
-        start = place
+def _dots(axes: Any, entries: Mapping[str, Mapping[str, float]]) -> None:
+    """A line a workload from the top; beside the dot nearest to metafast its ratio."""
+    for place, found in enumerate(entries.values()):
+        axes.plot([1, max(found.values(), default=1)], [place, place], color="#dddddd", zorder=0)
         for name, ratio in found.items():
-            label = None if name in shown else name
-            axes.barh(-place, ratio, height=0.9, color=COLOURS.get(name, "#888888"), label=label)
-            axes.text(ratio * 1.05, -place, f"{ratio:.3g}×", va="center", fontsize=7)
-            shown.add(name)
-            place += 1
-        ticks.append((-(start + place - 1) / 2, entry["title"].replace(", ", "\n", 1)))
-        place += 1
-    axes.set_yticks([at for at, _ in ticks], [title for _, title in ticks], fontsize=7)
+            axes.plot(ratio, place, "o", color=COLOURS.get(name, "#888888"), markersize=6)
+        if found:
+            nearest = min(found.values())
+            axes.annotate(times(nearest), (nearest, place), (0, 5), textcoords="offset points", ha="center", fontsize=7)
+    axes.set_yticks(range(len(entries)), entries, fontsize=7)
+    axes.set_ylim(len(entries) - 0.4, -0.8)
 
 
 def draw(results: Mapping, file: Path) -> None:
@@ -57,18 +53,20 @@ def draw(results: Mapping, file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    count = sum(len(ratios(entry)) + 1 for entry in results["workloads"].values())
-    figure, axes = pyplot.subplots(figsize=(9, max(2.0, 0.22 * count + 1)), layout="constrained")
+    entries = {entry["title"]: ratios(entry) for entry in results["workloads"].values()}
+    entries = {title: found for title, found in entries.items() if found}
+    figure, axes = pyplot.subplots(figsize=(10, 0.32 * len(entries) + 1.4), layout="constrained")
     axes.set_xscale("log")
-    _bars(axes, results)
+    _dots(axes, entries)
     axes.axvline(1, color="black", linewidth=1)
-    axes.margins(x=0.12)
     here = results["machine"]
     axes.set_xlabel(
-        f"time of one meta-gradient over metafast's (threads: {here['threads']}, {here['processor']})"
+        f"time of one meta-gradient over metafast's (threads: {here['threads']}, {here['processor']})", fontsize=8
     )
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(fontsize=7, loc="best")
+    timed = [name for name in COLOURS if any(name in found for found in entries.values())]
+    dots = [axes.plot([], [], "o", color=COLOURS[name], label=name)[0] for name in timed]
+    if dots:
+        figure.legend(handles=dots, loc="outside upper center", ncols=len(dots), fontsize=7, frameon=False)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.savefig(file, dpi=150)

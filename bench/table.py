@@ -32,7 +32,9 @@ def duration(seconds: float) -> str:
 
 
 def times(ratio: float) -> str:
-    """A ratio with as many digits as it deserves: '3.4×', '180×'."""
+    """A ratio with as many digits as it deserves: '0.08×', '3.4×', '180×'."""
+    if ratio < 0.95:
+        return f"{ratio:.2g}×"
     return f"{ratio:.0f}×" if ratio >= 20 else f"{ratio:.1f}×"
 
 

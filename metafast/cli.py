@@ -195,7 +195,12 @@ def bench(arguments: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return USAGE
-    return subprocess.run([sys.executable, "-m", "bench", *arguments], cwd=checkout, check=False).returncode
+    # In the caller's folder, where the files are that its options name, but with the checkout's modules.
+    run = "import runpy, sys; sys.path[0] = sys.argv.pop(1); runpy.run_module('bench', None, '__main__', True)"
+    try:
+        return subprocess.run([sys.executable, "-c", run, str(checkout), *arguments], check=False).returncode
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def find_checkout() -> Path | None:

@@ -1,6 +1,7 @@
 """The benchmark's own logic: a wrong peer is caught, work is counted right, tables say what was measured."""
 
 import dataclasses
+import importlib
 import json
 import math
 import subprocess
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: an installed metafast goes first
 
 from bench import __main__ as command
-from bench import answers, claim, flops, harness, peers, plot, table, trial, workloads
+from bench import answers, claim, flops, harness, op, peers, plot, table, trial, workloads
 from bench.claims import first_call
 
 TINY = workloads.WORKLOADS["tiny-mlp"]
@@ -466,6 +467,11 @@ def test_table_goes_between_the_markers():
         table.replace_between("no markers", "new")
 
 
+@pytest.mark.parametrize(("ratio", "text"), [(0.084, "0.084×"), (1.0, "1.0×"), (3.44, "3.4×"), (181.2, "181×")])
+def test_ratios_keep_their_digits(ratio, text):
+    assert table.times(ratio) == text
+
+
 DURATIONS = [(2.5, "2.5 s"), (0.0123, "12.3 ms"), (4.12e-4, "412 µs"), (5e-9, "5 ns")]
 
 
@@ -525,6 +531,51 @@ def test_only_metafasts_failures_fail_the_run():
 def test_unknown_names_end_with_the_known_ones():
     with pytest.raises(SystemExit, match="got nothing; expected one of: a, b"):
         command._chosen(["nothing"], {"a": 1, "b": 2}, "workload")
+
+
+@pytest.mark.parametrize("kind", ["fwd", "dx", "dw"])
+@pytest.mark.parametrize(("side", "n_in", "n_out"), [(14, 64, 64), (42, 32, 32)])
+def test_convolutions_of_conv4_are_measured(kind, side, n_in, n_out):
+    size = f"{side}x{side}x{n_in}->{n_out} "
+    rows = [r for r in op.conv_rows() if r.kernel == f"conv_{kind}" and size in r.label]
+    assert rows
+    for row in rows:
+        pixels = int(row.label.rpartition("=")[2]) * side * side
+        assert row.flops == 2 * pixels * 9 * n_in * n_out
+        assert row.bytes == 4 * (pixels * (n_in + n_out) + 9 * n_in * n_out)
+
+
+def test_a_kernels_line_has_rates_and_percent_of_the_roof(tmp_path, capsys):
+    file = tmp_path / "op.json"
+    op.main(["conv_fwd 14x14x64->64 N=5", "reduce 10x40->40", "--quick", "--threads", "1", "2", "--json", str(file)])
+    conv, reduce = capsys.readouterr().out.splitlines()[2:]
+    assert [conv.count(unit) for unit in ("GFLOP/s", "GB/s", "%")] == [2, 2, 2]
+    assert [reduce.count(unit) for unit in ("GFLOP/s", "GB/s", "%")] == [0, 2, 2]
+    held = json.loads(file.read_text())
+    for r, (gflops, gbs) in zip(held["results"], [held["roof"][t].values() for t in "1212"], strict=True):
+        assert r["fraction"] == pytest.approx(r["gflops"] / gflops if r["gflops"] else r["gbs"] / gbs)
+
+
+CLAIMS = ("first_call", "import_time", "memory", "order", "overhead", "speed", "threads")
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_readme_names_every_claim(name):
+    module = importlib.import_module(f"bench.claims.{name}")
+    assert callable(module.measure)
+    readme = (Path(trial.ROOT) / "README.md").read_text()
+    assert f".{name}`" in readme
+
+
+def test_claims_are_all_listed_here():
+    assert {f.stem for f in (trial.ROOT / "bench" / "claims").glob("*.py")} - {"__init__"} == set(CLAIMS)
+
+
+def test_the_table_has_every_workload_and_its_first_order_twin():
+    rows = [workloads.WORKLOADS[name] for name in workloads.DEFAULT]
+    second = [w.name for w in rows if w.order == 2 and w.tasks > 1]
+    assert {f"{name}-fo" for name in second} <= set(workloads.DEFAULT)
+    assert {w.name for w in rows if w.tasks == 1} == {"one-mlp", "one-sinusoid", "one-omniglot"}
 
 
 def test_claims_hold_or_miss():

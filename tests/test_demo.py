@@ -290,3 +290,15 @@ def test_bench_hands_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     (tmp_path / "bench" / "__main__.py").write_text("import sys; sys.exit(7 if sys.argv[1:] == ['op', '-h'] else 1)")
     monkeypatch.setattr(cli, "find_checkout", lambda: tmp_path)
     assert cli.main(["bench", "op", "-h"]) == 7
+
+
+def test_bench_writes_where_the_caller_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    checkout, here = tmp_path / "checkout", tmp_path / "here"
+    (checkout / "bench").mkdir(parents=True)
+    here.mkdir()
+    (checkout / "bench" / "__init__.py").touch()
+    (checkout / "bench" / "__main__.py").write_text("import sys; open(sys.argv[1], 'w').close()")
+    monkeypatch.setattr(cli, "find_checkout", lambda: checkout)
+    monkeypatch.chdir(here)
+    assert cli.main(["bench", "results.json"]) == 0
+    assert (here / "results.json").exists()
