@@ -24,7 +24,7 @@ from .errors import (
     warn,
 )
 from .fast_weights import FastWeights
-from .outline import Outline
+from .outline import NO_QUERY, Outline
 from .problem import Loss, Objective, Outcome, Problem
 from .reference import swapping
 from .transforms import outside_compile, tracing
@@ -185,7 +185,7 @@ class InnerLoop(nn.Module):
         **Arguments**: `support`, as for the call. **Returns** a `FastWeights`: a mapping from name to `(T, *shape)`;
         any loss on it may be differentiated, its backward runs the inner loop again. **Raises** as the call does.
         """
-        problem, outline = self._problem(support, None, gradient=torch.is_grad_enabled())
+        problem, outline = self._problem(support, NO_QUERY, gradient=torch.is_grad_enabled())
         call = AdaptCall(problem, self.backend, self._checked)
         tensors = self._guarded(launch, call, problem)
         adapted = dict(zip(problem.adapted, tensors, strict=True))
@@ -198,7 +198,7 @@ class InnerLoop(nn.Module):
 
     # Running it
 
-    def _problem(self, support: Any, query: Any | None, *, gradient: bool) -> tuple[Problem, Outline]:
+    def _problem(self, support: Any, query: Any, *, gradient: bool) -> tuple[Problem, Outline]:
         """The problem that a call with these batches poses, validated, and the outline it was made from."""
         with swapping:  # another thread may have other tensors on the model just now
             outline = self._outline
