@@ -32,6 +32,7 @@ from .batchnorm import copied
 from .errors import BackendError, DoubleBackwardError, InputChangedError, TransformError, message
 from .externs import find_externs
 from .problem import Backend, Outcome, Problem
+from .reach import Reach
 from .reference import swapping
 from .transforms import outside_compile, tracing, transformed
 
@@ -73,6 +74,16 @@ class Surroundings:
         return torch.autocast(kind, dtype=dtype, enabled=enabled)
 
 
+def _read(problem: Problem) -> tuple[Any, list[int]] | None:
+    """What the losses can read besides their arguments, as it is now, and how often each tensor in it was written."""
+    reach = problem.reach
+    if reach is None:
+        return None
+    if not reach.same():
+        reach = Reach(problem.model, problem.inner_objective, problem.query_objective, problem.update)
+    return reach.key, reach.versions()
+
+
 class Call(ABC):
     """One call: a problem, its backend, and what its backward pass needs.
 
@@ -82,6 +93,7 @@ class Call(ABC):
 
     differentiable = 1
     surroundings: Surroundings | None = None
+    read: tuple[Any, list[int]] | None = None
 
     def __init__(self, problem: Problem, backend: str, check: Check, *, ready: bool = False) -> None:
         self.problem = problem
@@ -97,6 +109,13 @@ class Call(ABC):
         """Note what a replay must find again; to be called before the first pass."""
         if self.surroundings is None:
             self.surroundings = Surroundings(self.problem)
+
+    def first_pass(self, problem: Problem) -> list[Tensor]:
+        """`forward`, and a note of what a replay reads that is no argument, as the pass left it."""
+        results = self.forward(problem)
+        if not self.ready:
+            self.read = _read(problem)
+        return results
 
     @abstractmethod
     def forward(self, problem: Problem) -> list[Tensor]:
@@ -115,6 +134,11 @@ class Call(ABC):
         if all(cotangent is None for cotangent in cotangents):
             return [None] * len(problem.wrt)
         assert self.surroundings is not None
+        if self.read != _read(problem):
+            raise InputChangedError(
+                "backward of InnerLoop: got another model, or something else that the losses read (an attribute, a closure, "
+                "a mode), than in the forward pass, expected it unchanged; call backward first: it runs the tasks again"
+            )
         with self.surroundings.again(), torch.no_grad():
             gradients = self.replay(replace(problem, buffers=self.surroundings.buffers), cotangents)
         return [gradients[key] for key in problem.wrt]
@@ -251,7 +275,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, *wanted: Tensor) -> tuple[Tensor, ...]:
-        results = call.forward(call.problem)
+        results = call.first_pass(call.problem)
         n = call.differentiable
         ctx.call = call
         # All leaves are saved, also those that take no gradient: autograd notices if one is changed in place.
@@ -392,7 +416,7 @@ def _replay(leaves: list[Tensor], call: int) -> list[Tensor]:
     with _autograd_inside(), known.surroundings.precision(), torch.no_grad(), _installed(problem), _Watched():
         if not problem.group("extern") and find_externs(problem):
             raise _unseen("one that requires grad")
-        return [_own(t) for t in known.forward(problem)]
+        return [_own(t) for t in known.first_pass(problem)]
 
 
 @_replay.register_fake

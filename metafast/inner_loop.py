@@ -24,7 +24,7 @@ from .errors import (
     warn,
 )
 from .fast_weights import FastWeights
-from .outline import Outline
+from .outline import NO_QUERY, Outline
 from .problem import Loss, Objective, Outcome, Problem
 from .profile import Profile
 from .reference import swapping
@@ -210,7 +210,7 @@ class InnerLoop(nn.Module):
         **Raises** as the call does.
         **Cost**: T copies of the adapted parameters. A backward runs the inner loop again, then the K steps back.
         """
-        problem, outline = self._problem(support, None, gradient=torch.is_grad_enabled())
+        problem, outline = self._problem(support, NO_QUERY, gradient=torch.is_grad_enabled())
         call = AdaptCall(problem, self.backend, self._checked)
         tensors = self._guarded(launch, call, problem)
         adapted = dict(zip(problem.adapted, tensors, strict=True))
@@ -241,7 +241,7 @@ class InnerLoop(nn.Module):
 
     # Running it
 
-    def _problem(self, support: Any, query: Any | None, *, gradient: bool) -> tuple[Problem, Outline]:
+    def _problem(self, support: Any, query: Any, *, gradient: bool) -> tuple[Problem, Outline]:
         """The problem that a call with these batches poses, validated, and the outline it was made from."""
         with swapping:  # another thread may have other tensors on the model just now
             outline = self._outline

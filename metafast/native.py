@@ -22,6 +22,7 @@ from metafast.normalise import normalise
 from metafast.ops import numel
 from metafast.problem import Outcome, Problem, hyper_tree
 from metafast.profile import Profile, Row
+from metafast.reference import located
 from metafast.sweep import SECTIONS, Loop, Section, Store, Sweep, gradient_section
 
 LABEL_OUT_OF_RANGE = 1  # a kernel's error codes, csrc/kernels/common/kernels.hpp
@@ -101,9 +102,15 @@ def _trace(problem: Problem, part: str, params: Mapping[str, Tensor]) -> Trace:
     spec = problem.support_spec if part == "support" else problem.query_spec
     objective = problem.inner_objective if part == "support" else problem.query_objective
     assert spec is not None
-    batch = pytree.tree_unflatten([leaf.detach()[0] for leaf in leaves.values()], spec)
+    first = [leaf.detach()[0] for leaf in leaves.values()]
+    batch = pytree.tree_unflatten(first, spec)
     keys = [f"{part}/{name}" for name in leaves]
-    return capture(problem.model, objective, params, problem.buffers, batch, keys, _externs(problem))
+    with located(position(0, 0 if part == "support" else problem.steps, problem.steps), first):
+        try:
+            return capture(problem.model, objective, params, problem.buffers, batch, keys, _externs(problem))
+        except Unsupported as error:  # no error of the user's
+            refused = error
+    raise refused
 
 
 def _externs(problem: Problem) -> dict[str, Tensor]:

@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 
 __all__ = ["LossObjective", "Outline", "require_labels"]
 
+NO_QUERY = object()  # in place of a query batch: adapt alone
 
-_SHORT = (torch.int8, torch.int16, torch.int32)
+_SHORT = (torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32, torch.uint64)
 
 
 class LossObjective:
@@ -97,12 +98,15 @@ class Outline:
         """Whether it still describes the model and the update rule."""
         return self._changes == self.update.changes and self.structure.current()
 
-    def problem(self, inner: InnerLoop, support: Any, query: Any | None, *, gradient: bool) -> Problem:
+    def problem(self, inner: InnerLoop, support: Any, query: Any, *, gradient: bool) -> Problem:
         """The problem that a call with these batches poses, validated."""
         structure = self.structure
         parameters = structure.parameters()
         first = parameters[self._first]
         _require_dtype(self.adapted[0], first)
+        if first.is_meta:
+            got, way_out = "a tensor on the meta device, without values", "use model.to_empty(device=...) and fill it"
+            raise InputTypeError(message(f"parameter {self.adapted[0]}", got, "values", way_out))
         leaves: dict[str, Tensor] = dict(zip(self._keys, parameters, strict=True))
         for name, value in self.update.hyper(first).items():
             leaves["hyper/" + name] = value
@@ -120,7 +124,7 @@ class Outline:
             query_spec=specs[1],
             tasks=count,
             wrt=(),
-            return_outputs=inner.return_outputs and query is not None,
+            return_outputs=inner.return_outputs and query is not NO_QUERY,
             buffers=dict(zip(structure.buffer_names, structure.buffers(), strict=True)),
             aliases=structure.aliases,
             reach=self.reach(),
@@ -130,13 +134,13 @@ class Outline:
         return problem
 
     def _add_batches(
-        self, leaves: dict[str, Tensor], device: torch.device, support: Any, query: Any | None
+        self, leaves: dict[str, Tensor], device: torch.device, support: Any, query: Any
     ) -> tuple[int, list[Any]]:
         """Put the tensors of the batches among the leaves; returns the number of tasks and the two nestings."""
         checked: list[tuple[str, Any, list[Tensor]]] = []
         specs: list[Any] = []
         for place, batch, pair in zip(("support", "query"), (support, query), self._pairs, strict=True):
-            if batch is None and place == "query":
+            if batch is NO_QUERY:
                 specs.append(None)
                 continue
             tensors, spec = tasks.flatten(batch, place)
@@ -171,7 +175,7 @@ class Outline:
 
     def _found(self, problem: Problem) -> list[Tensor]:
         """Tensors that the losses read from outside; looked for again when the reach changed."""
-        shapes = tuple([leaf.shape[1:] for key, leaf in problem.leaves.items() if key[0] in "sq"])
+        shapes = tuple([(leaf.shape[1:], leaf.dtype) for key, leaf in problem.leaves.items() if key[0] in "sq"])
         key = (self.structure.training(), problem.steps > 0, problem.query_spec is None, shapes)
         refs = self._externs.get(key)
         if refs is not None:

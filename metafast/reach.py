@@ -53,10 +53,11 @@ class Reach:
         names: frozenset[str] = frozenset()
         while True:  # code that was reached names more attributes, which lead to more code
             walk = _Walk(names)
-            self.key = walk.all(model, roots)
+            key = walk.all(model, roots)
             if walk.names <= names:
                 break
             names = names | walk.names
+        self.key = _Key(key)
         self._sizes, self._lists, self._cells, self._functions = walk.sizes, walk.lists, walk.cells, walk.functions
         self._gets = [(store.get, name) for store, name, _ in walk.slots]
         self._values = [value for _, _, value in walk.slots]
@@ -68,29 +69,48 @@ class Reach:
 
     def same(self) -> bool:
         """Whether every place holds the very object that it held."""
-        if any([len(store) != size for store, size in self._sizes]):
+        if any(len(store) != size for store, size in self._sizes):
             return False
         if not all(map(operator.is_, [get(name, _MISSING) for get, name in self._gets], self._values)):
             return False
-        if not all([type(owner) is cls for owner, cls in self._types]):
+        if not all(type(owner) is cls for owner, cls in self._types):
             return False
-        if not all([_same_items(items, before) for items, before in self._lists]):
+        if not all(_same_items(items, before) for items, before in self._lists):
             return False
-        if not all([_content(cell) is before for cell, before in self._cells]):
+        if not all(_content(cell) is before for cell, before in self._cells):
             return False
-        if not all([f.__code__ is c and f.__defaults__ is d and f.__kwdefaults__ is k for f, c, d, k in self._functions]):
+        if not all(f.__code__ is c and f.__defaults__ is d and f.__kwdefaults__ is k for f, c, d, k in self._functions):
             return False
-        if not all([_tensor_facts(tensor) == facts for tensor, facts in self._tensors]):
+        if not all(_tensor_facts(tensor) == facts for tensor, facts in self._tensors):
             return False
-        return all([read() == before for read, before in self._computed])
+        return all(read() == before for read, before in self._computed)
 
     def finds(self, before: Reach) -> bool:
         """Whether it finds what an earlier one found, the same tensors among it."""
-        return self.key == before.key and all([a is b for (a, _), (b, _) in zip(self._tensors, before._tensors, strict=True)])
+        return self.key == before.key and all(a is b for (a, _), (b, _) in zip(self._tensors, before._tensors, strict=True))
+
+    def versions(self) -> list[int]:
+        """How often each tensor that it finds was written to in place; PyTorch does not count for inference tensors."""
+        return [0 if tensor.is_inference() else tensor._version for tensor, _ in self._tensors]
 
     def draws(self) -> list[str]:
         """The states of Python's and NumPy's generator objects, to see whether a run drew from one."""
         return [repr(state()) for state in self._generators]
+
+
+class _Key:
+    """A value whose hash is computed once."""
+
+    __slots__ = ("_hash", "_value")
+
+    def __init__(self, value: Any) -> None:
+        self._value, self._hash = value, hash(value)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and self._value == other._value
 
 
 class _Identity:

@@ -21,7 +21,7 @@ from .batchnorm import Buffers
 from .errors import InputError, InputTypeError, LabelError, MetafastError, TaskError, message, position
 from .problem import Objective, Outcome, Problem, hyper_tree
 
-__all__ = ["Reference", "TaskError", "swapping"]
+__all__ = ["Reference", "TaskError", "located", "swapping"]
 
 Params = dict[str, Tensor]
 
@@ -267,23 +267,26 @@ class _Replay:
             return self.problem.parameter.new_empty((len(passed), 0))
         return torch.stack([torch.stack(task.step_losses) for task in passed])
 
-    @contextlib.contextmanager
-    def _at(self, task: int, step: int, batch: list[Tensor]) -> Iterator[None]:
-        """Say where an error came from."""
-        where = position(task, step, self.problem.steps)
-        try:
-            yield
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except MetafastError as error:
-            raise type(error)(f"{where}: {error}") from error.__cause__
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            raise _explained(error, where, batch) from error
+    def _at(self, task: int, step: int, batch: list[Tensor]) -> contextlib.AbstractContextManager[None]:
+        return located(position(task, step, self.problem.steps), batch)
+
+
+@contextlib.contextmanager
+def located(where: str, batch: Sequence[Tensor]) -> Iterator[None]:
+    """Say where an error of the model, the loss or the update rule came from, and with which tensors of one task."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except MetafastError as error:
+        raise type(error)(f"{where}: {error}") from error.__cause__
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise _explained(error, where, batch) from error
 
 
 def _own(leaf: Tensor) -> Tensor:
-    """The leaf's values without its graph; autograd cannot save inference tensors, so those are copied."""
-    return leaf.clone() if leaf.is_inference() else leaf.detach()
+    """A copy of the leaf's values without its graph: the losses may write to it."""
+    return leaf.detach().clone()
 
 
 def _grad(
@@ -325,7 +328,7 @@ def _require_same_tree(params: Any, initial: Params) -> Params:
     return {name: params[name] for name in initial}
 
 
-def _explained(error: Exception, where: str, batch: list[Tensor]) -> Exception:
+def _explained(error: Exception, where: str, batch: Sequence[Tensor]) -> Exception:
     """The error of a model or loss, with its place."""
     text = str(error)
     if isinstance(error, IndexError) and "out of bounds" in text:

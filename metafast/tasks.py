@@ -70,12 +70,13 @@ def count_tasks(batches: Sequence[tuple[str, Any, Sequence[Tensor]]], device: to
 
     **Arguments**: `batches` are (place, batch as given, its tensors); `device` is the model's.
     **Raises** `InputError` for a tensor without a task dimension, for no task, for differing T;
-    `InputTypeError` for float16 or bfloat16 and for another device.
+    `InputTypeError` for float16 or bfloat16, for another device, and for sparse or nested tensors.
     """
     tasks = -1
     for place, batch, tensors in batches:
         for index, tensor in enumerate(tensors):
-            if tensor.dim() and tensor.dtype not in _REFUSED and tensor.device == device:
+            dense = tensor.layout is torch.strided and not tensor.is_nested
+            if dense and tensor.dim() and tensor.dtype not in _REFUSED and tensor.device == device:
                 size = tensor.shape[0]
                 if size == tasks or (tasks < 0 and size):
                     tasks = size
@@ -114,6 +115,10 @@ def _children(spec: pytree.TreeSpec) -> int:
 
 def _wrong(place: str, tensor: Tensor, tasks: int, device: torch.device) -> Exception:
     """The error for a tensor that `count_tasks` does not take."""
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        got = "a nested tensor" if tensor.is_nested else f"a tensor of layout {tensor.layout}"
+        way_out = "pad the tasks to one length" if tensor.is_nested else "use .to_dense()"
+        return InputTypeError(message(place, got, "a dense tensor", way_out))
     if tensor.dim() == 0:
         way_out = "stack the tasks, or unsqueeze(0) for a single one"
         return InputError(message(place, "a tensor without dimensions", "a leading task dimension", way_out))

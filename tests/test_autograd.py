@@ -70,6 +70,30 @@ def test_a_change_in_place_before_backward_raises(backend: str, reduction: str, 
 
 
 @backends
+@pytest.mark.parametrize("what", ["closure", "constant", "eval"])
+def test_a_change_of_what_the_losses_read_before_a_replay_raises(backend: str, what: str) -> None:
+    model, support, query = mlp(), data(0), data(1)
+    gain, constant = [1.0], torch.ones((), dtype=torch.float64)
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output * gain[0] * constant, target)
+
+    ready, deferred = (loop(model, backend, loss, reduction=r)(support, query).sum() for r in ("mean", "none"))
+    if what == "eval":
+        model.eval()
+    elif what == "closure":
+        gain[0] = 2.0
+    else:
+        constant.mul_(2)
+    ready.backward()
+    with pytest.raises(InputChangedError, match="something else that the losses read"):
+        deferred.backward(retain_graph=True)
+    if what == "eval":
+        model.train()
+        deferred.backward()
+
+
+@backends
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_backward_twice(backend: str, reduction: str) -> None:
     model, support, query = mlp(), data(0), data(1)

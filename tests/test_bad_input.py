@@ -341,3 +341,67 @@ def test_a_large_but_finite_loss_does_not_warn(backend: str) -> None:
 
     loss = loop(mlp(), backend, query_loss=large)(support, query)
     assert TASKS > 1 and not loss.isnan()  # the sum of the losses overflows, none of them does
+
+
+# ---- what PyTorch says without a place ------------------------------------------------------------------------
+
+
+@backends
+def test_a_query_that_is_missing(backend: str) -> None:
+    refused(loop(mlp(), backend), data(0), None, InputTypeError, "query: got NoneType")
+
+
+@backends
+def test_another_dtype_on_a_second_call_still_names_its_place(backend: str) -> None:
+    inner, (x, y) = loop(mlp(), backend), data(0)
+    inner(data(0), data(1))
+    for call in (inner, inner.meta_gradient, torch.no_grad()(inner)):
+        with pytest.raises(InputError, match=r"task 0, inner step 0: .*got a task's tensors .* float32"):
+            call((x.float(), y), data(1))
+    still_right(inner)
+
+
+@backends
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_sparse_and_nested_tensors(backend: str) -> None:
+    inner, (x, y) = loop(mlp(), backend), data(0)
+    refused(inner, (x.to_sparse(), y), data(1), InputTypeError, r"support\[0\]: .*layout torch.sparse_coo")
+    nested = torch.nested.nested_tensor(list(x))
+    refused(inner, (nested, y), data(1), InputTypeError, r"support\[0\]: got a nested tensor")
+    still_right(inner)
+
+
+@backends
+def test_parameters_without_values(backend: str) -> None:
+    (x, y) = data(0)
+    inner = loop(mlp().to("meta"), backend)
+    with pytest.raises(InputTypeError, match=r"parameter 0\.weight: got a tensor on the meta device"):
+        inner((x.to("meta"), y.to("meta")), (x.to("meta"), y.to("meta")))
+    with pytest.raises(InputError, match=r"parameter 0\.weight: got a lazy one without a shape"):
+        loop(nn.Sequential(nn.LazyLinear(WAYS)), backend)
+
+
+class Drifting(nn.Module):
+    """Writes to a parameter and to its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, WAYS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.layer.bias.add_(0.1)
+            x.mul_(0.5)
+        return self.layer(x) * 1.0
+
+
+@backends
+def test_a_model_that_writes_to_parameters_and_inputs_leaves_them(backend: str) -> None:
+    torch.manual_seed(0)
+    model, support, query = Drifting().double(), data(0), data(1)
+    before = [t.detach().clone() for t in (*model.parameters(), *support, *query)]
+    inner = loop(model, backend, order=1)
+    first = inner(support, query)
+    first.backward()
+    assert all(torch.equal(a, b) for a, b in zip(before, (*model.parameters(), *support, *query), strict=True))
+    close(inner(support, query), first)

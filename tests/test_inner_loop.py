@@ -863,3 +863,37 @@ def test_graphs_of_one_task_at_a_time() -> None:
 def test_explain_names_the_backend(backend: str) -> None:
     text = str(loop(mlp(), backend).explain(data(0), data(1)))
     assert "backend" in text and ("torch" in text or "native" in text)
+
+
+@backends
+@pytest.mark.parametrize("name", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"])
+def test_labels_of_any_integer_type(backend: str, name: str) -> None:
+    model, (x, y), query = mlp(), data(0), data(1)
+    loss = loop(model, backend)((x, y.to(getattr(torch, name))), query)
+    close(loss, expected(model, (x, y), query).losses.mean())
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.3, batch_first=True)
+        self.head = nn.Linear(6, WAYS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x.unsqueeze(1)).squeeze(1))
+
+
+@backends
+def test_fused_attention_with_dropout_to_second_order(backend: str) -> None:
+    """PyTorch's fused attention on the CPU has no second derivative; the reference takes the one that has."""
+    model, support, query = Attending().double(), data(0), data(1)
+    inner = loop(model, backend)
+    value = inner(support, query)
+    value.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    model.eval()
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        answer = expected(model, support, query)
+    model.zero_grad()
+    inner(support, query).backward()
+    check_grads(model, answer)

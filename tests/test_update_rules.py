@@ -219,3 +219,33 @@ def test_a_subclass(backend: str) -> None:
     inner = inner_loop(task, require(backend), update=update, steps=2)
     _, got = metafast_gradients(inner, task, "fused")
     assert_same(got, named(expected_answer(rule, entry_named("mlp_gelu").make(), 2, 2)))
+
+
+# ---- hyper-parameters of shapes of their own ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_hyper_parameters_need_not_be_as_wide_as_parameters(backend: str) -> None:
+    """A rate for each step, read by k, and a matrix that turns the gradient."""
+    require(backend)
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).double()
+    x, y = torch.randn(2, 4, 3, dtype=torch.float64), torch.randn(2, 4, 2, dtype=torch.float64)
+    rates = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
+    turn = torch.eye(2, dtype=torch.float64) + 0.1
+
+    def update(params: Params, grads: Params, state: Any, hyper: Mapping[str, Any], k: Tensor, params0: Params) -> Any:
+        rate = (hyper["rates"] * (torch.arange(3, dtype=torch.float64) == k)).sum()
+        return {n: p - rate * (hyper["turn"] @ grads[n]) for n, p in params.items()}, state
+
+    def objective(m: nn.Module, b: Any) -> Tensor:
+        return (m(b[0]) - b[1]).pow(2).mean()
+
+    rule = metafast.UpdateRule(update=update, rates=nn.Parameter(rates), turn=nn.Parameter(turn))
+    inner = metafast.InnerLoop(model, objective=objective, update=rule, steps=3, backend=backend)
+    found = inner.meta_gradient((x, y), (x, y))[1]
+    want = oracle.meta_gradient(
+        model, objective, (x, y), (x, y), hyper={"rates": rates, "turn": turn}, steps=3, update=update
+    )
+    for name, gradient in want.hyper.items():
+        assert relative_error({name: found["update." + name]}, {name: gradient}) < 1e-9
