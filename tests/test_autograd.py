@@ -137,7 +137,7 @@ def made_call(backend: str, way: str) -> autograd.Call:
     return found[0]
 
 
-# opcheck itself, from torch 2.14 on, reads `.grad` of clones that are no leaves, and silences that only where it is shown.
+# opcheck itself, from torch 2.14 on, reads `.grad` of clones that are no leaves, and silences that only where shown.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @backends
 @pytest.mark.parametrize("way", ["mean", "none", "outputs", "adapt"])

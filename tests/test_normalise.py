@@ -217,10 +217,14 @@ case("pad.replicate", A)(lambda x: F.pad(x[None], (2, 1), mode="replicate").exp(
 case("pad.circular", IMAGE)(lambda x: F.pad(x, (1, 2, 3, 0), mode="circular").exp())
 case("index.points", IMAGE)(lambda x: x[:, [2, 0, 2], torch.tensor([[1], [4]])].exp())
 case("index.apart", IMAGE)(lambda x: x[[1, 0], :, torch.tensor([-1, 2])].exp())
-case("gather.constant", A)(lambda x: x.gather(1, torch.tensor([[3, 0], [1, 1]])).exp() + x.gather(0, torch.ones(1, 4).long())[0, :2])
+case("gather.constant", A)(
+    lambda x: x.gather(1, torch.tensor([[3, 0], [1, 1]])).exp() + x.gather(0, torch.ones(1, 4).long())[0, :2]
+)
 case("logsumexp.dims", IMAGE)(lambda x: x.logsumexp((0, 2)) * x.logsumexp((1, -1), keepdim=True).sum())
 case("mask.single", A, make=_kinks)(lambda x: x * (x > 0).float() + (x < 1).to(torch.uint8).float() * x)
-case("where.single", A, make=_kinks)(lambda x: x * torch.where(x > 0, 0.1, 2.0) + torch.where(x > 0, 1.0, 0.0).masked_fill(x > 1, 0.25))
+case("where.single", A, make=_kinks)(
+    lambda x: x * torch.where(x > 0, 0.1, 2.0) + torch.where(x > 0, 1.0, 0.0).masked_fill(x > 1, 0.25)
+)
 case("inplace.reshape", A)(lambda x: (x * 1).unsqueeze_(0).transpose_(1, 2).squeeze_(0).t_().exp())
 case("trace", (4, 4))(lambda x: (x @ x).diagonal().sum())
 case("gather.labels", A, labels=(((3,), 4),))(lambda x, y: x.gather(1, y[:, None]).exp())

@@ -209,7 +209,7 @@ def _index(c: Context, x: Any, indices: Sequence[Any]) -> Value:
 
 
 def _points(c: Context, x: Any, dims: Sequence[int], indices: Sequence[torch.Tensor]) -> Value:
-    """x indexed by constants along several dims at once: those dims as one, where they stand together, else in front."""
+    """x indexed by constants along several dims: these as one dim, in place where they are neighbours, else first."""
     shape = c.shape(x)
     at = dims[0] if dims[-1] - dims[0] == len(dims) - 1 else 0
     rest = [d for d in range(len(shape)) if d not in dims]

@@ -73,7 +73,8 @@ class Recorder:
         self._storages: dict[int, str] = {}
         self._dirty: set[str] = set()  # buffers that BatchNorm has updated
         self._undo: list[tuple[Tensor, Tensor]] = []
-        self._stacks: dict[int, list[tuple[CodeType, Origin]]] = {}  # by position in `tensors`, of those made without autograd
+        # By position in `tensors`, of those made without autograd
+        self._stacks: dict[int, list[tuple[CodeType, Origin]]] = {}
 
     # -- tensors
 
