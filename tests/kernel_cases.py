@@ -69,7 +69,7 @@ class Draw:
 
 
 def extent(shape: Sequence[int], strides: Sequence[int]) -> int:
-    return 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if 0 not in shape else 1
+    return 1 + sum(max(n - 1, 0) * s for n, s in zip(shape, strides, strict=True))
 
 
 def given(view: Tensor) -> Operand:
@@ -327,17 +327,21 @@ def sum_factor(n: int) -> float:
     return CHUNK / 4 + math.log2(n) + 8
 
 
-def standardize(shape: tuple[int, int, int], eps: float = 1e-5) -> Case:
+def standardize(shape: tuple[int, int, int], eps: float = 1e-5, mean_of: float = 3.0) -> Case:
+    """Columns are read less a value near their mean: however far that is from 0, it costs the variance no digits."""
+
     def make(draw: Draw) -> Call:
         outer, n, inner = shape
-        x = draw.dense(*shape) + 3
+        x = draw.dense(*shape) + mean_of
         X, f = x.double(), sum_factor(n) * draw.u
-        mean, var = X.mean(1), X.var(1, unbiased=False)
+        near = X - mean_of  # exact, so that the reference does not lose the digits that are asked for
+        mean, var = mean_of + near.mean(1), near.var(1, unbiased=False)
         rstd = (var + eps).rsqrt()
-        off_mean = f * X.abs().mean(1)
-        off_var = 2 * f * var + 2 * var.sqrt() * off_mean + off_mean**2 + 4 * draw.u * off_mean
+        added = X if inner == 1 else near
+        off_mean = f * added.abs().mean(1) + 2 * draw.u * mean.abs()
+        off_var = 4 * f * var + (off_mean**2 if inner == 1 else 0.0)
         off_rstd = 4 * draw.u * rstd + rstd**3 * off_var
-        xhat = (X - mean[:, None]) * rstd[:, None]
+        xhat = (near - near.mean(1, keepdim=True)) * rstd[:, None]
         off = (
             xhat.abs() * 8 * draw.u
             + (off_mean * rstd)[:, None]
@@ -349,7 +353,7 @@ def standardize(shape: tuple[int, int, int], eps: float = 1e-5) -> Case:
         outs += [wanted(small(), mean, off_mean + 1e-300), wanted(small(), var, off_var)]
         return Call("standardize", [given(x), *outs], list(shape), [eps])
 
-    return Case(f"standardize {shape}", make)
+    return Case(f"standardize {shape} about {mean_of}", make)
 
 
 def projected(v: Tensor, xhat: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
@@ -425,6 +429,8 @@ def middle_cases() -> Iterator[Case]:
         yield project_tangent(shape, (k + 1) % 2)
         yield log_softmax(shape)
         yield cumsum(shape, k % 2)
+    for shape in [(1, 300, 5), (2, 1000, 33), (1, 75, 64), (3, 700, 1)]:
+        yield standardize(shape, mean_of=1000.0)
     for shape in [(75, 5, 1), (17, 1, 1), (16, 64, 1), (3, 65, 1), (2, 5, 33)]:
         yield log_softmax(shape)
 
@@ -456,11 +462,26 @@ def max_pool(
     return Case(f"max_pool {n}x{side}x{c} k{k} s{s} p{p} d{d} nan{nan}", make)
 
 
-def pool_move(role: str, n: int, c: int, side: Pair, out: Pair, mode: int = 0) -> Case:
+def winners(draw: Draw, n: int, c: int, side: Pair, out: Pair, window: str) -> Tensor:
+    """(n, places, c): anywhere; or of windows that are 2 x 2 at stride 2, but for one ("stray") or but for all."""
+    if window == "any":
+        return torch.randint(0, side[0] * side[1], (n, out[0] * out[1], c), generator=draw.generator)
+    k, p = (3, 1) if window == "3x3" else (2, 0)
+    x = torch.randn(n, c, *side, generator=draw.generator)
+    idx = F.max_pool2d(x, k, 2, p, return_indices=True)[1].flatten(2).mT.contiguous()
+    assert idx.shape[1] == out[0] * out[1]
+    if window == "stray":
+        idx[-1, -1, -1] = 0
+    return idx
+
+
+def pool_move(
+    role: str, n: int, c: int, side: Pair, out: Pair, mode: int = 0, window: str = "any"
+) -> Case:
     def make(draw: Draw) -> Call:
         h, w = side
         dense, small = draw.dense(n, h * w, c), draw.dense(n, out[0] * out[1], c)
-        idx = torch.randint(0, h * w, small.shape, generator=draw.generator)
+        idx = winners(draw, n, c, side, out, window)
         ints = [n, h, w, c, *out]
         where = given(idx.to(torch.int32))
         if role == "pool_gather":
@@ -475,7 +496,7 @@ def pool_move(role: str, n: int, c: int, side: Pair, out: Pair, mode: int = 0) -
         )
         return Call(role, [given(small), where, wanted(dense, value, bound, add=bool(mode))], [*ints, mode])
 
-    return Case(f"{role} {n}x{side}x{c} from {out} mode{mode}", make)
+    return Case(f"{role} {n}x{side}x{c} from {out} {window} mode{mode}", make)
 
 
 def avg_pool(
@@ -505,6 +526,9 @@ def avg_pool(
 def pool_cases() -> Iterator[Case]:
     yield max_pool(2, 64, (14, 14), (2, 2), (2, 2))
     yield max_pool(2, 5, (7, 9), (2, 2), (2, 2))
+    yield max_pool(2, 21, (7, 9), (2, 2), (3, 1))
+    yield max_pool(2, 5, (7, 9), (2, 2), (2, 2), (1, 1))
+    yield max_pool(2, 5, (6, 8), (2, 2), (2, 2), d=(2, 3))
     yield max_pool(3, 21, (8, 7), (3, 3), (2, 1), (1, 1))
     yield max_pool(2, 17, (9, 9), (3, 2), (1, 2), (1, 1), (2, 3))
     yield max_pool(2, 17, (9, 9), (2, 2), (2, 2), nan=7)
@@ -512,7 +536,11 @@ def pool_cases() -> Iterator[Case]:
     for role in ("pool_gather", "pool_scatter"):
         yield pool_move(role, 3, 64, (14, 14), (7, 7))
         yield pool_move(role, 2, 5, (5, 7), (3, 2))
+        for c, side, window in itertools.product((1, 5, 21, 64), ((8, 6), (7, 9), (2, 3)), ("2x2", "stray")):
+            yield pool_move(role, 3, c, side, (side[0] // 2, side[1] // 2), window=window)
+        yield pool_move(role, 3, 21, (8, 6), (4, 3), window="3x3")
     yield pool_move("pool_scatter", 2, 21, (6, 6), (5, 5), mode=1)
+    yield pool_move("pool_scatter", 2, 21, (6, 7), (3, 3), mode=1, window="2x2")
     for role in ("avg_pool", "avg_pool_adj"):
         yield avg_pool(role, 2, 64, (6, 6), (6, 6), (1, 1), (0, 0), 1, 0, 0)
         yield avg_pool(role, 2, 5, (7, 9), (2, 3), (2, 2), (1, 1), 1, 0, 1)

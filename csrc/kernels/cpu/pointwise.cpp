@@ -632,6 +632,17 @@ struct Interpreter {
   }
 };
 
+// A sum of nothing is 0.
+template <class T>
+void clear_sums_of_nothing(const Plan<T>& p, const Args& a) {
+  for (int o = 0; a.part == 0 && o < p.n_out; ++o) {
+    const auto& out = p.outputs[o];
+    const int64_t kept = out.inner_stride ? p.inner : 1;
+    T* y = static_cast<T*>(a.ptr[p.n_in + o]);
+    for (int64_t k = 0; out.mode == kSum && k < kept; ++k) y[k] = 0;
+  }
+}
+
 }  // namespace
 
 template <class T>
@@ -656,7 +667,10 @@ int64_t pointwise_scratch(const int64_t* ints) noexcept {
 template <class T>
 int pointwise(const Args& a) noexcept {
   const Plan<T>& plan = *reinterpret_cast<const Plan<T>*>(a.prepared);
-  if (!plan.empty) Interpreter<T>(plan, a).run();
+  if (plan.empty)
+    clear_sums_of_nothing(plan, a);
+  else
+    Interpreter<T>(plan, a).run();
   return kOk;
 }
 

@@ -8,8 +8,8 @@
 // Any strides, 0 to broadcast an input; sizes within the kPointwise* limits of kernel.hpp. An output may be
 // an input with the same strides; outputs do not overlap each other.
 // A sum (mode 2, 3) adds up over the dimensions in which its stride is 0; with unit dimensions dropped and
-// neighbours merged, all its strides are 0 but that of the last dimension, 0 or 1. A call with a sum is not
-// split: part 0 does it all.
+// neighbours merged, all its strides are 0 but that of the last dimension, 0 or 1. Of nothing it is 0. A call with a
+// sum is not split: part 0 does it all.
 // Prepared once from ints and immediates: the merged index space, how each operand is reached, the loops to
 // call and the immediates as vectors. A call only fills in addresses.
 // Blocks of some hundred elements run through all operations while they lie in L1.
