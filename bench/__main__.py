@@ -158,6 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results = run(given)
     except KeyboardInterrupt:
         kept = f"the workloads before are in {given.json}" if given.json else "nothing is kept without --json"
+        kept = "trials that ended are kept" if given.prepare else kept
         print(f"\npython -m bench: interrupted; {kept}", file=sys.stderr)
         return INTERRUPTED
     if given.plot:
