@@ -1,7 +1,7 @@
 """What the losses and the update rule can read besides their arguments, and whether it still is what it was.
 
-A plan holds for one state of all that: attributes of modules and objects, closures, defaults, globals that the code names,
-class attributes, hooks. A walk over code and objects finds the places; its `key` tells two states apart, and `same()`
+A plan holds for one state of all that: attributes of modules and objects, closures, defaults, globals that the code
+names, class attributes, hooks. A walk over code and objects finds the places; its `key` tells two states apart, and `same()`
 looks at the places again, which costs microseconds. Of an object that is no module only the attributes that some code
 reached by the walk names are looked at, so that a trainer's step counter makes no new plan.
 
@@ -87,7 +87,8 @@ class Reach:
 
     def finds(self, before: Reach) -> bool:
         """Whether it finds what an earlier one found, the same tensors among it."""
-        return self.key == before.key and all(a is b for (a, _), (b, _) in zip(self._tensors, before._tensors, strict=True))
+        pairs = zip(self._tensors, before._tensors, strict=True)
+        return self.key == before.key and all(own is other for (own, _), (other, _) in pairs)
 
     def versions(self) -> list[int]:
         """How often each tensor that it finds was written to in place; PyTorch does not count for inference tensors."""
@@ -227,7 +228,7 @@ class _Walk:
         return (type(value), kind([self.visit(entry, depth + 1) for entry in value]))
 
     def _module(self, module: nn.Module, depth: int) -> Any:
-        """Flags, plain attributes, children and hooks; of a module outside the model, its parameters and buffers too."""
+        """Flags, plain attributes, children and hooks; of a module outside the model, its tensors too."""
         own = module.__dict__
         if type(module).__module__.startswith("metafast.") and "_hyper_names" not in own:
             return _Identity(module)  # an InnerLoop
@@ -352,7 +353,7 @@ def _of_the_user(module: Any) -> bool:
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
-    """The names that code reads globals and attributes by, with those of functions inside it and of getattr's strings."""
+    """The names that code reads globals and attributes by, with those of functions inside and of getattr's strings."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):

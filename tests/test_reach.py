@@ -61,7 +61,8 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(1)
         self.a, self.act, self.b = nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)
-        self.box, self.settings, self.array, self.flags = types.SimpleNamespace(gain=1.0), Settings(), np.ones(1), {"on"}
+        self.box, self.settings = types.SimpleNamespace(gain=1.0), Settings()
+        self.array, self.flags = np.ones(1), {"on"}
 
     def forward(self, x: Tensor) -> Tensor:
         h = helper(self.act(self.a(x))) * self.factor * self.box.gain * self.settings.gain * float(self.array[0])
@@ -195,7 +196,9 @@ def closure_in_a_closure() -> tuple[Any, Callable[[], None]]:
 
 
 @pytest.mark.parametrize(
-    "make", [keyword_default, other_module, attribute_of_a_callables_class, closure_in_a_closure], ids=lambda f: f.__name__
+    "make",
+    [keyword_default, other_module, attribute_of_a_callables_class, closure_in_a_closure],
+    ids=lambda f: f.__name__,
 )
 def test_a_change_of_what_the_loss_reads_is_seen(make: Callable[[], tuple[Any, Callable[[], None]]]) -> None:
     loss, alter = make()
