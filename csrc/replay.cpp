@@ -18,6 +18,7 @@ using Times = std::array<std::vector<InstructionTime>, kSections>;
 
 // Waking a sleeping thread costs some 10 µs: shorter jobs run on the calling thread.
 constexpr double kShortestJob = 15000;  // nanoseconds
+constexpr std::chrono::milliseconds kPatience{50};
 
 struct Place {
   int section;
@@ -45,6 +46,7 @@ class Replay final : GroupRunner {
   int run_instruction(Group& group, const Instruction& instruction) noexcept;
   int run_timed(Group& group, const Instruction& instruction, InstructionTime& time) noexcept;
   bool stopped(Group& group, const Place& place) noexcept;
+  bool interrupted(const Group& group) noexcept;
   void record(const Group& group, const Place& place, int instruction, int status) noexcept;
 
   const Program& program_;
@@ -57,6 +59,8 @@ class Replay final : GroupRunner {
   AccumulatorTree sums_;
   std::atomic<int> failed_group_{static_cast<int>(kMaxGroups)};  // the lowest
   std::array<Outcome, kMaxGroups> outcomes_;
+  std::atomic<bool> interrupted_{false};
+  std::chrono::steady_clock::time_point asked_ = std::chrono::steady_clock::now();  // the caller's own
 };
 
 int Replay::count_workers(const Program& program, const Call& call, int groups) {
@@ -155,11 +159,23 @@ int Replay::run_timed(Group& group, const Instruction& instruction, InstructionT
 // Whether this group ends here: the call was cancelled, or a group before this one failed and its outcome
 // counts.
 bool Replay::stopped(Group& group, const Place& place) noexcept {
-  if (call_.cancel && *call_.cancel) {
+  if ((call_.cancel && *call_.cancel) || (call_.interrupted && interrupted(group))) {
     record(group, place, -1, kCancelled);
     return true;
   }
   return failed_group_.load(std::memory_order_relaxed) < group.index;
+}
+
+// Only worker 0 is the thread that called, and may ask; the others learn of it here.
+bool Replay::interrupted(const Group& group) noexcept {
+  if (group.worker == 0) {
+    const auto now = std::chrono::steady_clock::now();
+    if (now - asked_ >= kPatience) {
+      asked_ = now;
+      if (call_.interrupted()) interrupted_.store(true, std::memory_order_relaxed);
+    }
+  }
+  return interrupted_.load(std::memory_order_relaxed);
 }
 
 void Replay::record(const Group& group, const Place& place, int instruction, int status) noexcept {

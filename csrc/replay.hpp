@@ -28,6 +28,7 @@ struct Call {
   void* result = nullptr;                    // accumulators out (accumulator_bytes); null: dropped
   int threads = 1;                           // the calling thread included
   const volatile int32_t* cancel = nullptr;  // polled before every section; not 0 stops the replay
+  bool (*interrupted)() = nullptr;           // asked by the calling thread every 50 ms; true stops the replay
 };
 
 inline constexpr int kCancelled = -1;

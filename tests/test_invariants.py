@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -278,3 +280,25 @@ def test_small_batches(
     expected = named(answer(copy.deepcopy(task), 2, 2))
     _, got = metafast_gradients(inner, task, way)
     assert_same(got, expected)
+
+
+# ---- signals -----------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_ends_a_long_call() -> None:
+    """It would take minutes; the interrupt comes out of it, and the next call is right."""
+    require("native")
+    model = nn.Sequential(nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 1))
+    x, y = torch.randn(16, 64, 256), torch.randn(16, 64, 1)
+    inner = metafast.InnerLoop(model, F.mse_loss, update=metafast.SGD(lr=1e-4), steps=1, backend="native")
+    before = inner((x, y), (x, y)).item()
+    inner.steps = 200_000
+    with torch.no_grad():
+        timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
+        timer.start()
+        start = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            inner((x, y), (x, y))
+    assert time.monotonic() - start < 30
+    inner.steps = 1
+    assert inner((x, y), (x, y)).item() == before

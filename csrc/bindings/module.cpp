@@ -99,16 +99,23 @@ py::tuple to_tuple(const Outcome& o) {
   return py::make_tuple(o.status, o.task, o.step, section_name(o.section), o.instruction);
 }
 
+// Ctrl-C and other signals: Python's handlers run here, and an exception that one raises ends the replay.
+bool interrupted() {
+  const py::gil_scoped_acquire locked;
+  return PyErr_CheckSignals() != 0;
+}
+
 py::tuple run(const Program& program, const Externals& externals, int64_t tasks, int64_t steps,
               uintptr_t steps_ptr, uintptr_t weights_ptr, uintptr_t result_ptr, int threads,
               uint64_t /*seed*/, uintptr_t cancel_ptr) {
-  const Call call =
-      make_call(externals, tasks, steps, steps_ptr, weights_ptr, result_ptr, threads, cancel_ptr);
+  Call call = make_call(externals, tasks, steps, steps_ptr, weights_ptr, result_ptr, threads, cancel_ptr);
+  call.interrupted = interrupted;
   Outcome outcome;
   {
     const py::gil_scoped_release unlocked;
     outcome = replay(program, call);
   }
+  if (PyErr_Occurred()) throw py::error_already_set();
   return to_tuple(outcome);
 }
 
