@@ -265,3 +265,17 @@ def test_explain_shows_backend_reason_graph_program_flops_and_memory() -> None:
     text = str(inner.explain(*tasks()))
     for part in ("backend: native", "why: ", "standardize", "section meta", "gemm", "flops", "memory"):
         assert part in text, part
+
+
+def test_a_gradient_that_is_zero_but_for_rounding_goes_native() -> None:
+    """The mean over all pixels of an instance norm is constant: its float32 gradient is noise in PyTorch too."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.InstanceNorm2d(4), nn.Flatten(1))
+
+    def objective(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.mse_loss(model(batch[0]).sum(1, keepdim=True), batch[1])
+
+    batch = torch.randn(2, 3, 4, 6, 6), torch.randn(2, 3, 1)
+    update = metafast.SGD(lr=0.1)
+    inner = metafast.InnerLoop(net, objective=objective, update=update, steps=1, backend="native")
+    assert torch.isfinite(inner.meta_gradient(batch, batch)[0])
