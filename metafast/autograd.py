@@ -137,7 +137,8 @@ class Call(ABC):
         if self.read != _read(problem):
             raise InputChangedError(
                 "backward of InnerLoop: got another model, or something else that the losses read (an attribute, a "
-                "closure, a mode), than in the forward pass, expected it unchanged; call backward first: it runs the tasks again"
+                "closure, a mode), than in the forward pass, expected it unchanged; call backward first: it runs the "
+                "tasks again"
             )
         with self.surroundings.again(), torch.no_grad():
             gradients = self.replay(replace(problem, buffers=self.surroundings.buffers), cotangents)

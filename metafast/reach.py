@@ -1,9 +1,9 @@
 """What the losses and the update rule can read besides their arguments, and whether it still is what it was.
 
 A plan holds for one state of all that: attributes of modules and objects, closures, defaults, globals that the code
-names, class attributes, hooks. A walk over code and objects finds the places; its `key` tells two states apart, and `same()`
-looks at the places again, which costs microseconds. Of an object that is no module only the attributes that some code
-reached by the walk names are looked at, so that a trainer's step counter makes no new plan.
+names, class attributes, hooks. A walk over code and objects finds the places; its `key` tells two states apart, and
+`same()` looks at the places again, which costs microseconds. Of an object that is no module only the attributes that
+some code reached by the walk names are looked at, so that a trainer's step counter makes no new plan.
 
 What no walk can see (files, clocks, environment variables, the state of iterators) must not steer a loss.
 """
