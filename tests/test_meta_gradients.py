@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import math
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from parity import (
     BACKENDS,
     WAYS_OUT,
+    Gradients,
     answer,
     assert_same,
     collected,
@@ -25,6 +28,7 @@ from parity import (
 )
 from torch import Tensor
 from torch.func import functional_call
+from torch.utils import _pytree as pytree
 from zoo import ENTRIES, LR, Entry, Task
 from zoo import named as entry_named
 
@@ -60,23 +64,51 @@ def test_float64(entry: Entry, order: int, steps: int, way: str, backend: str) -
             torch.testing.assert_close(buffer, expected.buffers[name], rtol=1e-10, atol=1e-12)
 
 
-# What two correct float32 computations may differ by beyond the reference's error: some roundings of 6e-8.
-FLOOR = 1e-6
+DRAWS = 3  # of the numbers, to measure an error by: one draw of rounding errors may by luck be near 0
+
+
+def errors(answers: list[Gradients], exact: list[Gradients]) -> float:
+    """The root mean square over draws of the relative errors."""
+    squares = [relative_error(a, e) ** 2 for a, e in zip(answers, exact, strict=True)]
+    return math.sqrt(sum(squares) / len(squares))
+
+
+@functools.cache
+def eager_draws(entry: Entry, order: int, steps: int, dtype: torch.dtype) -> list[Gradients]:
+    """The eager loop's gradients for each draw, in that precision, from numbers that float32 holds."""
+    return [named(answer(drawn(entry, dtype, k), order, steps)) for k in range(DRAWS)]
+
+
+def drawn(entry: Entry, dtype: torch.dtype, k: int) -> Task:
+    """The task with its parameters and real data moved by a thousandth, each draw otherwise."""
+    task = entry.make(dtype, rounded=True)
+    g = torch.Generator().manual_seed(k)
+    data = [t for t in pytree.tree_leaves((task.support, task.query)) if t.is_floating_point()]
+    with torch.no_grad():
+        for t in [*task.model.parameters(), *data]:
+            t.mul_((1.0 + 1e-3 * torch.randn(t.shape, generator=g, dtype=torch.float64)).float().to(dtype))
+            t.copy_(t.float().to(dtype))
+    return task
 
 
 @ALL
-@BACKEND
 @WAY
-@pytest.mark.parametrize(("order", "steps"), [(1, 1), (2, 1), (2, 3)])
-def test_float32(entry: Entry, order: int, steps: int, way: str, backend: str) -> None:
-    """Within 4 times the error of PyTorch's own float32, both against float64 from the same numbers."""
-    task = entry.make(torch.float32)
-    inner = inner_loop(task, require(backend), steps=steps, order=order)
-    _, got = metafast_gradients(inner, task, way)
-    assert all(g.dtype == torch.float32 for g in got.values())
-    exact = named(exact_answer(entry, order, steps, torch.float64, True))
-    eager = named(exact_answer(entry, order, steps, torch.float32, True))
-    assert relative_error(got, exact) <= 4.0 * relative_error(eager, exact) + FLOOR
+@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize("order", [1, 2])
+def test_float32(entry: Entry, order: int, steps: int, way: str) -> None:
+    """Within 4 times the error of PyTorch's own float32, both against float64 from the same numbers.
+
+    At a kink two right answers can differ by more than rounding: no pre-activation of these nets lies so near one.
+    """
+    require("native")
+    got = []
+    for k in range(DRAWS):
+        task = drawn(entry, torch.float32, k)
+        inner = inner_loop(task, "native", steps=steps, order=order)
+        got.append(metafast_gradients(inner, task, way)[1])
+        assert all(g.dtype == torch.float32 for g in got[-1].values())
+    exact = eager_draws(entry, order, steps, torch.float64)
+    assert errors(got, exact) <= 4.0 * errors(eager_draws(entry, order, steps, torch.float32), exact)
 
 
 @ALL
