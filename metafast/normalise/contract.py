@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from metafast.graph import Value
+from metafast.normalise.losses import safe_softmax, softmax
 from metafast.normalise.table import Context, rule
 
 
@@ -164,7 +165,7 @@ def _attention(
         scores = c("where", torch.ones(scores.shape[-2:]).tril(), scores, -math.inf)
     if attn_mask is not None:
         scores = c("add", scores, attn_mask)
-    weights = c("exp", c("log_softmax", scores, dim=len(scores.shape) - 1))
+    weights = (softmax if attn_mask is None else safe_softmax)(c, scores, -1)
     return c("matmul", weights, value), None
 
 

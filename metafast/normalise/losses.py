@@ -23,15 +23,15 @@ def _log_softmax(c: Context, x: Any, dim: int, half_to_float: bool = False) -> V
 
 
 @rule("_softmax", "softmax")
-def _softmax(c: Context, x: Any, dim: int, half_to_float: bool = False) -> Value:
+def softmax(c: Context, x: Any, dim: int, half_to_float: bool = False) -> Value:
     return c("exp", _log_softmax(c, x, dim))
 
 
 @rule("_safe_softmax")
-def _safe_softmax(c: Context, x: Any, dim: int, dtype: Any = None) -> Value:
+def safe_softmax(c: Context, x: Any, dim: int, dtype: Any = None) -> Value:
     """Softmax, and 0 where all of a row is −∞ (attention to nothing): such a row is computed on harmless values."""
     nothing = c("eq", c.total(c("ne", x, -math.inf), dim, keepdim=True), 0.0)
-    return c("where", nothing, 0.0, _softmax(c, c("where", nothing, 0.0, x), dim))
+    return c("where", nothing, 0.0, softmax(c, c("where", nothing, 0.0, x), dim))
 
 
 # ---- classes --------------------------------------------------------------------------------------------------
