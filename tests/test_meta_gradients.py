@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -76,19 +77,23 @@ def errors(answers: list[Gradients], exact: list[Gradients]) -> float:
 @functools.cache
 def eager_draws(entry: Entry, order: int, steps: int, dtype: torch.dtype) -> list[Gradients]:
     """The eager loop's gradients for each draw, in that precision, from numbers that float32 holds."""
-    return [named(answer(drawn(entry, dtype, k), order, steps)) for k in range(DRAWS)]
+    return [named(answer(task, order, steps)) for task in draws(entry, dtype)]
 
 
-def drawn(entry: Entry, dtype: torch.dtype, k: int) -> Task:
-    """The task with its parameters and real data moved by a thousandth, each draw otherwise."""
+def draws(entry: Entry, dtype: torch.dtype) -> Iterator[Task]:
+    """The same task with its parameters and real data moved by a thousandth, each time otherwise."""
     task = entry.make(dtype, rounded=True)
-    g = torch.Generator().manual_seed(k)
     data = [t for t in pytree.tree_leaves((task.support, task.query)) if t.is_floating_point()]
-    with torch.no_grad():
-        for t in [*task.model.parameters(), *data]:
-            t.mul_((1.0 + 1e-3 * torch.randn(t.shape, generator=g, dtype=torch.float64)).float().to(dtype))
-            t.copy_(t.float().to(dtype))
-    return task
+    moving = [p.data for p in task.model.parameters()] + data
+    start = [t.clone() for t in (*moving, *task.model.buffers())]
+    for k in range(DRAWS):
+        g = torch.Generator().manual_seed(k)
+        for t, before in zip((*moving, *task.model.buffers()), start, strict=True):
+            t.copy_(before)
+        for t in moving:
+            factor = (1.0 + 1e-3 * torch.randn(t.shape, generator=g, dtype=torch.float64)).float()
+            t.copy_(t.float() * factor)
+        yield task
 
 
 @ALL
@@ -101,12 +106,14 @@ def test_float32(entry: Entry, order: int, steps: int, way: str) -> None:
     At a kink two right answers can differ by more than rounding: no pre-activation of these nets lies so near one.
     """
     require("native")
-    got = []
-    for k in range(DRAWS):
-        task = drawn(entry, torch.float32, k)
-        inner = inner_loop(task, "native", steps=steps, order=order)
-        got.append(metafast_gradients(inner, task, way)[1])
-        assert all(g.dtype == torch.float32 for g in got[-1].values())
+    got, inner = [], None
+    for task in draws(entry, torch.float32):
+        inner = inner or inner_loop(task, "native", steps=steps, order=order)
+        for t in (*inner.parameters(), *task.externs):
+            t.grad = None
+        found = metafast_gradients(inner, task, way)[1]
+        assert all(g.dtype == torch.float32 for g in found.values())
+        got.append({n: g.clone() for n, g in found.items()})
     exact = eager_draws(entry, order, steps, torch.float64)
     assert errors(got, exact) <= 4.0 * errors(eager_draws(entry, order, steps, torch.float32), exact)
 
