@@ -1,6 +1,6 @@
 #include "accumulators.hpp"
 
-#include <cstring>
+#include <algorithm>
 
 #include "memory.hpp"
 
@@ -29,7 +29,7 @@ std::byte* AccumulatorTree::acquire() {
     const std::lock_guard lock(mutex_);
     set = free_[--n_free_];
   }
-  std::memset(set, 0, static_cast<size_t>(bytes_));
+  std::fill_n(set, bytes_, std::byte{0});
   return set;
 }
 

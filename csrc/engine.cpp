@@ -14,9 +14,11 @@ Engine::Engine() : pool_(&Engine::serve, this) {}
 // The threads are gone in a child, and one of them may have held the mutex.
 void Engine::forget() noexcept { current_engine.store(nullptr); }
 
+// When the module is loaded, not at the first call: a child forked in the middle of that would wait for it for ever.
+[[maybe_unused]] const int Engine::registered = pthread_atfork(nullptr, nullptr, &Engine::forget);
+
 // Never destroyed: threads may be asleep in it when the process ends.
 Engine& Engine::current() {
-  [[maybe_unused]] static const int registered = pthread_atfork(nullptr, nullptr, &Engine::forget);
   if (Engine* const present = current_engine.load()) return *present;
   std::unique_ptr<Engine> fresh(new Engine);
   Engine* expected = nullptr;
@@ -48,6 +50,7 @@ template <class More>
 void Engine::work(int worker, More more) noexcept {
   bool idle = false;
   for (Backoff backoff;;) {
+    if (worker == 0) runner_->poll();
     if (work_once(worker, idle)) {
       backoff = {};
       continue;

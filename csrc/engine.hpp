@@ -17,6 +17,7 @@ inline constexpr int kMostThreads = 256;
 class GroupRunner {
  public:
   virtual void run_group(int group, int worker) noexcept = 0;
+  virtual void poll() noexcept = 0;  // by worker 0, again and again as long as it is not in a group
 
  protected:
   ~GroupRunner() = default;
@@ -27,9 +28,10 @@ class GroupRunner {
 // thread that wakes up late, or not at all for a while, costs no time.
 class Engine {
  public:
+  Engine();
   static Engine& current();  // a new one in a forked child
 
-  std::mutex mutex;            // one replay at a time holds it
+  std::timed_mutex mutex;      // one replay at a time holds it
   std::vector<Buffer> arenas;  // one a worker
   Buffer accumulators;
 
@@ -57,7 +59,7 @@ class Engine {
     std::atomic<int> status;
   };
 
-  Engine();
+  static const int registered;
   static void forget() noexcept;
   static void serve(void* self, int worker) noexcept;
   template <class More>

@@ -10,27 +10,40 @@ namespace metafast {
 
 class FlushSubnormals {
  public:
-#if defined(__SSE2__)
-  FlushSubnormals() noexcept : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }  // FTZ and DAZ
-  ~FlushSubnormals() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
-#elif defined(__aarch64__)
-  FlushSubnormals() noexcept {
-    asm volatile("mrs %0, fpcr" : "=r"(saved_));
-    asm volatile("msr fpcr, %0" : : "r"(saved_ | (uint64_t{1} << 24)));  // FZ
-  }
-  ~FlushSubnormals() { asm volatile("msr fpcr, %0" : : "r"(saved_)); }
-
- private:
-  uint64_t saved_;
-#else
-  FlushSubnormals() noexcept {}
-#endif
- public:
+  FlushSubnormals() noexcept : saved_(mode()) { set_mode(saved_ | kFlush); }
+  ~FlushSubnormals() { set_mode(saved_); }
   FlushSubnormals(const FlushSubnormals&) = delete;
   FlushSubnormals& operator=(const FlushSubnormals&) = delete;
+
+  // What `run` gives, run in the mode this thread was in before.
+  template <class Run>
+  auto lifted(Run run) const {
+    set_mode(saved_);
+    const auto result = run();
+    set_mode(saved_ | kFlush);
+    return result;
+  }
+
+ private:
+#if defined(__SSE2__)
+  static constexpr uint64_t kFlush = 0x8040;  // FTZ and DAZ
+  static uint64_t mode() noexcept { return _mm_getcsr(); }
+  static void set_mode(uint64_t mode) noexcept { _mm_setcsr(static_cast<unsigned>(mode)); }
+#elif defined(__aarch64__)
+  static constexpr uint64_t kFlush = uint64_t{1} << 24;  // FZ
+  static uint64_t mode() noexcept {
+    uint64_t mode;
+    asm volatile("mrs %0, fpcr" : "=r"(mode));
+    return mode;
+  }
+  static void set_mode(uint64_t mode) noexcept { asm volatile("msr fpcr, %0" : : "r"(mode)); }
+#else
+  static constexpr uint64_t kFlush = 0;
+  static uint64_t mode() noexcept { return 0; }
+  static void set_mode(uint64_t) noexcept {}
+#endif
+
+  const uint64_t saved_;
 };
 
 }  // namespace metafast

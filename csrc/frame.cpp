@@ -1,5 +1,7 @@
 #include "frame.hpp"
 
+#include <new>
+
 namespace metafast {
 namespace {
 
@@ -9,6 +11,13 @@ void write(std::byte* record, int64_t k, int64_t steps, const void* weights, int
   values[0] = static_cast<T>(k);
   values[1] = static_cast<T>(steps);
   values[2] = weights ? static_cast<const T*>(weights)[t] : T{1};
+}
+
+// Of sizes no machine has, rather than a number that wrapped around.
+int64_t bytes_of(int64_t slots, int64_t bytes) {
+  int64_t product;
+  if (__builtin_mul_overflow(slots, bytes, &product) || product > INT64_MAX / 4) throw std::bad_alloc();
+  return product;
 }
 
 }  // namespace
@@ -29,7 +38,7 @@ Layout::Layout(const Program& program, int64_t steps) {
   scratch = place(program.scratch_bytes());
   arena = place(sizes.arena);
   adjoint = place(2 * adjoint_stride);
-  state = place((program.rolls_state() ? 2 : steps + 1) * state_stride);
+  state = place(bytes_of(program.rolls_state() ? 2 : steps + 1, state_stride));
   bytes = at;
 }
 

@@ -30,16 +30,22 @@ bool allowed(int section, int space) {
 
 [[noreturn]] void reject(const std::string& message) { throw std::invalid_argument("Program: " + message); }
 
-void check_size(int64_t bytes, const char* what) {
-  if (bytes < 0) reject(std::string(what) + ": at least 0 expected, got " + std::to_string(bytes));
+// No memory holds more: sums of a few sizes and offsets below it do not overflow.
+constexpr int64_t kMostBytes = int64_t{1} << 47;
+constexpr int64_t kMostExternals = 1 << 20;
+
+void check_size(int64_t size, int64_t most, const char* what) {
+  if (size >= 0 && size <= most) return;
+  reject(std::string(what) + (size < 0 ? ": at least 0" : ": at most " + std::to_string(most)) +
+         " expected, got " + std::to_string(size));
 }
 
 void check_sizes(const ProgramSpec& spec) {
-  check_size(spec.sizes.arena, "arena_bytes");
-  check_size(spec.sizes.state, "state_bytes");
-  check_size(spec.sizes.adjoint, "adjoint_bytes");
-  check_size(spec.sizes.accumulator, "accumulator_bytes");
-  check_size(spec.n_external, "n_external");
+  check_size(spec.sizes.arena, kMostBytes, "arena_bytes");
+  check_size(spec.sizes.state, kMostBytes, "state_bytes");
+  check_size(spec.sizes.adjoint, kMostBytes, "adjoint_bytes");
+  check_size(spec.sizes.accumulator, kMostBytes, "accumulator_bytes");
+  check_size(spec.n_external, kMostExternals, "n_external");
   if (spec.sizes.accumulator % size_of(spec.dtype) != 0)
     reject("accumulator_bytes: a multiple of " + std::to_string(size_of(spec.dtype)) + " expected, got " +
            std::to_string(spec.sizes.accumulator));
@@ -135,6 +141,7 @@ void Program::add_operand(int s, const OperandSpec& spec, const Access& access, 
   if (!allowed(s, spec.space)) fail("this space may not be used in this section");
   if (access.writes && (spec.space == kConstant || spec.space == kCall))
     fail("written to, but the space is read only");
+  if (spec.offset > kMostBytes || spec.offset < -kMostBytes) fail("an offset within 2^47 bytes expected");
   if (spec.offset % access.element != 0)
     fail("a multiple of the element's " + std::to_string(access.element) + " bytes expected");
   const int64_t first = spec.offset + access.first * access.element,

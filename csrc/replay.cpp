@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
@@ -14,11 +16,19 @@
 namespace metafast {
 namespace {
 
+using Clock = std::chrono::steady_clock;
 using Times = std::array<std::vector<InstructionTime>, kSections>;
 
 // Waking a sleeping thread costs some 10 µs: shorter jobs run on the calling thread.
 constexpr double kShortestJob = 15000;  // nanoseconds
-constexpr std::chrono::milliseconds kPatience{50};
+
+// Whoever called waits at most this long to be asked whether the replay should stop. The clock is read once a guessed
+// millisecond, so that a call which takes less reads none.
+constexpr std::chrono::milliseconds kPatience{100};
+constexpr double kTick = 1e6;  // nanoseconds
+
+// Whether this thread is inside `Call::interrupted` of a replay, and so holds the engine.
+thread_local bool asking = false;
 
 struct Place {
   int section;
@@ -41,12 +51,14 @@ class Replay final : GroupRunner {
   static int count_workers(const Program& program, const Call& call, int groups);
   static std::byte* reserve_sums(const Program& program, Engine& engine, int groups);
   void run_group(int group, int worker) noexcept override;
+  void poll() noexcept override { tick(kTick / 1000); }
+  void tick(double nanoseconds) noexcept;
+  void ask() noexcept;
   bool run_task(Group& group, int64_t t) noexcept;
   bool run_section(Group& group, const Place& place) noexcept;
   int run_instruction(Group& group, const Instruction& instruction) noexcept;
   int run_timed(Group& group, const Instruction& instruction, InstructionTime& time) noexcept;
-  bool stopped(Group& group, const Place& place) noexcept;
-  bool interrupted(const Group& group) noexcept;
+  bool stopped(Group& group, const Place& place, double nanoseconds) noexcept;
   void record(const Group& group, const Place& place, int instruction, int status) noexcept;
 
   const Program& program_;
@@ -57,10 +69,12 @@ class Replay final : GroupRunner {
   const int groups_;
   const int workers_;
   AccumulatorTree sums_;
+  const FlushSubnormals* flush_ = nullptr;  // while it runs; on the calling thread, as are the next two
+  double since_tick_ = 0;                   // nanoseconds, a guess
+  Clock::time_point ask_at_{};              // the next time; not yet known at first
+  std::atomic<bool> interrupted_{false};
   std::atomic<int> failed_group_{static_cast<int>(kMaxGroups)};  // the lowest
   std::array<Outcome, kMaxGroups> outcomes_;
-  std::atomic<bool> interrupted_{false};
-  std::chrono::steady_clock::time_point asked_ = std::chrono::steady_clock::now();  // the caller's own
 };
 
 int Replay::count_workers(const Program& program, const Call& call, int groups) {
@@ -88,6 +102,7 @@ Replay::Replay(const Program& program, const Call& call, Engine& engine, Times* 
 Outcome Replay::run() {
   {
     const FlushSubnormals flush;
+    flush_ = &flush;
     engine_.run(*this, groups_, workers_, program_.splits());
   }
   const int failed = failed_group_.load();
@@ -124,12 +139,15 @@ bool Replay::run_task(Group& group, int64_t t) noexcept {
 }
 
 bool Replay::run_section(Group& group, const Place& place) noexcept {
-  const auto& instructions = program_.section(place.section).instructions;
+  const SectionCode& code = program_.section(place.section);
+  const auto& instructions = code.instructions;
   if (instructions.empty()) return true;
-  if (stopped(group, place)) return false;
+  if (stopped(group, place, code.nanoseconds)) return false;
   group.frame.write_record(place.task, place.step, place.steps);
   group.frame.move_to(place.section, place.task, place.step, group.adjoints);
+  const bool slow = code.nanoseconds > kTick;
   for (size_t n = 0; n < instructions.size(); ++n) {
+    if (slow && stopped(group, place, code.info[n].nanoseconds)) return false;
     const int status = times_ ? run_timed(group, instructions[n], (*times_)[place.section][n])
                               : run_instruction(group, instructions[n]);
     if (status) [[unlikely]] {
@@ -156,26 +174,31 @@ int Replay::run_timed(Group& group, const Instruction& instruction, InstructionT
   return status;
 }
 
-// Whether this group ends here: the call was cancelled, or a group before this one failed and its outcome
-// counts.
-bool Replay::stopped(Group& group, const Place& place) noexcept {
-  if ((call_.cancel && *call_.cancel) || (call_.interrupted && interrupted(group))) {
+// On the calling thread, before what may take that long.
+void Replay::tick(double nanoseconds) noexcept {
+  if ((since_tick_ += nanoseconds) < kTick) return;
+  since_tick_ = 0;
+  if (!call_.interrupted) return;
+  const Clock::time_point now = Clock::now();
+  if (ask_at_ != Clock::time_point{} && now >= ask_at_) ask();
+  if (ask_at_ == Clock::time_point{} || now >= ask_at_) ask_at_ = Clock::now() + kPatience;
+}
+
+void Replay::ask() noexcept {
+  asking = true;
+  if (flush_->lifted(call_.interrupted)) interrupted_.store(true, std::memory_order_relaxed);
+  asking = false;
+}
+
+// Whether this group ends here, before what may take `nanoseconds`: the call was cancelled or interrupted, or a group
+// before this one failed and its outcome counts.
+bool Replay::stopped(Group& group, const Place& place, double nanoseconds) noexcept {
+  if (group.worker == 0) tick(nanoseconds);
+  if (interrupted_.load(std::memory_order_relaxed) || (call_.cancel && *call_.cancel)) {
     record(group, place, -1, kCancelled);
     return true;
   }
   return failed_group_.load(std::memory_order_relaxed) < group.index;
-}
-
-// Only worker 0 is the thread that called, and may ask; the others learn of it here.
-bool Replay::interrupted(const Group& group) noexcept {
-  if (group.worker == 0) {
-    const auto now = std::chrono::steady_clock::now();
-    if (now - asked_ >= kPatience) {
-      asked_ = now;
-      if (call_.interrupted()) interrupted_.store(true, std::memory_order_relaxed);
-    }
-  }
-  return interrupted_.load(std::memory_order_relaxed);
 }
 
 void Replay::record(const Group& group, const Place& place, int instruction, int status) noexcept {
@@ -189,6 +212,21 @@ void check(bool good, const std::string& message) {
   if (!good) throw std::invalid_argument("run: " + message);
 }
 
+constexpr int64_t kMostCount = int64_t{1} << 40;
+
+void check_count(int64_t count, const char* what) {
+  check(count >= 0 && count <= kMostCount, std::string(what) + ": at " +
+                                               (count < 0 ? "least 0" : "most 2^40") + " expected, got " +
+                                               std::to_string(count));
+}
+
+// Whether no task and step takes the address beyond what a pointer holds.
+bool reaches(const External& external, const Call& call) {
+  int64_t by_task, by_step;
+  return !__builtin_mul_overflow(external.task_stride, call.tasks * 4, &by_task) &&
+         !__builtin_mul_overflow(external.step_stride, (call.steps + 1) * 4, &by_step);
+}
+
 void check_external(const Program& program, const Call& call, int j) {
   const ExternalUse& use = program.external(j);
   const External& external = call.externals[j];
@@ -199,6 +237,7 @@ void check_external(const Program& program, const Call& call, int j) {
     check(false, name() + "pointer and strides must be multiples of the element's " +
                      std::to_string(use.element) + " bytes, got " + std::to_string(external.pointer) + ", " +
                      std::to_string(external.task_stride) + ", " + std::to_string(external.step_stride));
+  if (!reaches(external, call)) check(false, name() + "strides beyond all memory");
   if (use.written && external.task_stride == 0 && call.tasks > 1)
     check(false, name() + "every task writes to the same place; give it a task stride, or use accumulators");
 }
@@ -207,8 +246,8 @@ void check_call(const Program& program, const Call& call) {
   check(static_cast<int>(call.externals.size()) == program.n_external(),
         std::to_string(program.n_external()) + " externals expected, got " +
             std::to_string(call.externals.size()));
-  check(call.tasks >= 0, "tasks: at least 0 expected, got " + std::to_string(call.tasks));
-  check(call.steps >= 0, "steps: at least 0 expected, got " + std::to_string(call.steps));
+  check_count(call.tasks, "tasks");
+  check_count(call.steps, "steps");
   check(call.threads >= 1 && call.threads <= kMostThreads,
         "threads: 1 to " + std::to_string(kMostThreads) + " expected, got " + std::to_string(call.threads));
   for (int64_t t = 0; call.steps_of && t < call.tasks; ++t)
@@ -218,12 +257,36 @@ void check_call(const Program& program, const Call& call) {
   for (int j = 0; j < program.n_external(); ++j) check_external(program, call, j);
 }
 
+using Lock = std::unique_lock<std::timed_mutex>;
+
+// The engine, as soon as it is free; not held where the call is interrupted before.
+Lock hold(Engine& engine, const Call& call) {
+  Lock lock(engine.mutex, std::try_to_lock);
+  while (!lock && !lock.try_lock_for(kPatience))
+    if (call.interrupted && call.interrupted()) break;
+  return lock;
+}
+
+// What `asking` is inside of holds it.
+Lock hold(Engine& engine) { return asking ? Lock(engine.mutex, std::defer_lock) : Lock(engine.mutex); }
+
+// A call made while this thread is asked whether another should stop: that one keeps the engine and its memory.
+Outcome start_within(const Program& program, Call call, Times* times) {
+  call.threads = 1;
+  const auto engine = std::make_unique<Engine>();
+  asking = false;
+  const Outcome outcome = Replay(program, call, *engine, times).run();
+  asking = true;
+  return outcome;
+}
+
 Outcome start(const Program& program, const Call& call, Times* times) {
   check_call(program, call);
+  if (asking) return start_within(program, call, times);
   Engine& engine = Engine::current();
-  const std::lock_guard lock(engine.mutex);
-  Replay replay(program, call, engine, times);
-  return replay.run();
+  const Lock lock = hold(engine, call);
+  if (!lock) return {.status = kCancelled};
+  return Replay(program, call, engine, times).run();
 }
 
 }  // namespace
@@ -237,15 +300,16 @@ Outcome profile(const Program& program, const Call& call, Times& times) {
 
 int64_t arena_bytes() {
   Engine& engine = Engine::current();
-  const std::lock_guard lock(engine.mutex);
+  const Lock lock = hold(engine);
   int64_t bytes = engine.accumulators.bytes();
   for (const Buffer& arena : engine.arenas) bytes += arena.bytes();
   return bytes;
 }
 
 void trim() {
+  if (asking) return;  // the memory is in use
   Engine& engine = Engine::current();
-  const std::lock_guard lock(engine.mutex);
+  const Lock lock = hold(engine);
   engine.accumulators.release();
   for (Buffer& arena : engine.arenas) arena.release();
 }

@@ -28,7 +28,8 @@ struct Call {
   void* result = nullptr;                    // accumulators out (accumulator_bytes); null: dropped
   int threads = 1;                           // the calling thread included
   const volatile int32_t* cancel = nullptr;  // polled before every section; not 0 stops the replay
-  bool (*interrupted)() = nullptr;           // asked by the calling thread every 50 ms; true stops the replay
+  bool (*interrupted)() noexcept =
+      nullptr;  // asked some ten times a second on the calling thread; true stops it
 };
 
 inline constexpr int kCancelled = -1;
@@ -43,7 +44,8 @@ struct Outcome {
 
 // Runs the program. `result` is written only where the status is 0. Throws, before anything has run,
 // std::invalid_argument for a call that makes no sense and std::bad_alloc; allocates nothing once running.
-// Calls from several threads run one after the other. Subnormals count as zero while it runs.
+// Calls from several threads run one after the other; one made from within `interrupted` (a signal handler)
+// runs at once, on its thread alone. Subnormals count as zero while it runs.
 Outcome replay(const Program& program, const Call& call);
 
 struct InstructionTime {

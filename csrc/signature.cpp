@@ -14,6 +14,34 @@ using Ints = std::span<const int64_t>;
 
 [[noreturn]] void reject(const std::string& message) { throw std::invalid_argument(message); }
 
+// Sizes, strides and their products stay below this many elements, which no memory holds: so nothing made of a few
+// of them overflows, neither here nor in a kernel.
+constexpr int64_t kMost = int64_t{1} << 44;
+
+int64_t bounded(int64_t n) {
+  if (n > kMost || n < -kMost) reject("sizes or strides reach beyond 2^44 elements");
+  return n;
+}
+
+int64_t times(int64_t a, int64_t b) {
+  int64_t n;
+  return bounded(__builtin_mul_overflow(a, b, &n) ? INT64_MAX : n);
+}
+
+// Of all dimensions; empty ones must not hide that the others overflow.
+int64_t product(Ints dims) {
+  int64_t n = 1;
+  for (const int64_t d : dims) n = times(n, std::max<int64_t>(d, 1));
+  return std::ranges::find(dims, 0) == dims.end() ? n : 0;
+}
+int64_t product(std::initializer_list<int64_t> dims) { return product(Ints(dims.begin(), dims.size())); }
+
+double volume(Ints dims) {
+  double n = 1;
+  for (const int64_t d : dims) n *= static_cast<double>(d);
+  return n;
+}
+
 enum Role { in, out };
 
 // Collects the accesses of one call in operand order.
@@ -35,14 +63,15 @@ class Call {
     bool empty = false;
     for (size_t d = 0; d < dims.size(); ++d) {
       empty |= dims[d] == 0;
-      (strides[d] < 0 ? first : last) += (dims[d] - 1) * strides[d];
+      int64_t& end = bounded(strides[d]) < 0 ? first : last;
+      end = bounded(end + times(dims[d] - 1, strides[d]));
     }
     add(role, first, empty ? first : last + 1, element ? element : element_);
   }
 
   void sizes(size_t from, size_t end) const {
     for (size_t n = from; n < end; ++n)
-      if (i[n] < 0)
+      if (bounded(i[n]) < 0)
         reject("ints[" + std::to_string(n) + "] is a size: at least 0 expected, got " + std::to_string(i[n]));
   }
 
@@ -65,12 +94,6 @@ class Call {
   int element_;
 };
 
-int64_t product(Ints dims) {
-  int64_t n = 1;
-  for (int64_t d : dims) n *= d;
-  return n;
-}
-
 // Rates of one thread, from runs on Zen 5 with AVX-512; a factor of a few either way does no harm.
 constexpr double kFlopsPerNanosecond = 60;
 constexpr double kElementsPerNanosecond = 4;
@@ -89,12 +112,14 @@ void pointwise(Call& c) {
     c.within(at, 0, 3, "mode of an output (0 assigns, 1 adds; 2 and 3: of a sum)");
     c.result.divisible &= c.i[at] < 2;
   }
-  c.result.nanoseconds =
-      static_cast<double>(product(dims) * (n_in + n_out + 2 * n_ops)) / (2 * kElementsPerNanosecond);
+  c.result.nanoseconds = static_cast<double>(product(dims)) * static_cast<double>(n_in + n_out + 2 * n_ops) /
+                         (2 * kElementsPerNanosecond);
 }
 
 void reduce(Call& c) {
   const size_t nk = c.i[0], nr = c.i[1];
+  c.within(0, 0, kernels::kReduceRank, "number of dimensions kept");
+  c.within(1, 0, kernels::kReduceRank, "number of dimensions reduced");
   c.sizes(0, 2 + nk + nr);
   const Ints kept = c.i.subspan(2, nk), dims = c.i.subspan(2, nk + nr);
   c.strided(in, dims, c.i.subspan(2 + nk + nr, nk + nr));
@@ -114,7 +139,8 @@ void gemm(Call& c) {
   c.strided(in, {i[0], i[3], i[2]}, {i[7], i[8], i[9]});
   c.strided(out, {i[0], i[1], i[2]}, {i[10], i[11], i[12]});
   if (i[14]) c.dense(in, i[2]);
-  c.result.nanoseconds = 2.0 * static_cast<double>(product(i.first(4))) / kFlopsPerNanosecond;
+  product({i[0], i[1], i[2]}), product({i[0], i[1], i[3]}), product({i[0], i[2], i[3]});
+  c.result.nanoseconds = 2.0 * volume(i.first(4)) / kFlopsPerNanosecond;
 }
 
 void conv(Call& c, Role x, Role w, Role y) {
@@ -123,23 +149,23 @@ void conv(Call& c, Role x, Role w, Role y) {
   for (size_t n : {7, 8, 11, 12}) c.within(n, 1, int64_t{1} << 30, "stride or dilation");
   c.sizes(9, 11);
   const auto extent = [&](int axis) {
-    const int64_t span = i[1 + axis] + 2 * i[9 + axis] - i[11 + axis] * (i[5 + axis] - 1) - 1;
+    const int64_t span = i[1 + axis] + 2 * i[9 + axis] - times(i[11 + axis], i[5 + axis] - 1) - 1;
     return span < 0 ? 0 : span / i[7 + axis] + 1;
   };
   for (int axis : {0, 1})
     c.within(13 + axis, extent(axis), extent(axis), axis ? "output width" : "output height");
   c.flag(19, "mode (0 assigns, 1 adds)");
   c.flag(20, "flag of a bias");
-  const auto image = [&] { c.dense(x, i[0] * i[1] * i[2] * i[3]); };
+  product(i.subspan(3, 4));
+  const auto image = [&] { c.dense(x, product(i.first(4))); };
   const auto weight = [&] { c.strided(w, {i[4], i[3], i[5], i[6]}, {i[15], i[16], i[17], i[18]}); };
-  const auto result = [&] { c.dense(y, i[0] * i[13] * i[14] * i[4]); };
+  const auto result = [&] { c.dense(y, product({i[0], i[13], i[14], i[4]})); };
   if (y == out) image(), weight(), result();
   if (x == out) result(), weight(), image();
   if (w == out) image(), result(), weight();
   if (i[20] && y == out) c.dense(in, i[4]);
   if (i[20] && y != out) reject("ints[20] is the flag of a bias: only conv_fwd takes one");
-  c.result.nanoseconds =
-      2.0 * static_cast<double>(i[0] * i[13] * i[14] * product(i.subspan(3, 4))) / kFlopsPerNanosecond;
+  c.result.nanoseconds = 2.0 * volume({{i[0], i[13], i[14]}}) * volume(i.subspan(3, 4)) / kFlopsPerNanosecond;
 }
 
 void conv_fwd(Call& c) { conv(c, in, in, out); }
@@ -154,7 +180,7 @@ struct Row {
 
 void rows(Call& c, std::initializer_list<Row> operands) {
   c.sizes(0, 3);
-  for (const Row& r : operands) c.dense(r.role, c.i[0] * c.i[2] * (r.full ? c.i[1] : 1));
+  for (const Row& r : operands) c.dense(r.role, product({c.i[0], c.i[2], r.full ? c.i[1] : 1}));
   c.result.nanoseconds = 3.0 * static_cast<double>(product(c.i.first(3))) / kElementsPerNanosecond;
 }
 
@@ -176,18 +202,48 @@ void cumsum(Call& c) {
 int64_t images(const Call& c) { return product(c.i.first(4)); }
 
 // N·OH·OW·C, where OH stands at ints[at].
-int64_t pooled(const Call& c, size_t at) { return c.i[0] * c.i[at] * c.i[at + 1] * c.i[3]; }
+int64_t pooled(const Call& c, size_t at) { return product({c.i[0], c.i[at], c.i[at + 1], c.i[3]}); }
+
+// The windows of a pool: ints from 4 on are kernel, stride, padding (and dilation) of the two axes; `outputs` is where
+// their numbers stand. Every window must begin before the end of the picture and no earlier than its own length.
+void windows(const Call& c, size_t outputs, bool dilated) {
+  for (size_t axis : {0, 1}) {
+    const size_t at = 4 + axis;
+    c.within(at, 1, kMost, "size of a window");
+    c.within(at + 2, 1, int64_t{1} << 30, "stride");
+    if (dilated) c.within(at + 6, 1, int64_t{1} << 30, "dilation");
+    const int64_t size = c.i[1 + axis], reach = times(dilated ? c.i[at + 6] : 1, c.i[at] - 1);
+    c.within(at + 4, 0, reach, "padding");
+    const int64_t starts = size > 0 ? (size + c.i[at + 4] - 1) / c.i[at + 2] + 1 : 0;
+    c.within(outputs + axis, 0, starts, axis ? "output width" : "output height");
+  }
+  product({c.i[4], c.i[5]});
+}
+
+// Winners are int32 places in a picture.
+void places(const Call& c) {
+  if (product({c.i[1], c.i[2]}) > INT32_MAX)
+    reject("pictures of at most 2^31 - 1 pixels expected, got " + std::to_string(c.i[1]) + " x " +
+           std::to_string(c.i[2]));
+}
 
 void max_pool(Call& c) {
   c.sizes(0, 14);
+  windows(c, 12, true);
+  places(c);
+  for (size_t axis : {0, 1})  // else a window may step over the whole picture, and nothing wins
+    if (c.i[8 + axis] > 0 && c.i[12 + axis] > 0)
+      c.within(10 + axis, 1, c.i[1 + axis], "dilation of a padded picture");
   c.dense(in, images(c));
   c.dense(out, pooled(c, 12));
   c.index(out, pooled(c, 12));
-  c.result.nanoseconds = static_cast<double>(pooled(c, 12) * c.i[4] * c.i[5]) / kElementsPerNanosecond;
+  c.result.nanoseconds =
+      static_cast<double>(pooled(c, 12)) * volume({{c.i[4], c.i[5]}}) / kElementsPerNanosecond;
 }
 
 void pool_gather(Call& c) {
   c.sizes(0, 6);
+  places(c);
   c.dense(in, images(c));
   c.index(in, pooled(c, 4));
   c.dense(out, pooled(c, 4));
@@ -196,6 +252,7 @@ void pool_gather(Call& c) {
 
 void pool_scatter(Call& c) {
   c.sizes(0, 6);
+  places(c);
   c.flag(6, "mode (0 zeroes first, 1 adds)");
   c.dense(in, pooled(c, 4));
   c.index(in, pooled(c, 4));
@@ -206,10 +263,12 @@ void pool_scatter(Call& c) {
 
 void average(Call& c, bool adjoint) {
   c.sizes(0, 12);
+  windows(c, 10, false);
   c.flag(14, "mode (0 assigns, 1 adds)");
   c.dense(in, adjoint ? pooled(c, 10) : images(c));
   c.dense(out, adjoint ? images(c) : pooled(c, 10));
-  c.result.nanoseconds = static_cast<double>(pooled(c, 10) * c.i[4] * c.i[5]) / kElementsPerNanosecond;
+  c.result.nanoseconds =
+      static_cast<double>(pooled(c, 10)) * volume({{c.i[4], c.i[5]}}) / kElementsPerNanosecond;
 }
 
 void avg_pool(Call& c) { average(c, false); }
@@ -218,8 +277,8 @@ void avg_pool_adj(Call& c) { average(c, true); }
 void one_hot(Call& c) {
   c.sizes(0, 2);
   c.labels(c.i[0], c.i[3]);
-  c.dense(out, c.i[0] * c.i[1]);
-  c.result.nanoseconds = static_cast<double>(c.i[0] * c.i[1]) / kElementsPerNanosecond;
+  c.dense(out, product(c.i.first(2)));
+  c.result.nanoseconds = volume(c.i.first(2)) / kElementsPerNanosecond;
 }
 
 void fill(Call& c) {

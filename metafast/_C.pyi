@@ -61,6 +61,9 @@ def run(
 
     Statuses above 0 are the kernel's: 1, a label out of range. Where several task groups fail, the lowest is reported.
 
+    On the main thread, signal handlers run some ten times a second during a long run; what one of them raises, such as
+    KeyboardInterrupt, stops the run and is raised here.
+
     Raises ValueError before anything has run where the call makes no sense, MemoryError where memory is short.
     """
 

@@ -1,4 +1,4 @@
-"""Where the tests of the kernels run them: in this process, or on an emulated processor (METAFAST_TEST_MACHINE)."""
+"""Where the tests of the kernels run them: in this process or, with METAFAST_TEST_MACHINE, in an emulated one."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Here:
 
 
 class Piped:
-    """A process with csrc/bindings/run_kernels.cpp: whole storages go there and back, so guards are seen there too."""
+    """A process with csrc/bindings/run_kernels.cpp: whole storages, guards included, go there and come back."""
 
     def __init__(self, command: str) -> None:
         self.process = subprocess.Popen(shlex.split(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -53,8 +53,9 @@ class Piped:
         order = list(storages)
         counts = [dtype == "f64", parts, len(name), len(storages), len(operands), len(ints), len(floats)]
         sizes = [s.numel() for s in storages.values()]
-        where = [(order.index(t.untyped_storage().data_ptr()), t.storage_offset() * t.itemsize) for t in operands]
-        places = [p for pair in where for p in pair]
+        places = [
+            p for t in operands for p in (order.index(t.untyped_storage().data_ptr()), t.storage_offset() * t.itemsize)
+        ]
         request = struct.pack("7q", *counts) + name.encode()
         request += struct.pack(f"{len(sizes) + len(places) + len(ints)}q", *sizes, *places, *ints)
         request += struct.pack(f"{len(floats)}d", *floats)
@@ -64,8 +65,9 @@ class Piped:
         if status < 0:
             raise ValueError(f"{name}: refused; the emulated process says why")
         for storage in storages.values():
-            got = bytearray(self._read(storage.numel()) or b" ")
-            storage.copy_(torch.frombuffer(got, dtype=torch.uint8)[: storage.numel()])
+            storage.copy_(
+                torch.frombuffer(bytearray(self._read(storage.numel()) or b" "), dtype=torch.uint8)[: storage.numel()]
+            )
         return status
 
     def _read(self, count: int) -> bytes:

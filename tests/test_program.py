@@ -1,9 +1,12 @@
 """The replay of hand-written programs: order of sections, spaces, groups, threads, failures, forks, memory."""
 
+import ast
+import importlib.resources
 import itertools
 import math
 import multiprocessing
 import os
+import re
 import threading
 
 import numpy as np
@@ -43,10 +46,16 @@ def gemm(a, b, c, m, n, k, add=False):
     return ("gemm", [a, b, c], [1, m, n, k, 0, k, 1, 0, n, 1, 0, n, 1, int(add), 0], [])
 
 
+class Externals(np.ndarray):
+    """A table that keeps what it points to."""
+
+
 def external(*arrays):
     """Rows of `run`'s externals from (array, task axis stride in bytes, step axis stride in bytes)."""
     rows = [(array.ctypes.data, task, step) for array, task, step in arrays]
-    return np.array(rows, np.int64).reshape(-1, 3)
+    table = np.array(rows, np.int64).reshape(-1, 3).view(Externals)
+    table.kept = arrays
+    return table
 
 
 def done(outcome):
@@ -506,3 +515,17 @@ def test_run_kernel_checks_counts():
         _C.run_kernel("fill", "f32", "best", [], [4], [2.0])
     with pytest.raises(ValueError, match="no kernel of this name"):
         _C.run_kernel("frobnicate", "f32", "best", [], [], [])
+
+
+def test_the_stub_says_what_the_module_has():
+    """Every public name, and every function's arguments in their order."""
+    stub = ast.parse(importlib.resources.files("metafast").joinpath("_C.pyi").read_text())
+    names = {node.name for node in stub.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    names |= {n.target.id for n in stub.body if isinstance(n, ast.AnnAssign)}
+    assert names == {name for name in dir(_C) if not name.startswith("_")}
+    (program,) = (node for node in stub.body if isinstance(node, ast.ClassDef))
+    for owner, functions in ((_C, stub.body), (_C.Program, program.body)):
+        for node in functions:
+            if isinstance(node, ast.FunctionDef):
+                signature = getattr(owner, node.name).__doc__.splitlines()[0]
+                assert re.findall(r"(\w+): ", signature) == [a.arg for a in node.args.args], signature

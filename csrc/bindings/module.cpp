@@ -3,6 +3,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#if defined(__GLIBCXX__)
+#include <cxxabi.h>
+#endif
+#include <chrono>
+#include <span>
+#include <thread>
+
 #include "program.hpp"
 #include "replay.hpp"
 #include "run_kernel.hpp"
@@ -11,6 +18,31 @@ namespace py = pybind11;
 using namespace metafast;
 
 namespace {
+
+// Takes the GIL back. While the interpreter shuts down, Pythons before 3.14 end a daemon thread that asks for it, by
+// unwinding its stack: through frames that cannot be unwound, and releasing objects without the GIL. As in 3.14, such
+// a thread sleeps until the process is gone.
+void restore_thread(PyThreadState* state) {
+#if defined(__GLIBCXX__)
+  try {
+    PyEval_RestoreThread(state);
+  } catch (const abi::__forced_unwind&) {
+    for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
+  }
+#else
+  PyEval_RestoreThread(state);
+#endif
+}
+
+// What `work` gives, run without the GIL.
+template <class Work>
+auto unlocked(Work work) -> decltype(work()) {
+  struct Release {
+    PyThreadState* state = PyEval_SaveThread();
+    ~Release() noexcept(false) { restore_thread(state); }
+  } const release;
+  return work();
+}
 
 kernels::DType parse_dtype(const std::string& name) {
   if (name == "f32") return kernels::DType::f32;
@@ -33,7 +65,9 @@ int parse_section(const std::string& name) {
                         "\"");
 }
 
-InstructionSpec parse_instruction(const py::tuple& fields) {
+InstructionSpec parse_instruction(const py::handle& row) {
+  if (!py::isinstance<py::sequence>(row) || py::len(row) != 4) throw py::cast_error();
+  const py::tuple fields(py::reinterpret_borrow<py::object>(row));
   InstructionSpec spec{fields[0].cast<std::string>(),
                        {},
                        fields[2].cast<std::vector<int64_t>>(),
@@ -43,19 +77,27 @@ InstructionSpec parse_instruction(const py::tuple& fields) {
   return spec;
 }
 
-std::vector<InstructionSpec> parse_instructions(const std::string& section, const py::sequence& rows) {
+// repr(object), cut short.
+std::string shown(const py::handle& object) {
+  constexpr size_t kMost = 200;
+  const auto text = py::repr(object).cast<std::string>();
+  return text.size() <= kMost ? text : text.substr(0, kMost) + "...";
+}
+
+std::vector<InstructionSpec> parse_instructions(const std::string& section, const py::handle& rows) {
+  const std::string place = "Program: section \"" + section + "\"";
+  if (!py::isinstance<py::sequence>(rows) || py::isinstance<py::str>(rows))
+    throw py::type_error(place + ": a list of instructions expected, got " + shown(rows));
   std::vector<InstructionSpec> specs;
-  for (size_t n = 0; n < rows.size(); ++n) {
+  for (const py::handle& row : py::list(py::reinterpret_borrow<py::object>(rows))) {
     try {
-      const py::tuple fields(rows[n]);
-      if (fields.size() != 4) throw py::cast_error();
-      specs.push_back(parse_instruction(fields));
+      specs.push_back(parse_instruction(row));
     } catch (const py::cast_error&) {
       throw py::value_error(
-          "Program: section \"" + section + "\", instruction " + std::to_string(n) +
+          place + ", instruction " + std::to_string(specs.size()) +
           ": (kernel: str, operands: list[(int, int)], ints: list[int], floats: list[float]) "
           "expected, got " +
-          py::repr(rows[n]).cast<std::string>());
+          shown(row));
     }
   }
   return specs;
@@ -68,13 +110,33 @@ std::shared_ptr<Program> make_program(const std::string& dtype, const py::dict& 
       parse_dtype(dtype), parse_isa(isa), {}, {arena_bytes, state_bytes, adjoint_bytes, accumulator_bytes},
       constants,          n_external};
   for (const auto& [name, rows] : sections) {
+    if (!py::isinstance<py::str>(name))
+      throw py::type_error("Program: sections are named, got " + shown(name));
     const auto section = name.cast<std::string>();
-    spec.sections[parse_section(section)] = parse_instructions(section, rows.cast<py::sequence>());
+    spec.sections[parse_section(section)] = parse_instructions(section, rows);
   }
   return std::make_shared<Program>(std::move(spec));
 }
 
 using Externals = py::array_t<int64_t, py::array::c_style>;
+
+PyObject* main_thread = nullptr;  // threading.main_thread
+
+// Python handles signals on its main thread alone.
+bool on_main_thread() {
+  const py::object thread = py::handle(main_thread)();
+  return thread.attr("ident").cast<unsigned long>() == PyThread_get_thread_ident();
+}
+
+// Lets Python's signal handlers run; whether one of them raised. What it raised stays set for check_signals.
+bool signalled() noexcept {
+  const py::gil_scoped_acquire locked;
+  return PyErr_CheckSignals() != 0;
+}
+
+void check_signals() {
+  if (PyErr_Occurred()) throw py::error_already_set();
+}
 
 Call make_call(const Externals& externals, int64_t tasks, int64_t steps, uintptr_t steps_ptr,
                uintptr_t weights_ptr, uintptr_t result_ptr, int threads, uintptr_t cancel_ptr) {
@@ -90,7 +152,8 @@ Call make_call(const Externals& externals, int64_t tasks, int64_t steps, uintptr
           .weights = reinterpret_cast<const void*>(weights_ptr),
           .result = reinterpret_cast<void*>(result_ptr),
           .threads = threads,
-          .cancel = reinterpret_cast<const volatile int32_t*>(cancel_ptr)};
+          .cancel = reinterpret_cast<const volatile int32_t*>(cancel_ptr),
+          .interrupted = on_main_thread() ? &signalled : nullptr};
 }
 
 std::string_view section_name(int s) { return s < 0 ? std::string_view() : kSectionNames[s]; }
@@ -99,23 +162,13 @@ py::tuple to_tuple(const Outcome& o) {
   return py::make_tuple(o.status, o.task, o.step, section_name(o.section), o.instruction);
 }
 
-// Ctrl-C and other signals: Python's handlers run here, and an exception that one raises ends the replay.
-bool interrupted() {
-  const py::gil_scoped_acquire locked;
-  return PyErr_CheckSignals() != 0;
-}
-
 py::tuple run(const Program& program, const Externals& externals, int64_t tasks, int64_t steps,
               uintptr_t steps_ptr, uintptr_t weights_ptr, uintptr_t result_ptr, int threads,
               uint64_t /*seed*/, uintptr_t cancel_ptr) {
-  Call call = make_call(externals, tasks, steps, steps_ptr, weights_ptr, result_ptr, threads, cancel_ptr);
-  call.interrupted = interrupted;
-  Outcome outcome;
-  {
-    const py::gil_scoped_release unlocked;
-    outcome = replay(program, call);
-  }
-  if (PyErr_Occurred()) throw py::error_already_set();
+  const Call call =
+      make_call(externals, tasks, steps, steps_ptr, weights_ptr, result_ptr, threads, cancel_ptr);
+  const Outcome outcome = unlocked([&] { return replay(program, call); });
+  check_signals();
   return to_tuple(outcome);
 }
 
@@ -139,10 +192,8 @@ py::list run_profile(const Program& program, const Externals& externals, int64_t
                      uintptr_t steps_ptr, uintptr_t weights_ptr, uintptr_t result_ptr) {
   const Call call = make_call(externals, tasks, steps, steps_ptr, weights_ptr, result_ptr, 1, 0);
   std::array<std::vector<InstructionTime>, kSections> times;
-  {
-    const py::gil_scoped_release unlocked;
-    profile(program, call, times);
-  }
+  unlocked([&] { return profile(program, call, times); });
+  check_signals();
   py::list rows;
   for (int s = 0; s < kSections; ++s)
     for (size_t n = 0; n < times[s].size(); ++n)
@@ -156,9 +207,8 @@ int run_one_kernel(const std::string& name, const std::string& dtype, const std:
                    const std::vector<double>& floats, int parts) {
   const kernels::DType type = parse_dtype(dtype);
   const kernels::Isa set = parse_isa(isa);
-  const py::gil_scoped_release unlocked;
-  return run_kernel(name, type, set, {reinterpret_cast<void* const*>(ptrs.data()), ptrs.size()}, ints, floats,
-                    parts);
+  const std::span operands(reinterpret_cast<void* const*>(ptrs.data()), ptrs.size());
+  return unlocked([&] { return run_kernel(name, type, set, operands, ints, floats, parts); });
 }
 
 std::vector<std::string> isas() {
@@ -186,6 +236,7 @@ std::vector<std::string> pointwise_opcodes() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  main_thread = py::object(py::module_::import("threading").attr("main_thread")).release().ptr();
   m.doc() = "The native runtime of metafast: programs, their replay, and single kernels.";
 
   py::class_<Program, std::shared_ptr<Program>>(m, "Program")
@@ -206,7 +257,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("isas", &isas);
   m.def("kernel_names", &kernel_names);
   m.def("pointwise_opcodes", &pointwise_opcodes);
-  m.def("arena_bytes", &arena_bytes, py::call_guard<py::gil_scoped_release>());
-  m.def("trim", &trim, py::call_guard<py::gil_scoped_release>());
+  m.def("arena_bytes", [] { return unlocked(&arena_bytes); });
+  m.def("trim", [] { unlocked(&trim); });
   m.attr("CANCELLED") = kCancelled;
 }

@@ -24,6 +24,7 @@ inline constexpr int kPointwiseOperands = 32;   // inputs and outputs together
 inline constexpr int kPointwiseRegisters = 96;  // and immediates
 inline constexpr int kPointwiseOps = 96;
 inline constexpr int kPointwiseRank = 8;
+inline constexpr int kReduceRank = 8;  // of `reduce`: dimensions kept, and dimensions reduced
 
 enum Status : int { kOk = 0, kLabelOutOfRange = 1 };
 

@@ -82,11 +82,11 @@ bool pointwise_arity(const int64_t* ints, int64_t n, Arity* arity) noexcept {
     const int64_t* op = ints + before_ops + 5 * k;
     if (op[0] < 0 || op[0] >= pointwise_opcode_count() || op[1] < n_in || op[1] >= n_regs) return false;
     for (int j = 0; j < kOpcodes[op[0]].arity; ++j) {
-      if (op[2 + j] >= n_regs) return false;
+      if (op[2 + j] >= n_regs || op[2 + j] < -kPointwiseRegisters) return false;
       if (op[2 + j] < 0 && -op[2 + j] > arity->floats) arity->floats = -op[2 + j];
     }
   }
-  return arity->floats <= kPointwiseRegisters;
+  return true;
 }
 
 }  // namespace
@@ -137,7 +137,7 @@ int pointwise_opcode_arity(int opcode) noexcept { return kOpcodes[opcode].arity;
 bool kernel_arity(std::string_view name, const int64_t* ints, int64_t n, Arity* arity) noexcept {
   if (name == "pointwise") return pointwise_arity(ints, n, arity);
   if (name == "reduce") {
-    if (n < 2 || ints[0] < 0 || ints[1] < 0) return false;
+    if (n < 2 || ints[0] < 0 || ints[0] > n || ints[1] < 0 || ints[1] > n) return false;
     *arity = {2, 2 + 3 * ints[0] + 2 * ints[1] + 2, 1};
     return true;
   }

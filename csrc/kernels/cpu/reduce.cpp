@@ -9,11 +9,11 @@ namespace {
 // operands.
 struct Dims {
   int rank = 0;
-  int64_t size[8], in[8], out[8];
+  int64_t size[kReduceRank], in[kReduceRank], out[kReduceRank];
   int64_t count = 1;
 
   Dims(int64_t n, const int64_t* dims, const int64_t* in_strides, const int64_t* out_strides) {
-    int order[8];
+    int order[kReduceRank];
     int used = 0;
     for (int d = 0; d < n; ++d) {
       count *= dims[d];
