@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
-from metafast.errors import BackendError, FallbackWarning, message, warn
+from metafast.errors import BackendError, FallbackWarning, MetafastError, message, warn
 from metafast.problem import Backend, Problem
 from metafast.profile import Profile
 from metafast.reach import Reach
@@ -97,6 +97,10 @@ def _plan(problem: Problem) -> Choice:
         differs = disagreement(plan, problem, traces)
     except Unsupported as error:
         return Choice(Reference(), str(error), False)
+    except (MetafastError, MemoryError):  # what is wrong with the call, or with the machine
+        raise
+    except Exception as error:  # a defect of ours costs speed, not the answer; what the user's code raises, eager shows
+        return Choice(Reference(), f"making the plan failed ({type(error).__name__}: {error}); please report it", False)
     if differs is not None:
         return Choice(Reference(), f"capture lost something of the forward: {differs}", False)
     return Choice(Native(plan), "every op has a native kernel; the first task agrees with PyTorch's autograd", True)

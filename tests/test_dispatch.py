@@ -279,3 +279,18 @@ def test_a_gradient_that_is_zero_but_for_rounding_goes_native() -> None:
     update = metafast.SGD(lr=0.1)
     inner = metafast.InnerLoop(net, objective=objective, update=update, steps=1, backend="native")
     assert torch.isfinite(inner.meta_gradient(batch, batch)[0])
+
+
+def test_a_defect_in_planning_falls_back_loudly(monkeypatch: pytest.MonkeyPatch) -> None:
+    from metafast import native
+
+    def broken(*_: Any) -> None:
+        raise KeyError("register")
+
+    monkeypatch.setattr(native, "lower", broken)
+    net = nn.Linear(3, 2).double()
+    inner = metafast.InnerLoop(net, F.mse_loss, update=metafast.SGD(lr=0.1), steps=1)
+    with pytest.warns(metafast.FallbackWarning, match="KeyError.*please report"):
+        loss, _ = inner.meta_gradient(*tasks())
+    again = metafast.InnerLoop(net, F.mse_loss, update=metafast.SGD(lr=0.1), steps=1, backend="torch")
+    torch.testing.assert_close(loss, again.meta_gradient(*tasks())[0])
