@@ -64,6 +64,12 @@ METAFAST_INLINE Vec<T> sqrt_v(Vec<T> x) {
 #endif
 }
 
+// a - b modulo 2^32: the bits of NaN, infinities and negative numbers may be that far from b.
+METAFAST_INLINE Bits<float> wrapping_difference(Bits<float> a, Bits<float> b) {
+  typedef uint32_t Words __attribute__((vector_size(kVecBytes)));
+  return reinterpret_cast<Bits<float>>(reinterpret_cast<Words>(a) - reinterpret_cast<Words>(b));
+}
+
 // Rounded to the nearest integer, as a float and as bits; |x| < 2^22.
 struct Nearest {
   Vec<float> value;
@@ -72,7 +78,7 @@ struct Nearest {
 METAFAST_INLINE Nearest nearest(Vec<float> x) {
   const Vec<float> shift = splat(12582912.0f);  // 1.5 * 2^23
   const Vec<float> shifted = x + shift;
-  return {shifted - shift, bits_of<float>(shifted) - bits_of<float>(shift)};
+  return {shifted - shift, wrapping_difference(bits_of<float>(shifted), bits_of<float>(shift))};
 }
 
 METAFAST_INLINE Vec<float> pow2(Bits<float> n) {
@@ -121,7 +127,7 @@ METAFAST_INLINE Vec<float> log_v(Vec<float> x) {
   const Bits<float> tiny = x < 1.17549435e-38f;
   const Vec<float> scaled = tiny ? x * 8388608.0f : x;
   // x = m * 2^e with m in [sqrt(1/2), sqrt(2))
-  const Bits<float> b = bits_of<float>(scaled) - 0x3f3504f3;
+  const Bits<float> b = wrapping_difference(bits_of<float>(scaled), 0x3f3504f3 - Bits<float>{});
   const Bits<float> e = (b >> 23) + (tiny & -23);
   const Vec<float> m = from_bits<float>((b & 0x007fffff) + 0x3f3504f3);
   const Vec<float> f = m - 1.0f, ef = __builtin_convertvector(e, Vec<float>);
