@@ -285,6 +285,15 @@ def test_small_batches(
 # ---- signals -----------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Ctrl-C interrupts, also in a process started to ignore it, as a shell starts what runs in its background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_ctrl_c_ends_a_long_call() -> None:
     """It would take minutes; the interrupt comes out of it, and the next call is right."""
     require("native")
