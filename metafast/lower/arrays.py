@@ -13,6 +13,8 @@ ITEM = {"int": 8, "index": 4}  # "real" is the program's own size
 # Address spaces of a program; those from EXTERNAL on are the tensors of the call (csrc/program.hpp).
 ARENA, STATE, STATE_NEXT, ADJOINT, ADJOINT_NEXT, ACCUMULATOR, CONSTANT, CALL, EXTERNAL = range(9)
 
+SUM = 2  # the mode of a pointwise output that adds up over its dims of stride 0
+
 
 @dataclass(eq=False)
 class Buffer:
@@ -21,7 +23,6 @@ class Buffer:
     nbytes: int
     space: int | None = None
     offset: int | None = None
-    persistent: bool = False  # outlives its section
     within: tuple[Buffer, int] | None = None  # part of a larger block, so many bytes from its start
 
 

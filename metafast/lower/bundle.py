@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from metafast.lower.arrays import ACCUMULATOR, Array, Buffer, Instruction
+from metafast.lower.arrays import ACCUMULATOR, SUM, Array, Buffer, Instruction
 from metafast.lower.memory import aligned
 
 Place = Any  # what tells two places in memory apart: a buffer of the arena, or a space and an offset
@@ -41,13 +41,15 @@ def _alike(code: Sequence[Instruction]) -> list[list[Instruction]]:
 
 def _flat(ins: Instruction) -> bool:
     """Whether it walks whole arrays element by element, with scalars beside them, and adds nothing up."""
-    rank, n_in, n_out = ins.ints[:3]
-    dims, strides = ins.ints[5 : 5 + rank], ins.ints[5 + rank : 5 + rank * (1 + n_in + n_out)]
-    modes = ins.ints[5 + rank * (1 + n_in + n_out) + n_out :][:n_out]
-    if rank != 1 or max(modes) > 1 or 1 not in strides:
+    rank, _, outputs = ins.ints[:3]
+    if rank != 1:
         return False
-    whole = [a.offset == 0 and a.buffer.nbytes == dims[0] * a.itemsize for a in ins.operands]
-    return all(s == 0 or (s == 1 and w) for s, w in zip(strides, whole, strict=True))
+    length, strides = ins.ints[5], _strides(ins)
+    modes = ins.ints[6 + len(strides) + outputs :][:outputs]
+    whole = [a.offset == 0 and a.buffer.nbytes == length * a.itemsize for a in ins.operands]
+    return 1 in strides and max(modes) < SUM and all(
+        s == 0 or (s == 1 and w) for s, w in zip(strides, whole, strict=True)
+    )
 
 
 def _strides(ins: Instruction) -> list[int]:

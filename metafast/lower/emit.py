@@ -17,6 +17,7 @@ from metafast.lower.arrays import (
     ACCUMULATOR,
     CONSTANT,
     ITEM,
+    SUM,
     Array,
     Buffer,
     Instruction,
@@ -37,7 +38,6 @@ from metafast.sweep import Section, Store
 
 NHWC = (0, 2, 3, 1)
 MAX_OPERANDS = 32  # of one pointwise instruction: kPointwiseOperands in csrc/kernels/common/kernel.hpp
-SUM = 2  # the mode of a pointwise output that adds up over its dims of stride 0
 Result = tuple[Array, int, int]  # array, register, mode
 DIRECT = {"matmul", "conv2d", "reduce"}  # kernels that can write, or add, where the caller says
 
