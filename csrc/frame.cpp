@@ -6,11 +6,12 @@ namespace metafast {
 namespace {
 
 template <class T>
-void write(std::byte* record, int64_t k, int64_t steps, const void* weights, int64_t t) {
+void write(std::byte* record, int64_t k, int64_t steps, const void* weights, int64_t t, int lanes) {
   T* const values = reinterpret_cast<T*>(record);
   values[0] = static_cast<T>(k);
   values[1] = static_cast<T>(steps);
-  values[2] = weights ? static_cast<const T*>(weights)[t] : T{1};
+  for (int lane = 0; lane < lanes; ++lane)
+    values[2 + lane] = weights ? static_cast<const T*>(weights)[t * lanes + lane] : T{1};
 }
 
 // Of sizes no machine has, rather than a number that wrapped around.
@@ -34,7 +35,7 @@ Layout::Layout(const Program& program, int64_t steps) {
   adjoint_stride = aligned(sizes.adjoint);
   table = place(static_cast<int64_t>(program.operands().size() * sizeof(void*)));
   bases = place(static_cast<int64_t>((kExternal + program.n_external()) * sizeof(std::byte*)));
-  call = place(3 * size_of(program.dtype()));
+  call = place(program.record_bytes());
   scratch = place(program.scratch_bytes());
   arena = place(sizes.arena);
   adjoint = place(2 * adjoint_stride);
@@ -80,9 +81,9 @@ void Frame::move_to(int s, int64_t t, int64_t k, int64_t adjoints) noexcept {
 void Frame::write_record(int64_t t, int64_t k, int64_t steps) noexcept {
   std::byte* const record = memory_ + layout_.call;
   if (program_.dtype() == kernels::DType::f32)
-    write<float>(record, k, steps, call_.weights, t);
+    write<float>(record, k, steps, call_.weights, t, program_.lanes());
   else
-    write<double>(record, k, steps, call_.weights, t);
+    write<double>(record, k, steps, call_.weights, t, program_.lanes());
 }
 
 }  // namespace metafast

@@ -33,6 +33,7 @@ bool allowed(int section, int space) {
 // No memory holds more: sums of a few sizes and offsets below it do not overflow.
 constexpr int64_t kMostBytes = int64_t{1} << 47;
 constexpr int64_t kMostExternals = 1 << 20;
+constexpr int kMostLanes = 64;
 
 void check_size(int64_t size, int64_t most, const char* what) {
   if (size >= 0 && size <= most) return;
@@ -46,6 +47,8 @@ void check_sizes(const ProgramSpec& spec) {
   check_size(spec.sizes.adjoint, kMostBytes, "adjoint_bytes");
   check_size(spec.sizes.accumulator, kMostBytes, "accumulator_bytes");
   check_size(spec.n_external, kMostExternals, "n_external");
+  if (spec.lanes < 1 || spec.lanes > kMostLanes)
+    reject("lanes: 1 to " + std::to_string(kMostLanes) + " expected, got " + std::to_string(spec.lanes));
   if (spec.sizes.accumulator % size_of(spec.dtype) != 0)
     reject("accumulator_bytes: a multiple of " + std::to_string(size_of(spec.dtype)) + " expected, got " +
            std::to_string(spec.sizes.accumulator));
@@ -70,6 +73,7 @@ Program::Program(ProgramSpec spec)
       isa_(spec.isa),
       sizes_(spec.sizes),
       n_external_(spec.n_external),
+      lanes_(spec.lanes),
       constant_bytes_(static_cast<int64_t>(spec.constants.size())) {
   check_sizes(spec);
   externals_.resize(n_external_);
@@ -177,7 +181,7 @@ int64_t Program::bytes_of(int space) const {
     case kConstant:
       return constant_bytes_;
     case kCall:
-      return 3 * size_of(dtype_);
+      return record_bytes();
     default:
       return -1;
   }

@@ -16,6 +16,9 @@
 //   7 call           [k, K, weight of the task] in the program's dtype; read only      every section
 //   8+j external j   pointer_j + t * task_stride_j + k * step_stride_j                 every section
 //
+// A program of more than one lane does so many tasks at once, interleaved: t counts blocks of them, and the call's
+// record holds the weight of every lane.
+//
 // Every space starts on a multiple of 64 bytes, externals excepted (these need the alignment of their
 // element).
 #pragma once
@@ -75,6 +78,7 @@ struct ProgramSpec {
   Sizes sizes;
   std::string constants;
   int n_external;
+  int lanes = 1;  // tasks done at once
 };
 
 struct Operand {
@@ -126,6 +130,8 @@ class Program {
   kernels::Isa isa() const { return isa_; }
   const Sizes& sizes() const { return sizes_; }
   int n_external() const { return n_external_; }
+  int lanes() const { return lanes_; }
+  int64_t record_bytes() const { return (2 + lanes_) * size_of(dtype_); }
   int64_t constant_bytes() const { return constant_bytes_; }
   int64_t scratch_bytes() const { return scratch_bytes_; }
   const SectionCode& section(int s) const { return sections_[s]; }
@@ -150,6 +156,7 @@ class Program {
   kernels::Isa isa_;
   Sizes sizes_;
   int n_external_;
+  int lanes_;
   int64_t constant_bytes_;
   int64_t scratch_bytes_ = 0;
   Buffer constants_;

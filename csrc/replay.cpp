@@ -250,6 +250,7 @@ void check_call(const Program& program, const Call& call) {
   check_count(call.steps, "steps");
   check(call.threads >= 1 && call.threads <= kMostThreads,
         "threads: 1 to " + std::to_string(kMostThreads) + " expected, got " + std::to_string(call.threads));
+  check(!call.steps_of || program.lanes() == 1, "steps of each task: a program of one lane expected");
   for (int64_t t = 0; call.steps_of && t < call.tasks; ++t)
     if (call.steps_of[t] < 0 || call.steps_of[t] > call.steps)
       check(false, "steps of task " + std::to_string(t) + ": 0 to " + std::to_string(call.steps) +

@@ -24,7 +24,7 @@ struct Call {
   int64_t tasks = 0;
   int64_t steps = 0;                         // of every task, or the most any task makes
   const int64_t* steps_of = nullptr;         // (T,), each 0..steps; null: all make `steps`
-  const void* weights = nullptr;             // (T,) of the program's dtype; null: all 1
+  const void* weights = nullptr;             // (T * lanes,) of the program's dtype; null: all 1
   void* result = nullptr;                    // accumulators out (accumulator_bytes); null: dropped
   int threads = 1;                           // the calling thread included
   const volatile int32_t* cancel = nullptr;  // polled before every section; not 0 stops the replay

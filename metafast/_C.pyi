@@ -31,6 +31,7 @@ class Program:
         accumulator_bytes: int = 0,
         constants: bytes = b"",
         n_external: int = 0,
+        lanes: int = 1,
         isa: str = "best",
     ) -> None: ...
     def dump(self) -> str:
@@ -53,7 +54,8 @@ def run(
     **Arguments:**
     - `externals`: (n_external, 3) int64, C-contiguous: pointer, task stride, step stride, in bytes.
     - `steps`: of every task; with `steps_ptr` (T,) int64 the most any task makes.
-    - `weights_ptr`: (T,) of the program's dtype; 0: all ones.
+    - `T`: tasks, or blocks of `lanes` tasks of a program that interleaves them.
+    - `weights_ptr`: (T * lanes,) of the program's dtype; 0: all ones.
     - `result_ptr`: accumulator_bytes, written only where the status is 0; 0: dropped.
     - `threads`: the calling one included. No result depends on it.
     - `seed`: reserved; no kernel draws random numbers yet.
@@ -94,6 +96,9 @@ def run_kernel(
 
 def isas() -> list[str]:
     """Instruction sets of both this build and this machine, the narrowest first."""
+
+def vector_bytes() -> int:
+    """Bytes of a vector of the widest of them: how many lanes a program interleaves best."""
 
 def kernel_names() -> list[str]: ...
 def pointwise_opcodes() -> list[str]:

@@ -126,15 +126,16 @@ def profile(problem: Problem, backend: str, weights: Tensor, repeats: int) -> Pr
 
 
 def _explain_plan(plan: Any, problem: Problem) -> list[str]:
-    lowered = plan.program("fused")
+    lowered = plan.program("fused", problem.tasks)
     lines = ["", "support loss:", str(plan.loop.support), "", "query loss:", str(plan.loop.query)]
     for name, section in plan.sections["fused"].items():
         lines += ["", f"section {name}: {len(section.graph.nodes)} nodes", str(section.graph)]
     lines += ["", "program:", lowered.listing(), ""]
     flops = lowered.flops()
     loops = {"inner": problem.steps, "meta": problem.steps}
-    total = problem.tasks * sum(f * loops.get(name, 1) for name, f in flops.items())
-    lines += [f"flops: {name} {f:.3g} a task and step" for name, f in flops.items()]
+    total = lowered.blocks(problem.tasks) * sum(f * loops.get(name, 1) for name, f in flops.items())
+    once = "a task" if lowered.lanes == 1 else f"{lowered.lanes} tasks side by side"
+    lines += [f"flops: {name} {f:.3g} {once} and step" for name, f in flops.items()]
     lines += [f"flops of the call: {total:.4g}"]
     state = (problem.steps + 1) * lowered.state_bytes
     memory = f"arena {lowered.arena_bytes} B and state {state} B a worker"

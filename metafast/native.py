@@ -18,7 +18,7 @@ from metafast.batchnorm import fold
 from metafast.capture import Trace, Unsupported, capture, capture_function
 from metafast.errors import LabelError, message, position
 from metafast.graph import Builder, Graph, copy_into
-from metafast.lower import NAMES, External, Lowered, lower
+from metafast.lower import NAMES, External, Lowered, NotInterleaved, best_lanes, lower
 from metafast.normalise import normalise
 from metafast.ops import numel
 from metafast.problem import Outcome, Problem, hyper_tree
@@ -40,19 +40,27 @@ class Plan:
     query_stats: Sequence[Any] = ()
     output_spec: Any = None
     output_keys: tuple[str, ...] = ()
-    programs: dict[str, Lowered] = field(default_factory=dict)
+    programs: dict[tuple[str, int], Lowered] = field(default_factory=dict)
     sections: dict[str, dict[str, Section]] = field(default_factory=dict)
     _sweep: Sweep | None = None
 
-    def program(self, mode: str) -> Lowered:
-        """The native program of one way to run: fused, outputs, forward, adapt or adapt_vjp; built at first use."""
-        found = self.programs.get(mode)
+    def program(self, mode: str, tasks: int = 1) -> Lowered:
+        """The native program of one way to run (fused, outputs, forward, adapt or adapt_vjp) so many tasks; built at
+        first use."""
+        lanes = best_lanes(self.sweep().state, self.dtype.itemsize, tasks)
+        found = self.programs.get((mode, lanes))
         if found is None:
-            sweep = self.sweep()
-            made = sweep.fused(outputs=True) if mode == "outputs" else getattr(sweep, mode)()
-            self.sections[mode] = made
-            found = self.programs[mode] = lower(sweep.state, made, self.dtype)
+            found = self.programs[mode, lanes] = self._lowered(mode, lanes)
         return found
+
+    def _lowered(self, mode: str, lanes: int) -> Lowered:
+        sweep = self.sweep()
+        if mode not in self.sections:
+            self.sections[mode] = sweep.fused(outputs=True) if mode == "outputs" else getattr(sweep, mode)()
+        try:
+            return lower(sweep.state, self.sections[mode], self.dtype, lanes)
+        except NotInterleaved:
+            return self.program(mode)
 
     def sweep(self) -> Sweep:
         """The writer of sections."""
@@ -208,7 +216,7 @@ class Native:
         """The fused call instruction by instruction; of each the least time of so many runs."""
         from metafast import _C
 
-        lowered = self.plan.program("fused")
+        lowered = self.plan.program("fused", problem.tasks)
         call = Call(self.plan, lowered, problem, {})
         arguments = call.arguments(weights)
         runs = [_C.profile(lowered.program, call.table, **arguments) for _ in range(repeats)]
@@ -230,8 +238,13 @@ class Native:
         weights: Tensor | None = None,
         extra: Mapping[str, Tensor] | None = None,
     ) -> Call:
-        call = Call(self.plan, self.plan.program(mode), problem, extra or {})
-        call.run(weights)
+        call = Call(self.plan, self.plan.program(mode, problem.tasks), problem, extra or {})
+        status = call.run(weights)
+        if status[0] and call.lowered.lanes > 1:  # which task of a block was it?
+            call = Call(self.plan, self.plan.program(mode), problem, extra or {})
+            status = call.run(weights)
+        if status[0]:
+            call.fail(*status)
         return call
 
     def _output_cotangents(self, problem: Problem, given: Sequence[Tensor | None]) -> dict[str, Tensor]:
@@ -263,11 +276,12 @@ class Call:
 
     def __init__(self, plan: Plan, lowered: Lowered, problem: Problem, extra: Mapping[str, Tensor]) -> None:
         self.plan, self.lowered, self.problem = plan, lowered, problem
+        self.slots = lowered.blocks(problem.tasks) * lowered.lanes  # tasks that there is room for
         self.kept: list[Tensor] = []  # alive while the addresses are in use
         self.made: dict[tuple[str, str], Tensor] = {}
         for e in lowered.externals:
             self.kept.append(self._leaf(e, extra) if e.kind == "leaf" else self._allocate(e))
-        self.table = lowered.strides(problem.steps).copy()
+        self.table = lowered.strides(self.slots).copy()
         self.table[:, 0] = [t.data_ptr() for t in self.kept]
 
     def _leaf(self, e: External, extra: Mapping[str, Tensor]) -> Tensor:
@@ -279,35 +293,39 @@ class Call:
             kind, _, name = e.name.partition("/")
             leaf = self.problem.buffers[name] if kind == "buffer" else self.plan.externs[e.name]
         dtype = torch.int64 if e.dtype == "int" else self.plan.dtype
-        if leaf.dtype is dtype and leaf.is_contiguous() and not leaf.is_neg():
-            return leaf
-        return leaf.detach().resolve_neg().to(dtype).contiguous()
+        if not (leaf.dtype is dtype and leaf.is_contiguous()) or leaf.is_neg():
+            leaf = leaf.detach().resolve_neg().to(dtype).contiguous()
+        if e.per_task and self.slots > leaf.shape[0]:  # the last block is full of the last task
+            leaf = torch.cat([leaf.detach(), leaf.detach()[-1:].expand(self.slots - leaf.shape[0], *e.shape)])
+        return leaf
 
     def _allocate(self, e: External) -> Tensor:
+        """Room for what the program writes; `made` shows it task by task."""
         tasks, steps = self.problem.tasks, self.problem.steps
-        lead = (tasks, max(steps, 1)) if e.per_step else (tasks,)  # an empty tensor has no address
+        lead = (max(steps, 1), self.slots) if e.per_step else (self.slots,)  # an empty tensor has no address
         make = torch.zeros if e.kind == "gradient" else torch.empty
-        t = make((*lead, *e.shape), dtype=self.plan.dtype)
-        self.made[e.kind, e.name] = t[:, :steps] if e.per_step and steps == 0 else t
-        return t
+        room = make((*lead, *e.shape), dtype=self.plan.dtype)
+        shown = room[:steps].transpose(0, 1) if e.per_step else room
+        self.made[e.kind, e.name] = shown if tasks == self.slots else shown[:tasks]
+        return room
 
-    def run(self, weights: Tensor | None) -> None:
-        """Replay; raises what a kernel reported."""
+    def run(self, weights: Tensor | None) -> tuple[int, int, int, str, int]:
+        """Replay; returns the status, and where it is not 0, task, step, section and instruction."""
         from metafast import _C
 
-        status = _C.run(self.lowered.program, self.table, threads=torch.get_num_threads(), **self.arguments(weights))
-        if status[0]:
-            self._raise(*status)
+        return _C.run(self.lowered.program, self.table, threads=torch.get_num_threads(), **self.arguments(weights))
 
     def arguments(self, weights: Tensor | None) -> dict[str, int]:
         """What a run takes besides program and table: sizes, and the addresses of weights and result."""
         elements = self.lowered.result_elements
         self.result = torch.empty(elements, dtype=self.plan.dtype)
-        if weights is not None and not (weights.dtype is self.plan.dtype and weights.is_contiguous()):
+        if weights is not None:
             weights = weights.detach().to(self.plan.dtype).contiguous()
+            if self.slots > weights.numel():
+                weights = torch.cat([weights, weights.new_zeros(self.slots - weights.numel())])
         self.weights = weights
         return {
-            "T": self.problem.tasks,
+            "T": self.lowered.blocks(self.problem.tasks),
             "steps": self.problem.steps,
             "weights_ptr": 0 if weights is None else weights.data_ptr(),
             "result_ptr": self.result.data_ptr() if elements else 0,
@@ -318,10 +336,12 @@ class Call:
         from metafast import _C
 
         losses = (self.made.get(("loss", "loss")), self.made.get(("step_loss", "loss")))
+        whole = (t.as_strided((t.numel(),), (1,)) if self.slots == self.problem.tasks else t.contiguous()
+                 for t in losses if t is not None)
         name = NAMES[self.plan.dtype]
-        return all(_C.all_finite(t.data_ptr(), t.numel(), name) for t in losses if t is not None)
+        return all([_C.all_finite(t.data_ptr(), t.numel(), name) for t in whole])
 
-    def _raise(self, status: int, task: int, step: int, section: Any, instruction: int) -> None:
+    def fail(self, status: int, task: int, step: int, section: Any, instruction: int) -> None:
         name = section if isinstance(section, str) else SECTIONS[section]
         code = self.lowered.code[name][instruction]
         if status == LABEL_OUT_OF_RANGE:
@@ -387,7 +407,8 @@ def disagreement(plan: Plan, problem: Problem, traces: Sequence[Trace]) -> str |
         keys = tuple(trace.gradients)
         section = gradient_section(graph, keys)
         call = Call(plan, lower({}, {"query": section}, plan.dtype), replace(first, steps=0, wrt=keys), {})
-        call.run(None)
+        if (status := call.run(None))[0]:
+            call.fail(*status)
         if found := _loss_differs(trace, float(call.made["loss", "loss"][0]), tolerance):
             return found
         off, size = _distance(call.gradients(keys), trace.gradients)

@@ -105,10 +105,10 @@ std::vector<InstructionSpec> parse_instructions(const std::string& section, cons
 
 std::shared_ptr<Program> make_program(const std::string& dtype, const py::dict& sections, int64_t arena_bytes,
                                       int64_t state_bytes, int64_t adjoint_bytes, int64_t accumulator_bytes,
-                                      const py::bytes& constants, int n_external, const std::string& isa) {
+                                      const py::bytes& constants, int n_external, int lanes, const std::string& isa) {
   ProgramSpec spec{
       parse_dtype(dtype), parse_isa(isa), {}, {arena_bytes, state_bytes, adjoint_bytes, accumulator_bytes},
-      constants,          n_external};
+      constants,          n_external,       lanes};
   for (const auto& [name, rows] : sections) {
     if (!py::isinstance<py::str>(name))
       throw py::type_error("Program: sections are named, got " + shown(name));
@@ -242,7 +242,8 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Program, std::shared_ptr<Program>>(m, "Program")
       .def(py::init(&make_program), py::arg("dtype"), py::arg("sections"), py::arg("arena_bytes") = 0,
            py::arg("state_bytes") = 0, py::arg("adjoint_bytes") = 0, py::arg("accumulator_bytes") = 0,
-           py::arg("constants") = py::bytes(), py::arg("n_external") = 0, py::arg("isa") = "best")
+           py::arg("constants") = py::bytes(), py::arg("n_external") = 0, py::arg("lanes") = 1,
+           py::arg("isa") = "best")
       .def("dump", &Program::dump)
       .def("__repr__", [](const Program& p) { return "<" + p.summary() + ">"; });
 
@@ -255,6 +256,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("ints"), py::arg("floats"), py::arg("parts") = 1);
   m.def("all_finite", &all_finite, py::arg("pointer"), py::arg("count"), py::arg("dtype"));
   m.def("isas", &isas);
+  m.def("vector_bytes", [] { return kernels::vector_bytes(kernels::best_isa()); });
   m.def("kernel_names", &kernel_names);
   m.def("pointwise_opcodes", &pointwise_opcodes);
   m.def("arena_bytes", [] { return unlocked(&arena_bytes); });

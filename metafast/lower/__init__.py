@@ -1,5 +1,6 @@
-"""Lowering: sections of graphs to one native Program (fuse, lay out, plan memory, assemble)."""
+"""Lowering: sections of graphs to one native Program (interleave, fuse, lay out, plan memory, assemble)."""
 
+from metafast.lower.interleave import NotInterleaved, best_lanes
 from metafast.lower.program import NAMES, External, Lowered, lower
 
-__all__ = ["NAMES", "External", "Lowered", "lower"]
+__all__ = ["NAMES", "External", "Lowered", "NotInterleaved", "best_lanes", "lower"]

@@ -39,7 +39,7 @@ from metafast.sweep import Section, Store
 NHWC = (0, 2, 3, 1)
 MAX_OPERANDS = 32  # of one pointwise instruction: kPointwiseOperands in csrc/kernels/common/kernel.hpp
 Result = tuple[Array, int, int]  # array, register, mode
-DIRECT = {"matmul", "conv2d", "reduce"}  # kernels that can write, or add, where the caller says
+DIRECT = {"matmul", "matmul_lanes", "conv2d", "reduce"}  # kernels that can write, or add, where the caller says
 
 
 @dataclass
@@ -387,6 +387,15 @@ class Emitter:
         ints = [batch, m, n, k, *a.strides, *b.strides, *c.strides, mode]
         self._emit_biased(node, "gemm", [a, b, c], ints, bias)
 
+    def _matmul_lanes(self, node: Node, into: tuple[Array, bool] | None) -> None:
+        lanes = node.outputs[0].shape[2]
+        a, b = (broadcast_to(x, (*x.shape[:2], lanes)) for x in map(self.array, node.inputs))
+        c, mode = self._result(node, into, None)
+        m, n, _ = c.shape
+        last_first = [(x.strides[2], *x.strides[:2]) for x in (a, b, c)]
+        ints = [lanes, m, n, a.shape[1], *(s for strides in last_first for s in strides), mode, 0]
+        self.emit(node, "gemm", [a, b, c], 1, ints)
+
     def _emit_biased(
         self, node: Node, kernel: str, operands: list[Array], ints: list[int], bias: Array | None
     ) -> None:
@@ -528,6 +537,11 @@ class Emitter:
         self._average(node, node.outputs[0].shape, node.inputs[0].shape)
 
     # -- moving elements
+
+    def _interleave(self, node: Node, _: tuple[Array, bool] | None) -> None:
+        a = self.array(node.inputs[0])
+        self.env[node.outputs[0]] = self.fresh(a.shape)
+        self.copy(a, self.env[node.outputs[0]])
 
     def _one_hot(self, node: Node, _: tuple[Array, bool] | None) -> None:
         labels = self.array(node.inputs[0])

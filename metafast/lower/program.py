@@ -28,6 +28,7 @@ from metafast.lower.arrays import (
 )
 from metafast.lower.bundle import bundle
 from metafast.lower.emit import Constants, Emitter
+from metafast.lower.interleave import interleave, interleaved_state, per_task
 from metafast.lower.memory import aligned, place
 from metafast.lower.spell import spell
 from metafast.ops import numel
@@ -40,7 +41,10 @@ SLOTS = {"state": STATE, "state_next": STATE_NEXT, "adjoint": ADJOINT, "adjoint_
 
 @dataclass(frozen=True)
 class External:
-    """A tensor of the call: `kind` "leaf" is read; others are written, one slice a task, and a step where `steps`."""
+    """A tensor of the call: `kind` "leaf" is read; others are written, one slice a task, and a step where `steps`.
+
+    Memory holds steps outermost, then tasks, then `shape`.
+    """
 
     kind: str
     name: str
@@ -62,18 +66,24 @@ class Lowered:
     arena_bytes: int
     state_bytes: int
     itemsize: int
+    lanes: int = 1  # tasks done at once
     constants: bytes = b""
     _strides: dict[int, npt.NDArray[np.int64]] = field(default_factory=dict)
 
-    def strides(self, steps: int) -> npt.NDArray[np.int64]:
-        """The table of a call of so many steps but for the pointers: 0, task stride, step stride in bytes."""
-        table = self._strides.get(steps)
+    def blocks(self, tasks: int) -> int:
+        """How often the program runs for so many tasks: `lanes` at once, the last time perhaps for fewer."""
+        return -(-tasks // self.lanes)
+
+    def strides(self, slots: int) -> npt.NDArray[np.int64]:
+        """The table of a call with room for so many tasks but for the pointers: 0, stride of a block of tasks, step
+        stride in bytes."""
+        table = self._strides.get(slots)
         if table is None:
-            table = self._strides[steps] = np.zeros((len(self.externals), 3), dtype=np.int64)
+            table = self._strides[slots] = np.zeros((len(self.externals), 3), dtype=np.int64)
             for row, e in zip(table, self.externals, strict=True):
                 item = numel(e.shape) * ITEM.get(e.dtype, self.itemsize)
-                row[2] = item if e.per_step else 0
-                row[1] = item * (max(steps, 1) if e.per_step else 1) if e.per_task else 0
+                row[1] = item * self.lanes if e.per_task else 0
+                row[2] = item * slots if e.per_step else 0
         return table
 
     def listing(self) -> str:
@@ -120,10 +130,15 @@ class _Layout:
 
 class _Lowering:
     def __init__(
-        self, state: Mapping[str, Shape], sections: Mapping[str, Section], dtype: torch.dtype, opcodes: Sequence[str]
+        self,
+        state: Mapping[str, Shape],
+        sections: Mapping[str, Section],
+        dtype: torch.dtype,
+        opcodes: Sequence[str],
+        lanes: int,
     ) -> None:
         self.sections, self.dtype = {name: spell(section) for name, section in sections.items()}, dtype
-        self.item = dtype.itemsize
+        self.item, self.lanes = dtype.itemsize, lanes
         self.opcodes = {name: k for k, name in enumerate(opcodes)}
         self.constants = Constants(dtype)
         self.state = _Layout(self.item)
@@ -165,12 +180,11 @@ class _Lowering:
         if i.role in ("state", "adjoint"):
             return self.state.array(SLOTS[i.role], i.name)
         if i.role == "call":
-            buffer = Buffer(self.item, CALL, CALL_RECORD.index(i.name) * self.item)
-            return Array(buffer, (), (), self.item)
+            buffer = Buffer(numel(shape) * self.item, CALL, CALL_RECORD.index(i.name) * self.item)
+            return Array(buffer, shape, dense_strides(shape), self.item)
         if i.role in ("hoisted", "spill"):
             return self.persistent[i.role, i.name]
-        per_task = i.name.startswith(("support/", "query/", "fast/", "outputs/"))
-        return self._external(External("leaf", i.name, shape, dtype, per_task))
+        return self._external("leaf", i.name, shape, dtype, per_task(i.name))
 
     def _target(self, store: Store, value: Value) -> Array | None:
         kind, name, shape = store.kind, store.name, value.shape
@@ -180,12 +194,12 @@ class _Lowering:
             return None
         if kind == "spill":
             return self._spill(name, shape)
-        if kind == "gradient" and not name.startswith(("support/", "query/")):
+        if kind == "gradient" and not per_task(name):
             if name not in self.sums.offsets:
                 self.sums.add(name, shape)
             return self.sums.array(ACCUMULATOR, name)
         per_step = kind in ("step_loss", "support_stat")
-        return self._external(External(kind, name, shape, value.dtype, True, per_step))
+        return self._external(kind, name, shape, value.dtype, True, per_step)
 
     def _spill(self, name: str, shape: Shape) -> Array:
         key = ("spill", name)
@@ -194,14 +208,19 @@ class _Lowering:
             self.persistent[key] = Array(buffer, shape, dense_strides(shape), self.item)
         return self.persistent[key]
 
-    def _external(self, e: External) -> Array:
-        key = (e.kind, e.name)
-        if key not in self.where:
-            item = ITEM.get(e.dtype, self.item)
-            buffer = Buffer(numel(e.shape) * item, EXTERNAL + len(self.externals), 0)
-            self.externals.append(e)
-            self.where[key] = Array(buffer, e.shape, dense_strides(e.shape), item)
-        return self.where[key]
+    def _external(
+        self, kind: str, name: str, shape: Shape, dtype: str, each_task: bool, each_step: bool = False
+    ) -> Array:
+        """A tensor of the call as the section sees it: of several lanes one task is the next one's neighbour."""
+        if (kind, name) not in self.where:
+            item, strides = ITEM.get(dtype, self.item), dense_strides(shape)
+            own = shape[:-1] if self.lanes > 1 and each_task else shape
+            if own is not shape:
+                strides = (*dense_strides(own), numel(own))
+            buffer = Buffer(numel(shape) * item, EXTERNAL + len(self.externals), 0)
+            self.externals.append(External(kind, name, own, dtype, each_task, each_step))
+            self.where[kind, name] = Array(buffer, shape, strides, item)
+        return self.where[kind, name]
 
 
 def _native(code: Sequence[Instruction]) -> list[tuple[str, list[tuple[int, int]], list[int], list[float]]]:
@@ -216,11 +235,18 @@ def _native(code: Sequence[Instruction]) -> list[tuple[str, list[tuple[int, int]
     return out
 
 
-def lower(state: Mapping[str, Shape], sections: Mapping[str, Section], dtype: torch.dtype) -> Lowered:
-    """Plan and build the native program of those sections; `state` names what one step hands to the next."""
+def lower(
+    state: Mapping[str, Shape], sections: Mapping[str, Section], dtype: torch.dtype, lanes: int = 1
+) -> Lowered:
+    """Plan and build the native program of those sections; `state` names what one step hands to the next.
+
+    With more than one of `lanes` so many tasks are done at once. Raises NotInterleaved where that can't be.
+    """
     from metafast import _C
 
-    lowering = _Lowering(state, sections, dtype, _C.pointwise_opcodes())
+    if lanes > 1:
+        state, sections = interleaved_state(state, lanes), interleave(sections, lanes)
+    lowering = _Lowering(state, sections, dtype, _C.pointwise_opcodes(), lanes)
     code = lowering.run()
     constants = bytes(lowering.constants.data)
     program = _C.Program(
@@ -232,6 +258,7 @@ def lower(state: Mapping[str, Shape], sections: Mapping[str, Section], dtype: to
         accumulator_bytes=lowering.sums.nbytes,
         constants=constants,
         n_external=len(lowering.externals),
+        lanes=lanes,
     )
     offsets = lowering.sums.offsets.items()
     sums = {name: (offset // dtype.itemsize, shape, dense_strides(shape)) for name, (offset, shape) in offsets}
@@ -244,5 +271,6 @@ def lower(state: Mapping[str, Shape], sections: Mapping[str, Section], dtype: to
         lowering.arena,
         lowering.state.nbytes,
         dtype.itemsize,
+        lanes,
         constants,
     )

@@ -1,6 +1,8 @@
-"""Spell a normalisation's adjoint out in sums and pointwise ops, where clusters then do it in fewer passes over memory.
+"""Spell some nodes out in sums and pointwise ops, where clusters then do it in fewer passes over memory.
 
-`project` needs two means of v before it can write anything. Where what is kept lies innermost (the channels of an
+A product over a single k is an outer product: a multiplication with broadcasting, which joins the cluster that reads it.
+
+Of a normalisation's adjoint, `project` needs two means of v before it can write anything. Where what is kept lies innermost (the channels of an
 N,H,W,C batch norm), the cluster that makes v adds both up on the way, and applying them is a cluster of its own, into
 which what follows may join: v and x̂ are read once instead of twice. Elsewhere (layer norm) the rows fit a cache and the
 kernel stays.
@@ -26,13 +28,23 @@ def spell(section: Section) -> Section:
         b.origin = node.origin
         inputs = [env[v] for v in node.inputs]
         spelled = _SPELLED.get(node.op)
-        if spelled is not None and _kept_innermost(node):
+        if spelled is not None and _worth(node):
             outputs = spelled(b, node, *inputs)
         else:
             outputs = b.ops(node.op, *inputs, **node.attrs)
         env.update(zip(node.outputs, outputs, strict=True))
     graph = b.finish({name: env[v] for name, v in section.graph.outputs.items()}, keep_inputs=True)
     return Section(graph, section.stores)
+
+
+def _worth(node: Node) -> bool:
+    return _depth(node) == 1 if node.op in _OUTER else _kept_innermost(node)
+
+
+def _depth(node: Node) -> int:
+    """The k that a product adds up over."""
+    shape = node.inputs[0].shape
+    return shape[-1] if node.op == "matmul" else shape[1]
 
 
 def _kept_innermost(node: Node) -> bool:
@@ -77,4 +89,13 @@ def _project_tangent(
     return (b.op("add", flat, both),)
 
 
-_SPELLED: dict[str, Callable[..., tuple[Value, ...]]] = {"project": _project, "project_tangent": _project_tangent}
+def _product(b: Builder, node: Node, x: Value, y: Value) -> tuple[Value, ...]:
+    return (b.op("mul", x, y),)
+
+
+_OUTER = ("matmul", "matmul_lanes")
+_SPELLED: dict[str, Callable[..., tuple[Value, ...]]] = {
+    "project": _project,
+    "project_tangent": _project_tangent,
+    **dict.fromkeys(_OUTER, _product),
+}

@@ -54,6 +54,28 @@ register(
     )
 )
 
+# ---- the same for tasks side by side: (m, k, lanes) · (k, n, lanes), a lane dim of 1 being shared. Only lowering
+# writes it, after differentiation (see lower/interleave.py), so that it has no rules ----------------------------
+
+
+def _lanes_infer(x: Sequence[Value], a: Attrs) -> tuple[Spec, ...]:
+    (m, k, *p), (k2, n, *q) = x[0].shape, x[1].shape
+    if len(p) != 1 or len(q) != 1 or k != k2 or 1 not in (p[0], q[0]) and p != q:
+        raise ValueError(f"matmul_lanes: shapes {x[0].shape} and {x[1].shape} do not fit")
+    return (((m, n, max(p[0], q[0])), "real"),)
+
+
+register(
+    Op(
+        "matmul_lanes",
+        _lanes_infer,
+        lambda x, a: ((x[0].movedim(-1, 0) @ x[1].movedim(-1, 0)).movedim(0, -1),),
+        "matmul_lanes",
+        flops=lambda n: 2.0 * numel(n.outputs[0].shape) * n.inputs[0].shape[1],
+        bound=4e-6,
+    )
+)
+
 # ---- convolution: x (N,C,H,W), w (O,C,KH,KW), y (N,O,OH,OW); attrs stride, padding, dilation, all pairs; the adjoints
 # carry `size` = (H, W) of x, or `kernel` = (KH, KW) of w ----------------------------------------------------------
 

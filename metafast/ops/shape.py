@@ -253,6 +253,17 @@ register(
     )
 )
 
+register(
+    Op(
+        "interleave",  # the same elements, laid out in memory as the dims stand; written by lower/interleave.py
+        lambda x, a: ((x[0].shape, x[0].dtype),),
+        lambda x, a: (x[0],),
+        "interleave",
+        flops=_no_flops,
+        bound=0.0,
+    )
+)
+
 # ---- sums -----------------------------------------------------------------------------------------------------
 
 

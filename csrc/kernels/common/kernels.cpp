@@ -9,6 +9,7 @@ namespace metafast::kernels {
 namespace {
 
 constexpr const char* kIsaNames[kIsaCount] = {"baseline", "avx2", "avx512"};
+constexpr int kVectorBytes[kIsaCount] = {16, 32, 64};
 
 struct OpcodeRow {
   const char* name;
@@ -121,6 +122,8 @@ Isa best_isa() noexcept {
   static const Isa isa = detect_isa();
   return isa;
 }
+
+int vector_bytes(Isa isa) noexcept { return kVectorBytes[static_cast<int>(isa)]; }
 
 const char* isa_name(Isa isa) noexcept { return kIsaNames[static_cast<int>(isa)]; }
 

@@ -60,6 +60,7 @@ Isa best_isa() noexcept;
 bool isa_available(Isa) noexcept;
 
 inline constexpr int kIsaCount = 3;
+int vector_bytes(Isa) noexcept;
 const char* isa_name(Isa) noexcept;                            // "baseline", "avx2", "avx512"
 bool isa_from_name(std::string_view name, Isa* isa) noexcept;  // false where the name is none of these
 

@@ -1,6 +1,8 @@
 #include "gemm.hpp"
 
+#include "lanes.hpp"
 #include "pack.hpp"
+#include "sums.hpp"
 #include "tile.hpp"
 
 namespace metafast::kernels::METAFAST_ISA {
@@ -37,10 +39,13 @@ struct Sizes {
   bool pack;        // B is copied into strips
   int64_t vectors;  // of a strip
   int64_t width;    // elements of a strip
+  bool lanes;       // the matrices of the batch lie in the lanes of vectors
 
   template <class T>
   static Sizes of(const int64_t* i) {
-    Sizes s{i[0], i[1], i[2], i[3], i[5], i[6], i[8], i[9], i[11], i[12], false, false, false, false, 0, 0};
+    Sizes s{i[0],  i[1],  i[2],  i[3],  i[5], i[6], i[8], i[9],
+            i[11], i[12], false, false, false, false, 0,    0, lie_in_lanes<T>(i)};
+    if (s.lanes) return s;
     const bool column = s.N == 1 && s.M > 1;
     s.turned = s.c_rs == 1 && (column ? s.a_rs == 1 : s.c_cs != 1) && s.M > 1;
     if (s.turned) {
@@ -54,6 +59,14 @@ struct Sizes {
     const bool big = s.M > 64 && s.K * s.N * static_cast<int64_t>(sizeof(T)) > 131072;
     s.pack = ((s.b_cs != 1 && s.N > 1) || big) && !s.dots;
     return s;
+  }
+
+  // Whether the batch lies together in C and in A or B, and is shared by the other where it does not.
+  template <class T>
+  static bool lie_in_lanes(const int64_t* i) {
+    const int64_t a = i[4], b = i[7], c = i[10];
+    const bool fits = i[0] > 0 && i[0] % kLanes<T> == 0 && c == 1 && (a == 1 || b == 1);
+    return fits && (a == 0 || a == 1) && (b == 0 || b == 1) && !i[14];
   }
 
   // Whether dot products beat tiles: adding up the lanes costs an element what 2 L steps along k do, and a
@@ -115,15 +128,6 @@ void multiply(const Product<T>& p, const Sizes& s, T* packed) {
   }
 }
 
-// Sums of the lanes of v[0..kLanes), sum n in lane n: at every level the halves of two vectors are added.
-template <class T>
-METAFAST_INLINE Vec<T> sums_of_lanes(Vec<T>* v) {
-  METAFAST_UNROLL for (int half = kLanes<T> / 2; half > 0; half /= 2)
-      METAFAST_UNROLL for (int i = 0; i < half; ++i) v[i] =
-          interleave_low(v[i], v[i + half]) + interleave_high(v[i], v[i + half]);
-  return v[0];
-}
-
 // Columns n..n+columns of rows m.. of p, as many rows as make a vector of elements.
 template <class T, int columns>
 void dot_block(const Product<T>& p, int64_t m, int64_t n) {
@@ -149,7 +153,7 @@ void dot_block(const Product<T>& p, int64_t m, int64_t n) {
     step([&](const T* x) { return load(x + k, rest); });
   }
   T sums[L];
-  store(sums, sums_of_lanes<T>(acc));
+  store(sums, join_lanes<T, Add<T>>(acc));
   for (int r = 0; r < rows && m + r < p.M; ++r)
     for (int c = 0; c < columns; ++c) {
       T& y = *p.C.at(m + r, n + c).p;
@@ -238,6 +242,21 @@ Product<T> part_of(Product<T> p, const Sizes& s, int part, int parts) {
   return p;
 }
 
+// The share of a product whose batch lies in lanes: rows of every vector of it.
+template <class T>
+void run_lanes(const Args& a, const Sizes& s) {
+  const int64_t* i = a.i;
+  const Range rows = share(s.M, a.part, a.parts);
+  const T *x = static_cast<const T*>(a.ptr[0]), *y = static_cast<const T*>(a.ptr[1]);
+  T* z = static_cast<T*>(a.ptr[2]);
+  for (int64_t b = 0; b < s.batch; b += kLanes<T>) {
+    const LaneMatrix<const T> A{x + b * i[4] + rows.begin * s.a_rs, s.a_rs, s.a_cs, i[4] == 1};
+    const LaneMatrix<const T> B{y + b * i[7], s.b_rs, s.b_cs, i[7] == 1};
+    const LaneMatrix<T> C{z + b + rows.begin * s.c_rs, s.c_rs, s.c_cs, true};
+    multiply_lanes(LaneProduct<T>{rows.end - rows.begin, s.N, s.K, A, B, C, i[13] != 0});
+  }
+}
+
 }  // namespace
 
 template <class T>
@@ -265,6 +284,7 @@ int gemm(const Args& a) noexcept {
   Matrix<T> C{static_cast<T*>(a.ptr[2]), i[10], i[11], i[12]};
   const T* bias = i[14] ? static_cast<const T*>(a.ptr[3]) : nullptr;
   if (s.M == 0 || s.N == 0) return kOk;
+  if (s.lanes && s.K > 0) return run_lanes<T>(a, s), kOk;
   const bool split_batch = s.batch >= a.parts;
   const Range batches = split_batch ? share(s.batch, a.part, a.parts) : Range{0, s.batch};
   for (int64_t b = batches.begin; b < batches.end; ++b) {

@@ -5,7 +5,8 @@
 //       has_bias
 // Any strides (elements), 0 for a shared or broadcast operand; any of batch, M, N, K may be 0 (K = 0 gives
 // bias or 0). Fast where n or m lies together in C. C overlaps neither A nor B, and no two of its elements
-// share a place. A narrow result whose operands lie together along k is made of dot products along k, any
+// share a place. A batch of a multiple of the vector's lanes that lies together in C, and together or shared in A and
+// B, is multiplied lane by lane (lanes.hpp): then any strides are fast. A narrow result whose operands lie together along k is made of dot products along k, any
 // other of tiles; which one depends on the sizes alone. Error of an element: at most (min(K, 192) + K / 192 +
 // 3) u sum_k |A(m, k) B(k, n)|, u the unit roundoff: C takes up partial sums of 192 terms.
 #pragma once

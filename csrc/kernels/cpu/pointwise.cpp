@@ -190,17 +190,19 @@ int64_t block_elements(int64_t n_regs) {
 }
 
 // The index space with unit dimensions dropped and neighbours merged, in the order of the first output's
-// memory.
+// memory. Where the last dimension is a vector of `lanes`, an operand may repeat it along the one before.
 struct Space {
   int rank = 0;
   int64_t dims[kMaxRank], strides[kMaxOperands][kMaxRank];
+  bool repeats[kMaxOperands] = {};
+  bool any_repeats = false;
   int operands;
   int64_t elements = 1;
 
-  explicit Space(const Program& p) : operands(static_cast<int>(p.n_in + p.n_out)) {
+  Space(const Program& p, int64_t lanes) : operands(static_cast<int>(p.n_in + p.n_out)) {
     int order[kMaxRank];
     const int count = outermost_first(p, order);
-    for (int k = 0; k < count; ++k) append(p, order[k]);
+    for (int k = 0; k < count; ++k) append(p, order[k], k == count - 1 && p.dims[order[k]] == lanes);
     if (rank == 0) {
       rank = 1, dims[0] = 1;
       for (int o = 0; o < operands; ++o) strides[o][0] = 1;
@@ -233,15 +235,26 @@ struct Space {
     return count;
   }
 
-  void append(const Program& p, int d) {
+  void append(const Program& p, int d, bool vector) {
+    const auto stride = [&](int o) { return p.strides[o * p.rank + d]; };
+    const auto follows = [&](int o) { return strides[o][rank - 1] == stride(o) * p.dims[d]; };
     bool merges = rank > 0;
-    for (int o = 0; merges && o < operands; ++o)
-      merges = strides[o][rank - 1] == p.strides[o * p.rank + d] * p.dims[d];
+    for (int o = 0; merges && o < operands; ++o) merges = follows(o) || (vector && may_repeat(p, o, stride(o)));
+    for (int o = 0; merges && o < operands; ++o) any_repeats |= repeats[o] = !follows(o);
     if (merges)
       dims[rank - 1] *= p.dims[d];
     else
       dims[rank++] = p.dims[d];
-    for (int o = 0; o < operands; ++o) strides[o][rank - 1] = p.strides[o * p.rank + d];
+    for (int o = 0; o < operands; ++o) strides[o][rank - 1] = stride(o);
+  }
+
+  // An input, or a sum over all but the vector.
+  bool may_repeat(const Program& p, int o, int64_t stride) const {
+    if (stride != 1 || strides[o][rank - 1] != 0) return false;
+    if (o < p.n_in) return true;
+    bool outer_zero = (p.out_mode[o - p.n_in] & kSum) != 0;
+    for (int d = 0; d < rank; ++d) outer_zero &= strides[o][d] == 0;
+    return outer_zero;
   }
 };
 
@@ -249,6 +262,7 @@ enum class Source : int32_t {
   direct,     // the operand's own memory
   splat,      // one element for all
   row_splat,  // one element a row
+  vector,     // one vector a row, again and again
   rows,       // gathered for every block
   repeated    // gathered once: the same in every row
 };
@@ -269,6 +283,7 @@ struct alignas(64) Plan {
     int32_t reg, mode;
     uint32_t read_late;  // inputs that an operation still reads after the output's register was written
     bool contiguous, in_place;
+    bool lanes;  // a sum that keeps the lanes of a vector apart
     int64_t inner_stride, sum_elements;
     const int64_t* strides;
   };
@@ -296,14 +311,14 @@ struct alignas(64) Plan {
     Plan& plan = *reinterpret_cast<Plan*>(place);
     plan.empty = false;
     for (int64_t d = 0; d < p.rank; ++d) plan.empty |= p.dims[d] == 0;
-    const Space s(p);
+    const Space s(p, kLanes<T>);
     plan.n_in = static_cast<int32_t>(p.n_in), plan.n_out = static_cast<int32_t>(p.n_out);
     plan.n_ops = static_cast<int32_t>(p.n_ops), plan.n_regs = static_cast<int32_t>(p.n_regs);
     plan.n_immediates = static_cast<int32_t>(p.immediates()), plan.rank = s.rank;
     plan.adds_up = p.sums();
     plan.block = block_elements<T>(p.n_regs), plan.inner = s.inner(), plan.elements = s.elements;
     plan.rows = plan.empty ? 0 : s.elements / s.inner();
-    plan.by_rows = s.rank > 1 && 2 * s.inner() <= plan.block;
+    plan.by_rows = s.rank > 1 && 2 * s.inner() <= plan.block && !s.any_repeats;
     std::byte* at = place + sizeof(Plan);
     T* immediates = take<T>(at, plan.n_immediates * kLanes<T>);
     int64_t* dims = take<int64_t>(at, s.rank);
@@ -354,6 +369,7 @@ struct alignas(64) Plan {
     bool outer_zero = true;
     for (int d = 0; d + 1 < s.rank; ++d) outer_zero &= s.strides[o][d] == 0;
     const int64_t inner_stride = s.strides[o][s.rank - 1];
+    if (s.repeats[o]) return Source::vector;
     if (inner_stride == 0 && outer_zero) return Source::splat;
     if (by_rows ? s.dense(o) : inner_stride == 1) return Source::direct;
     if (!by_rows && inner_stride == 0) return Source::row_splat;
@@ -371,12 +387,15 @@ struct alignas(64) Plan {
     uint32_t read_late = 0;
     for (int in = 0; in < p.n_in; ++in)
       if (read_after_write(p, in, reg)) read_late |= uint32_t{1} << in;
-    const int64_t sum_elements = p.out_mode[o] & kSum ? (inner_stride ? s.inner() : kLanes<T>) : 0;
+    const bool lanes = s.repeats[operand];
+    const int64_t kept = inner_stride && !lanes ? s.inner() : kLanes<T>;
+    const int64_t sum_elements = p.out_mode[o] & kSum ? kept : 0;
     return {static_cast<int32_t>(reg),
             static_cast<int32_t>(p.out_mode[o]),
             read_late,
             contiguous,
             in_place,
+            lanes,
             inner_stride,
             sum_elements,
             strides + operand * s.rank};
@@ -437,6 +456,7 @@ struct Interpreter {
   bool in_place[kMaxOperands];         // per output: its register is the output's memory
   T* sums[kMaxOperands];
   int64_t unflushed = 0;
+  bool flushed = false;
 
   Interpreter(const Plan<T>& plan, const Args& a) : p(plan), args(a) {
     for (int k = 0; k < p.n_immediates; ++k) views[p.n_regs + k] = {const_cast<T*>(p.immediates) + k * L, 0};
@@ -455,6 +475,9 @@ struct Interpreter {
     switch (in.source) {
       case Source::direct:
         views[o].step = L;
+        break;
+      case Source::vector:
+        views[o].step = 0;
         break;
       case Source::splat:
         store(buffer(o), splat(*pointer(o)));
@@ -500,6 +523,8 @@ struct Interpreter {
       const auto& in = p.inputs[o];
       if (in.source == Source::direct) {
         views[o].p = address(pointer(o), in.strides);
+      } else if (in.source == Source::vector) {
+        views[o].p = pointer(o) + p.row_offset(in.strides, row);
       } else if (in.source == Source::row_splat) {
         store(buffer(o), splat(pointer(o)[p.row_offset(in.strides, row)]));
       } else if (in.source == Source::rows) {
@@ -527,7 +552,7 @@ struct Interpreter {
   // Adds a block to the partial sums of output o: by columns where the last dimension is kept, else by lanes.
   void add_to_sum(int o, int64_t at, int64_t n, int64_t rows) {
     const View<T> value = views[p.outputs[o].reg];
-    if (p.outputs[o].inner_stride == 0) {
+    if (p.outputs[o].inner_stride == 0 || p.outputs[o].lanes) {
       Vec<T> total = load(sums[o]);
       const T* src = value.p;
       for (int64_t k = n / L; k > 0; --k, src += value.step) total = total + load(src);
@@ -542,12 +567,11 @@ struct Interpreter {
     }
     const int64_t width = p.by_rows ? p.inner : n;
     T* to = sums[o] + (p.by_rows ? 0 : at);
-    for (int64_t k = 0; k < width; k += L) {
-      const Mask<T> m(min64(L, width - k));
-      Vec<T> total = load(to + k, m);
-      for (int64_t r = 0; r < rows; ++r) total = total + load(src + r * width + k, m);
-      store(to + k, total, m);
-    }
+    for_run<T>(width, [&](auto get, auto put) {
+      Vec<T> total = get(to);
+      for (int64_t r = 0; r < rows; ++r) total = total + get(src + r * width);
+      put(to, total);
+    });
   }
 
   void flush() {
@@ -556,22 +580,27 @@ struct Interpreter {
       T *partial = sums[o], *total = partial + p.outputs[o].sum_elements + L;
       for (int64_t k = 0; k < p.outputs[o].sum_elements; ++k) total[k] += partial[k], partial[k] = 0;
     }
-    unflushed = 0;
+    unflushed = 0, flushed = true;
   }
 
   void write_sums() {
-    flush();
+    if (flushed) flush();
     for (int o = 0; o < p.n_out; ++o) {
       const auto& out = p.outputs[o];
       if (!(out.mode & kSum)) continue;
-      const T* total = sums[o] + out.sum_elements + L;
+      const T* total = sums[o] + (flushed ? out.sum_elements + L : 0);
       const bool add = out.mode & 1, columns = out.inner_stride != 0;
       T* y = out_pointer(o);
+      if (out.lanes) {
+        store(y, add ? load(y) + load(total) : load(total));
+        continue;
+      }
       if (!columns) {
         const T sum = sum_lanes<T>(load(total));
         *y = add ? *y + sum : sum;
       }
-      for (int64_t k = 0; columns && k < p.inner; ++k) y[k] = add ? y[k] + total[k] : total[k];
+      if (columns)
+        for_run<T>(p.inner, [&](auto get, auto put) { put(y, add ? get(y) + get(total) : get(total)); });
     }
   }
 
@@ -637,7 +666,7 @@ template <class T>
 void clear_sums_of_nothing(const Plan<T>& p, const Args& a) {
   for (int o = 0; a.part == 0 && o < p.n_out; ++o) {
     const auto& out = p.outputs[o];
-    const int64_t kept = out.inner_stride ? p.inner : 1;
+    const int64_t kept = out.lanes ? kLanes<T> : out.inner_stride ? p.inner : 1;
     T* y = static_cast<T*>(a.ptr[p.n_in + o]);
     for (int64_t k = 0; out.mode == kSum && k < kept; ++k) y[k] = 0;
   }

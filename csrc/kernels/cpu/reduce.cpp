@@ -145,6 +145,22 @@ struct Reduction {
     }
   }
 
+  // A vector of kept elements, each over the lanes of one vector that lies next to its neighbour's.
+  void reduce_lanes(int part, int parts) const {
+    const int64_t inner = kept.inner(), vectors = (inner + L - 1) / L;
+    const Range mine = share(kept.outer() * vectors, part, parts);
+    for (int64_t k = mine.begin; k < mine.end; ++k) {
+      const int64_t row = k / vectors, at = k % vectors * L, n = min64(L, inner - at);
+      const T* p = in + kept.offset(row, kept.in) + at * kept.inner_in();
+      Vec<T> v[L];
+      METAFAST_UNROLL for (int j = 0; j < L; ++j) v[j] = load(p + min64(j, n - 1) * kept.inner_in());
+      T* y = out + kept.offset(row, kept.out) + at;
+      const Mask<T> mask(n);
+      const Vec<T> joined = join_lanes<T, Join>(v) * splat(scale);
+      store(y, add ? joined + load(y, mask) : joined, mask);
+    }
+  }
+
   void write_empty(int part, int parts) const {
     const Range mine = share(kept.count, part, parts);
     for (int64_t k = mine.begin; k < mine.end; ++k)
@@ -154,6 +170,9 @@ struct Reduction {
   void go(int part, int parts) const {
     if (kept.count == 0) return;
     if (reduced.count == 0) return write_empty(part, parts);
+    if (reduced.count == L && reduced.inner() == L && reduced.inner_in() == 1 && kept.inner() > 1 &&
+        kept.inner_out() == 1)
+      return reduce_lanes(part, parts);
     const bool along_reduced = reduced.inner_in() == 1 && reduced.inner() > 1;
     const bool along_kept = kept.inner_in() == 1 || (!along_reduced && kept.inner() >= reduced.inner());
     along_kept && !(kept.inner() == 1) ? keep_inner(part, parts) : reduce_inner(part, parts);

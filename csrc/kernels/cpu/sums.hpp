@@ -2,6 +2,7 @@
 // pairwise. Error of a sum of n terms: at most (kChunk / 4 + log2(n) + 4) u sum |term|, u the unit roundoff.
 // The order depends on n alone.
 #pragma once
+#include "pack.hpp"
 #include "vec.hpp"
 
 namespace metafast::kernels::METAFAST_ISA {
@@ -60,6 +61,15 @@ struct Max {
   static METAFAST_INLINE Vec<T> of(Vec<T> a, Vec<T> b) { return max_nan<T>(a, b); }
   static constexpr T empty = -__builtin_inf();
 };
+
+// The lanes of each of v[0..kLanes) joined, those of v[n] in lane n: at every level the halves of two vectors.
+template <class T, class Join>
+METAFAST_INLINE Vec<T> join_lanes(Vec<T>* v) {
+  METAFAST_UNROLL for (int half = kLanes<T> / 2; half > 0; half /= 2)
+      METAFAST_UNROLL for (int i = 0; i < half; ++i) v[i] =
+          Join::of(interleave_low(v[i], v[i + half]), interleave_high(v[i], v[i + half]));
+  return v[0];
+}
 
 // Joins Q quantities over rows [0, n): term(row, q) writes the quantities of one row to q[0..Q).
 template <class T, int Q, class Join, class Term>

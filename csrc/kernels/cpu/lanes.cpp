@@ -1,0 +1,149 @@
+#include "lanes.hpp"
+
+namespace metafast::kernels::METAFAST_ISA {
+namespace {
+
+// k a tile runs before C is touched, as in gemm: keeps the chains of roundings short.
+constexpr int64_t kDepth = 192;
+
+// Accumulators, a row of B and one element of A fill the registers.
+constexpr int max_rows(int columns) { return (kVecRegisters - 1 - columns) / columns; }
+constexpr int kMostRows = 12;
+constexpr int kMostColumns = 4;
+
+template <class T>
+using LaneTile = void (*)(const LaneProduct<T>&, int64_t m, int64_t n, int64_t k, int64_t depth) noexcept;
+
+template <class T, bool lanes>
+METAFAST_INLINE Vec<T> element(const T* p) {
+  if constexpr (lanes)
+    return load(p);
+  else
+    return splat(*p);
+}
+
+template <class T, int rows, int columns, bool a_lanes, bool b_lanes>
+void tile(const LaneProduct<T>& p, int64_t m, int64_t n, int64_t k, int64_t depth) noexcept {
+  Vec<T> acc[rows][columns];
+  METAFAST_UNROLL for (int r = 0; r < rows; ++r) METAFAST_UNROLL for (int c = 0; c < columns; ++c) acc[r][c] =
+      Vec<T>{};
+  const int64_t rs = p.A.rs, cs = p.B.cs;
+  const T* b = p.B.p + k * p.B.rs + n * cs;
+  // One pointer for every three rows: the processor adds rs and 2 rs for free.
+  constexpr int bases = (rows + 2) / 3;
+  const T* a[bases];
+  METAFAST_UNROLL for (int g = 0; g < bases; ++g) a[g] = p.A.p + (m + 3 * g) * rs + k * p.A.cs;
+  for (int64_t j = depth; j > 0; --j) {
+    Vec<T> row[columns];
+    METAFAST_UNROLL for (int c = 0; c < columns; ++c) row[c] = element<T, b_lanes>(b + c * cs);
+    METAFAST_UNROLL for (int r = 0; r < rows; ++r) {
+      const Vec<T> x = element<T, a_lanes>(a[r / 3] + r % 3 * rs);
+      METAFAST_UNROLL for (int c = 0; c < columns; ++c) acc[r][c] = fma<T>(x, row[c], acc[r][c]);
+    }
+    METAFAST_UNROLL for (int g = 0; g < bases; ++g) {
+      a[g] += p.A.cs;
+      asm("" : "+r"(a[g]));  // else the compiler keeps a pointer for every row, on the stack
+    }
+    b += p.B.rs;
+  }
+  const bool add = p.add || k > 0;
+  METAFAST_UNROLL for (int r = 0; r < rows; ++r) METAFAST_UNROLL for (int c = 0; c < columns; ++c) {
+    T* y = p.C.p + (m + r) * p.C.rs + (n + c) * p.C.cs;
+    store(y, add ? acc[r][c] + load(y) : acc[r][c]);
+  }
+}
+
+template <class T, int rows, int columns>
+LaneTile<T> with_operands(bool a_lanes, bool b_lanes) {
+  if constexpr (rows <= max_rows(columns)) {
+    if (!a_lanes) return tile<T, rows, columns, false, true>;
+    return b_lanes ? tile<T, rows, columns, true, true> : tile<T, rows, columns, true, false>;
+  } else {
+    return nullptr;
+  }
+}
+
+template <class T, int columns>
+LaneTile<T> with_rows(int64_t rows, bool a, bool b) {
+  switch (rows) {
+#define METAFAST_CASE(r) \
+  case r:                \
+    return with_operands<T, r, columns>(a, b);
+    METAFAST_CASE(1)
+    METAFAST_CASE(2)
+    METAFAST_CASE(3)
+    METAFAST_CASE(4)
+    METAFAST_CASE(5)
+    METAFAST_CASE(6)
+    METAFAST_CASE(7)
+    METAFAST_CASE(8)
+    METAFAST_CASE(9)
+    METAFAST_CASE(10)
+    METAFAST_CASE(11)
+    default:
+      return with_operands<T, kMostRows, columns>(a, b);
+#undef METAFAST_CASE
+  }
+}
+
+template <class T>
+LaneTile<T> find(int64_t rows, int64_t columns, bool a, bool b) {
+  switch (columns) {
+    case 1:
+      return with_rows<T, 1>(rows, a, b);
+    case 2:
+      return with_rows<T, 2>(rows, a, b);
+    case 3:
+      return with_rows<T, 3>(rows, a, b);
+    default:
+      return with_rows<T, kMostColumns>(rows, a, b);
+  }
+}
+
+// Lengths of the pieces that n is cut into: equal ones but for one, at most `most` long.
+struct Cut {
+  int64_t pieces, n;
+  Cut(int64_t count, int64_t most) : pieces((count + most - 1) / most), n(count) {}
+  int64_t begin(int64_t piece) const { return n * piece / pieces; }
+};
+
+int64_t most_rows(int64_t columns) {
+  const int64_t rows = max_rows(static_cast<int>(columns));
+  return rows < kMostRows ? rows : kMostRows;
+}
+
+// Vectors loaded for the whole product, by tiles of so many columns: what decides between widths.
+int64_t loads(int64_t M, int64_t N, int64_t columns) {
+  const int64_t strips = (N + columns - 1) / columns, blocks = (M + most_rows(columns) - 1) / most_rows(columns);
+  return strips * M + blocks * N;
+}
+
+int64_t best_columns(int64_t M, int64_t N) {
+  int64_t best = 1;
+  for (int64_t c = 2; c <= kMostColumns && c <= N; ++c)
+    if (loads(M, N, c) < loads(M, N, best)) best = c;
+  return best;
+}
+
+}  // namespace
+
+template <class T>
+void multiply_lanes(const LaneProduct<T>& p) noexcept {
+  const int64_t columns = best_columns(p.M, p.N);
+  const Cut rows(p.M, most_rows(columns)), strips(p.N, columns);
+  for (int64_t k = 0; k < p.K; k += kDepth) {
+    const int64_t depth = min64(kDepth, p.K - k);
+    for (int64_t s = 0; s < strips.pieces; ++s) {
+      const int64_t n = strips.begin(s), width = strips.begin(s + 1) - n;
+      for (int64_t r = 0; r < rows.pieces; ++r) {
+        const int64_t m = rows.begin(r);
+        find<T>(rows.begin(r + 1) - m, width, p.A.lanes, p.B.lanes)(p, m, n, k, depth);
+      }
+    }
+  }
+}
+
+template void multiply_lanes<float>(const LaneProduct<float>&) noexcept;
+template void multiply_lanes<double>(const LaneProduct<double>&) noexcept;
+
+}  // namespace metafast::kernels::METAFAST_ISA

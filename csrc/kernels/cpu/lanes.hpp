@@ -1,0 +1,34 @@
+// The product of matrices whose elements are vectors: element (m, k) of A stands for one number of each of `batch`
+// matrices, which lie together. C(m, n) (+)= sum_k A(m, k) * B(k, n), lane by lane.
+//
+// Strides count elements; those of rows and columns are any. A lane stride of 0 (A, B) is one matrix that all
+// share. Rows and columns need no order and nothing is packed: every step along k loads `rows + columns` vectors and
+// does `rows * columns` fma on accumulators that stay in registers.
+#pragma once
+#include "vec.hpp"
+
+namespace metafast::kernels::METAFAST_ISA {
+
+template <class T>
+struct LaneMatrix {
+  T* p;
+  int64_t rs, cs;
+  bool lanes;  // or one number for all
+};
+
+template <class T>
+struct LaneProduct {
+  int64_t M, N, K;
+  LaneMatrix<const T> A, B;
+  LaneMatrix<T> C;
+  bool add;
+};
+
+// One vector of lanes of the product; at least one of A and B has lanes.
+template <class T>
+void multiply_lanes(const LaneProduct<T>&) noexcept;
+
+extern template void multiply_lanes<float>(const LaneProduct<float>&) noexcept;
+extern template void multiply_lanes<double>(const LaneProduct<double>&) noexcept;
+
+}  // namespace metafast::kernels::METAFAST_ISA
