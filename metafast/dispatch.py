@@ -126,7 +126,7 @@ def profile(problem: Problem, backend: str, weights: Tensor, repeats: int) -> Pr
 
 
 def _explain_plan(plan: Any, problem: Problem) -> list[str]:
-    lowered = plan.program("fused", problem.tasks)
+    lowered = plan.program("fused", plan.lanes(problem.tasks))
     lines = ["", "support loss:", str(plan.loop.support), "", "query loss:", str(plan.loop.query)]
     for name, section in plan.sections["fused"].items():
         lines += ["", f"section {name}: {len(section.graph.nodes)} nodes", str(section.graph)]

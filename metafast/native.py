@@ -44,10 +44,15 @@ class Plan:
     sections: dict[str, dict[str, Section]] = field(default_factory=dict)
     _sweep: Sweep | None = None
 
-    def program(self, mode: str, tasks: int = 1) -> Lowered:
-        """The native program of one way to run (fused, outputs, forward, adapt or adapt_vjp) so many tasks; built at
-        first use."""
-        lanes = best_lanes(self.sweep().state, self.dtype.itemsize, tasks)
+    def lanes(self, tasks: int) -> int:
+        """How many of so many tasks to do at once."""
+        return best_lanes(self.sweep().state, self.dtype.itemsize, tasks)
+
+    def program(self, mode: str, lanes: int = 1) -> Lowered:
+        """The native program of one way to run: fused, outputs, forward, adapt or adapt_vjp; built at first use.
+
+        One task after the other where `lanes` can't be done at once.
+        """
         found = self.programs.get((mode, lanes))
         if found is None:
             found = self.programs[mode, lanes] = self._lowered(mode, lanes)
@@ -216,7 +221,7 @@ class Native:
         """The fused call instruction by instruction; of each the least time of so many runs."""
         from metafast import _C
 
-        lowered = self.plan.program("fused", problem.tasks)
+        lowered = self.plan.program("fused", self.plan.lanes(problem.tasks))
         call = Call(self.plan, lowered, problem, {})
         arguments = call.arguments(weights)
         runs = [_C.profile(lowered.program, call.table, **arguments) for _ in range(repeats)]
@@ -238,7 +243,7 @@ class Native:
         weights: Tensor | None = None,
         extra: Mapping[str, Tensor] | None = None,
     ) -> Call:
-        call = Call(self.plan, self.plan.program(mode, problem.tasks), problem, extra or {})
+        call = Call(self.plan, self.plan.program(mode, self.plan.lanes(problem.tasks)), problem, extra or {})
         status = call.run(weights)
         if status[0] and call.lowered.lanes > 1:  # which task of a block was it?
             call = Call(self.plan, self.plan.program(mode), problem, extra or {})
@@ -286,7 +291,7 @@ class Call:
 
     def _leaf(self, e: External, extra: Mapping[str, Tensor]) -> Tensor:
         """The tensor of that key as the program reads it: contiguous, labels as int64, all else in its dtype."""
-        leaf = extra.get(e.name) if extra else None
+        leaf = cotangent = extra.get(e.name) if extra else None
         if leaf is None:
             leaf = self.problem.leaves.get(e.name)
         if leaf is None:
@@ -295,8 +300,9 @@ class Call:
         dtype = torch.int64 if e.dtype == "int" else self.plan.dtype
         if not (leaf.dtype is dtype and leaf.is_contiguous()) or leaf.is_neg():
             leaf = leaf.detach().resolve_neg().to(dtype).contiguous()
-        if e.per_task and self.slots > leaf.shape[0]:  # the last block is full of the last task
-            leaf = torch.cat([leaf.detach(), leaf.detach()[-1:].expand(self.slots - leaf.shape[0], *e.shape)])
+        if e.per_task and self.slots > self.problem.tasks:  # the last task fills its block, without a cotangent
+            more = leaf[-1:].detach() if cotangent is None else leaf.new_zeros(())
+            leaf = torch.cat([leaf.detach(), more.expand(self.slots - self.problem.tasks, *e.shape)])
         return leaf
 
     def _allocate(self, e: External) -> Tensor:

@@ -122,7 +122,30 @@ def gemm(
     return Case(f"gemm {batch}x{m}x{n}x{k} {a}-{b}-{c} mode{mode} bias{bias}", make)
 
 
+def gemm_in_lanes(batch: int, m: int, n: int, k: int, shared: str = "", turned: bool = False, mode: int = 0) -> Case:
+    """The matrices of the batch side by side in memory; `shared` names an operand that is one for all of them."""
+
+    def make(draw: Draw) -> Call:
+        def matrix(name: str, rows: int, columns: int) -> Tensor:
+            lane = 0 if name == shared else 1
+            rs, cs = (batch, rows * batch + batch) if turned else (columns * batch + batch, batch)
+            return draw.strided((batch, rows, columns), (lane, rs, cs))
+
+        A, B, C = matrix("A", m, k), matrix("B", k, n), matrix("C", m, n)
+        value, magnitude = A.double() @ B.double(), A.double().abs() @ B.double().abs()
+        ints = [batch, m, n, k, *A.stride(), *B.stride(), *C.stride(), mode, 0]
+        out = wanted(C, value, (k + 2) * draw.u * magnitude, add=bool(mode))
+        return Call("gemm", [given(A), given(B), out], ints)
+
+    return Case(f"gemm lanes {batch}x{m}x{n}x{k} shared{shared} turned{turned:d} mode{mode}", make)
+
+
 def gemm_cases() -> Iterator[Case]:
+    for batch, shared in itertools.product((2, 4, 8, 16, 32, 24, 6), ("", "A", "B")):
+        yield gemm_in_lanes(batch, 10, 40, 13, shared, mode=batch % 3 % 2)
+        yield gemm_in_lanes(batch, 7, 3, 5, shared, turned=True)
+    for m, n, k in [(1, 1, 1), (1, 40, 10), (40, 1, 10), (25, 2, 4), (3, 3, 500), (13, 11, 193), (12, 4, 0), (0, 4, 4)]:
+        yield gemm_in_lanes(16, m, n, k, mode=k % 2)
     orders = list(itertools.product((ROW, COLUMN, LOOSE), repeat=3))
     for k, (a, b, c) in enumerate(orders):
         yield gemm(1, 13, 37, 19, a, b, c, mode=k % 2, bias=k // 2 % 2)

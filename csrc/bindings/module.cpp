@@ -105,10 +105,11 @@ std::vector<InstructionSpec> parse_instructions(const std::string& section, cons
 
 std::shared_ptr<Program> make_program(const std::string& dtype, const py::dict& sections, int64_t arena_bytes,
                                       int64_t state_bytes, int64_t adjoint_bytes, int64_t accumulator_bytes,
-                                      const py::bytes& constants, int n_external, int lanes, const std::string& isa) {
+                                      const py::bytes& constants, int n_external, int lanes,
+                                      const std::string& isa) {
   ProgramSpec spec{
-      parse_dtype(dtype), parse_isa(isa), {}, {arena_bytes, state_bytes, adjoint_bytes, accumulator_bytes},
-      constants,          n_external,       lanes};
+      parse_dtype(dtype), parse_isa(isa), {},   {arena_bytes, state_bytes, adjoint_bytes, accumulator_bytes},
+      constants,          n_external,     lanes};
   for (const auto& [name, rows] : sections) {
     if (!py::isinstance<py::str>(name))
       throw py::type_error("Program: sections are named, got " + shown(name));

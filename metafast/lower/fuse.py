@@ -19,7 +19,13 @@ from metafast.ops import TABLE
 from metafast.ops.pointwise import POINTWISE
 from metafast.sweep import Section, Store
 
-ACCUMULATING = {"matmul": "rows", "matmul_lanes": "rows", "conv2d": "pixels", "conv2d_dx": "pixels", "conv2d_dw": "weights"}  # layout written
+ACCUMULATING = {  # the layout written
+    "matmul": "rows",
+    "matmul_lanes": "rows",
+    "conv2d": "pixels",
+    "conv2d_dx": "pixels",
+    "conv2d_dw": "weights",
+}
 CHEAP = {"step", "neg", "sign", "gt", "ge", "lt", "le", "eq", "ne", "add", "sub", "mul"}
 MAX_OPS = 40  # registers and inputs of a cluster must fit L1 in blocks of some hundred elements
 MAX_INPUTS = 20

@@ -151,7 +151,7 @@ class _Interleaver:
 
     def _aligned(self, v: Value) -> Value:
         """The value with a last dim of lanes, or of 1 where all tasks share it; a 0-dim constant needs none."""
-        if v in self.moving or not v.shape and self.b.constant_of(v) is not None:
+        if v in self.moving or (not v.shape and self.b.constant_of(v) is not None):
             return v
         return self.b.op("reshape", v, shape=(*v.shape, 1))
 
@@ -185,7 +185,7 @@ MOST_STATE_BYTES = 1 << 18
 
 
 def best_lanes(state: Mapping[str, Shape], itemsize: int, tasks: int) -> int:
-    """How many of so many tasks to do at once: a vector's worth where there are as many and their parameters are few."""
+    """How many of so many tasks to do at once: a vector's worth where there are as many and parameters are few."""
     from metafast import _C
 
     lanes = int(_C.vector_bytes()) // itemsize

@@ -1,11 +1,10 @@
 """Spell some nodes out in sums and pointwise ops, where clusters then do it in fewer passes over memory.
 
-A product over a single k is an outer product: a multiplication with broadcasting, which joins the cluster that reads it.
-
-Of a normalisation's adjoint, `project` needs two means of v before it can write anything. Where what is kept lies innermost (the channels of an
-N,H,W,C batch norm), the cluster that makes v adds both up on the way, and applying them is a cluster of its own, into
-which what follows may join: v and x̂ are read once instead of twice. Elsewhere (layer norm) the rows fit a cache and the
-kernel stays.
+A product over a single k is an outer product: a multiplication with broadcasting, which joins the cluster that reads
+it. `project`, a normalisation's adjoint, needs two means of v before it can write anything. Where what is kept lies
+innermost (the channels of an N,H,W,C batch norm), the cluster that makes v adds both up on the way, and applying them
+is a cluster of its own, into which what follows may join: v and x̂ are read once instead of twice. Elsewhere (layer
+norm) the rows fit a cache and the kernel stays.
 """
 
 from __future__ import annotations

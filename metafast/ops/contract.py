@@ -60,7 +60,7 @@ register(
 
 def _lanes_infer(x: Sequence[Value], a: Attrs) -> tuple[Spec, ...]:
     (m, k, *p), (k2, n, *q) = x[0].shape, x[1].shape
-    if len(p) != 1 or len(q) != 1 or k != k2 or 1 not in (p[0], q[0]) and p != q:
+    if len(p) != 1 or len(q) != 1 or k != k2 or (1 not in (p[0], q[0]) and p != q):
         raise ValueError(f"matmul_lanes: shapes {x[0].shape} and {x[1].shape} do not fit")
     return (((m, n, max(p[0], q[0])), "real"),)
 

@@ -43,8 +43,23 @@ struct Sizes {
 
   template <class T>
   static Sizes of(const int64_t* i) {
-    Sizes s{i[0],  i[1],  i[2],  i[3],  i[5], i[6], i[8], i[9],
-            i[11], i[12], false, false, false, false, 0,    0, lie_in_lanes<T>(i)};
+    Sizes s{i[0],
+            i[1],
+            i[2],
+            i[3],
+            i[5],
+            i[6],
+            i[8],
+            i[9],
+            i[11],
+            i[12],
+            false,
+            false,
+            false,
+            false,
+            0,
+            0,
+            lie_in_lanes<T>(i)};
     if (s.lanes) return s;
     const bool column = s.N == 1 && s.M > 1;
     s.turned = s.c_rs == 1 && (column ? s.a_rs == 1 : s.c_cs != 1) && s.M > 1;

@@ -114,7 +114,8 @@ int64_t most_rows(int64_t columns) {
 
 // Vectors loaded for the whole product, by tiles of so many columns: what decides between widths.
 int64_t loads(int64_t M, int64_t N, int64_t columns) {
-  const int64_t strips = (N + columns - 1) / columns, blocks = (M + most_rows(columns) - 1) / most_rows(columns);
+  const int64_t strips = (N + columns - 1) / columns,
+                blocks = (M + most_rows(columns) - 1) / most_rows(columns);
   return strips * M + blocks * N;
 }
 

@@ -239,7 +239,8 @@ struct Space {
     const auto stride = [&](int o) { return p.strides[o * p.rank + d]; };
     const auto follows = [&](int o) { return strides[o][rank - 1] == stride(o) * p.dims[d]; };
     bool merges = rank > 0;
-    for (int o = 0; merges && o < operands; ++o) merges = follows(o) || (vector && may_repeat(p, o, stride(o)));
+    for (int o = 0; merges && o < operands; ++o)
+      merges = follows(o) || (vector && may_repeat(p, o, stride(o)));
     for (int o = 0; merges && o < operands; ++o) any_repeats |= repeats[o] = !follows(o);
     if (merges)
       dims[rank - 1] *= p.dims[d];
