@@ -5,6 +5,8 @@ namespace {
 
 // k a tile runs before C is touched, as in gemm: keeps the chains of roundings short.
 constexpr int64_t kDepth = 192;
+// Bytes of A that stay in a first-level cache while strips of B pass by.
+constexpr int64_t kResident = 16384;
 
 // Accumulators, a row of B and one element of A fill the registers.
 constexpr int max_rows(int columns) { return (kVecRegisters - 1 - columns) / columns; }
@@ -130,17 +132,20 @@ int64_t best_columns(int64_t M, int64_t N) {
 
 template <class T>
 void multiply_lanes(const LaneProduct<T>& p) noexcept {
+  constexpr int64_t bytes = kLanes<T> * static_cast<int64_t>(sizeof(T));
   const int64_t columns = best_columns(p.M, p.N);
   const Cut rows(p.M, most_rows(columns)), strips(p.N, columns);
   for (int64_t k = 0; k < p.K; k += kDepth) {
     const int64_t depth = min64(kDepth, p.K - k);
-    for (int64_t s = 0; s < strips.pieces; ++s) {
-      const int64_t n = strips.begin(s), width = strips.begin(s + 1) - n;
-      for (int64_t r = 0; r < rows.pieces; ++r) {
-        const int64_t m = rows.begin(r);
-        find<T>(rows.begin(r + 1) - m, width, p.A.lanes, p.B.lanes)(p, m, n, k, depth);
+    const int64_t together = max64(1, kResident / (bytes * depth * most_rows(columns)));
+    for (int64_t first = 0; first < rows.pieces; first += together)
+      for (int64_t s = 0; s < strips.pieces; ++s) {
+        const int64_t n = strips.begin(s), width = strips.begin(s + 1) - n;
+        for (int64_t r = first; r < min64(first + together, rows.pieces); ++r) {
+          const int64_t m = rows.begin(r);
+          find<T>(rows.begin(r + 1) - m, width, p.A.lanes, p.B.lanes)(p, m, n, k, depth);
+        }
       }
-    }
   }
 }
 

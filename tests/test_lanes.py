@@ -1,0 +1,221 @@
+"""Tasks side by side: what an interleaved program computes is what the plain one does, for every way to run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import test_invariants
+import torch
+import torch.nn.functional as F
+from parity import WAYS_OUT, assert_same, exact_answer, inner_loop, metafast_gradients, named, require
+from test_random_graphs import Writer
+from torch import Tensor, nn
+from zoo import ENTRIES, Entry
+from zoo import named as entry_named
+
+import metafast
+from metafast import dispatch
+from metafast.errors import LabelError
+from metafast.graph import Builder, Graph, copy_into, evaluate
+from metafast.lower import NotInterleaved, best_lanes
+from metafast.lower.interleave import interleave
+from metafast.sweep import Section, Store
+
+pytest.importorskip("metafast._C", reason="the native backend is not built", exc_type=ImportError)
+
+LANED = ["mlp_relu", "mlp_tanh_sigmoid", "mlp_gelu", "mlp_silu_softplus", "mlp_elu_leaky", "mlp_layer_norm", "in_place",
+         "skip_connections", "tied_weights", "closure_constants", "pointwise", "sinusoid", "huber", "l1_and_smooth_l1",
+         "binary", "weighted_cross_entropy", "soft_targets"]  # fmt: skip
+
+
+@pytest.fixture
+def side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any number of tasks, of any size, fills the lanes."""
+    from metafast import _C
+
+    monkeypatch.setattr("metafast.native.best_lanes", lambda state, itemsize, tasks: _C.vector_bytes() // itemsize)
+
+
+def lanes_of(model: nn.Module) -> set[int]:
+    """How many tasks at once the programs of a model do that have run."""
+    plans = [choice.backend.plan for choice in dispatch._plans[model].values()]
+    return {lowered.lanes for plan in plans for lowered in plan.programs.values()}
+
+
+# ---- the pass ---------------------------------------------------------------------------------------------------
+
+
+class FlatWriter(Writer):
+    """Graphs of vectors and matrices alone, with the ops that have a form for tasks side by side."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.values = [v for v in self.values if len(v.shape) <= 2]
+
+    def step(self) -> None:
+        kinds = [self.unary, self.binary, self.view, self.cut, self.total, self.select, self.join]
+        made = self.rng.choice([*kinds, self.product, self.normalise, self.softmax])()
+        if made is not None and len(made.shape) <= 2 and 0 < torch.Size(made.shape).numel() <= 500:
+            self.values.append(made)
+
+
+def as_section(graph: Graph) -> Section:
+    """The graph as a section: odd arguments differ from task to task, even ones are shared."""
+    b = Builder()
+
+    def bind(i: Any) -> Any:
+        leaf = f"query/{i.role}{i.name}" if int(i.name) % 2 else f"param/{i.role}{i.name}"
+        return b.input("leaf", leaf, i.value.shape, i.value.dtype)
+
+    env = copy_into(b, graph, bind)
+    outputs = {name: env[v] for name, v in graph.outputs.items()}
+    return Section(b.finish(outputs), tuple(Store(name, "output", name) for name in outputs))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_each_lane_is_one_task(seed: int) -> None:
+    lanes, section = 3, as_section(FlatWriter(seed).graph())
+    made = interleave({"query": section}, lanes)["query"]
+    draw = torch.Generator().manual_seed(seed)
+    values: dict[tuple[str, str], Tensor] = {}
+    for i in section.graph.inputs:
+        shape = (*i.value.shape, lanes) if i.name.startswith("query/") else i.value.shape
+        values[i.role, i.name] = torch.randn(shape, generator=draw, dtype=torch.float64)
+    got = evaluate(made.graph, {(i.role, i.name): values[i.role, i.name] for i in made.graph.inputs})
+    for lane in range(lanes):
+        for name, expected in evaluate(section.graph, _of_lane(values, lane)).items():
+            torch.testing.assert_close(got[name][..., lane], expected, rtol=1e-9, atol=1e-9)
+
+
+def _of_lane(values: Mapping[tuple[str, str], Tensor], lane: int) -> dict[tuple[str, str], Tensor]:
+    return {key: v[..., lane] if key[1].startswith("query/") else v for key, v in values.items()}
+
+
+def test_what_has_no_such_form_is_refused() -> None:
+    b = Builder()
+    x, w = b.input("leaf", "query/0", (1, 2, 6, 6)), b.input("leaf", "param/w", (3, 2, 3, 3))
+    pairs = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
+    section = Section(b.finish({"y": b.op("conv2d", x, w, **pairs)}), (Store("y", "output", "y"),))
+    with pytest.raises(NotInterleaved, match="conv2d"):
+        interleave({"query": section}, 8)
+
+
+# ---- meta-gradients ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("side_by_side")
+@pytest.mark.parametrize("entry", ENTRIES, ids=str)
+@pytest.mark.parametrize("way", WAYS_OUT)
+@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize("order", [1, 2])
+def test_float64(entry: Entry, order: int, steps: int, way: str) -> None:
+    """As many tasks as do not fill a vector; nets that cannot lie side by side run as ever."""
+    task = entry.make()
+    inner = inner_loop(task, require("native"), steps=steps, order=order)
+    loss, got = metafast_gradients(inner, task, way)
+    expected = exact_answer(entry, order, steps, torch.float64, False)
+    torch.testing.assert_close(loss, expected.losses.mean(), rtol=1e-12, atol=0.0)
+    assert_same(got, named(expected))
+    assert lanes_of(task.model) == {metafast._C.vector_bytes() // 8 if str(entry) in LANED else 1}
+
+
+def classifier(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)).to(dtype)
+
+
+def batch(tasks: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(tasks)
+    x = torch.randn(tasks, 6, 4, generator=draw, dtype=torch.float64).to(dtype)
+    return x, torch.arange(6).remainder(3).expand(tasks, 6).contiguous()
+
+
+class Momentum:
+    """μ and the rate are learned; the state is one velocity a parameter."""
+
+    def __new__(cls) -> metafast.UpdateRule:
+        def init(params: Any, hyper: Any) -> Any:
+            return {n: torch.zeros_like(p) for n, p in params.items()}
+
+        def update(params: Any, grads: Any, state: Any, hyper: Any, k: Any, params0: Any) -> Any:
+            norm = torch.sqrt(sum((g * g).sum() for g in grads.values()))
+            scale = torch.clamp(1.0 / norm, max=1.0)
+            state = {n: hyper["mu"] * v + scale * grads[n] for n, v in state.items()}
+            return {n: p - hyper["lr"] * state[n] / (1.0 + 0.1 * k) for n, p in params.items()}, state
+
+        double = {"dtype": torch.float64}
+        return metafast.UpdateRule(
+            init, update, lr=nn.Parameter(torch.tensor(0.3, **double)), mu=nn.Parameter(torch.tensor(0.5, **double))
+        )
+
+
+@pytest.mark.usefixtures("side_by_side")
+@pytest.mark.parametrize("tasks", [1, 4, 9])
+def test_every_way_to_ask(tasks: int) -> None:
+    """State, labels, running statistics, outputs, gradients in the data and losses task by task, beside PyTorch."""
+    found = []
+    for backend in ("torch", "native"):
+        model = classifier()
+        inner = metafast.InnerLoop(
+            model, F.cross_entropy, update=Momentum(), steps=2, reduction="none", return_outputs=True, backend=backend
+        )
+        (x, y), (xq, yq) = batch(tasks), batch(tasks + 1)
+        x, xq = x.requires_grad_(), xq[:tasks].requires_grad_()
+        losses, outputs = inner((x, y), (xq, yq[:tasks]))
+        (losses * torch.linspace(0.5, 2.0, tasks)).sum().add((outputs**2).sum()).backward()
+        fast = inner.adapt((x, y))
+        sum((f * f).sum() for f in fast.values()).backward()
+        found.append([losses, outputs, *fast.values(), x.grad, xq.grad, *(p.grad for p in inner.parameters())])
+        found[-1] += list(model.buffers())
+    assert metafast._C.vector_bytes() // 8 in lanes_of(model)
+    for eager, native in zip(*found, strict=True):
+        torch.testing.assert_close(native, eager, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.usefixtures("side_by_side")
+def test_a_wrong_label_is_found_in_its_task() -> None:
+    x, y = batch(11, torch.float32)
+    y[6, 2] = 3
+    inner = metafast.InnerLoop(classifier(torch.float32), F.cross_entropy, update=metafast.SGD(lr=0.1), steps=1)
+    with pytest.raises(LabelError, match="task 6, support labels"):
+        inner((x, y), batch(11, torch.float32))
+
+
+@pytest.mark.usefixtures("side_by_side")
+def test_a_loss_that_is_not_finite_is_found_in_its_task() -> None:
+    x, y = batch(11, torch.float32)
+    x[9, 0] = float("inf")
+    inner = metafast.InnerLoop(classifier(torch.float32), F.cross_entropy, update=metafast.SGD(lr=0.1), steps=1)
+    with pytest.warns(metafast.NonFiniteWarning, match="task 9"):
+        inner((x, y), batch(11, torch.float32))
+
+
+@pytest.mark.usefixtures("side_by_side")
+@pytest.mark.parametrize("way", WAYS_OUT)
+@pytest.mark.parametrize("tasks", [1, 3, 150])
+def test_same_bits_on_any_number_of_threads(way: str, tasks: int) -> None:
+    found = []
+    for threads in (1, 2, 4):
+        with test_invariants.torch_threads(threads):
+            found.append(test_invariants.bits("mlp_relu", "native", way, tasks))
+    assert found[0] == found[1] == found[2]
+
+
+# ---- when it is done --------------------------------------------------------------------------------------------
+
+
+def test_many_tasks_of_few_parameters_lie_side_by_side() -> None:
+    lanes = metafast._C.vector_bytes() // 4
+    assert best_lanes({"w": (40, 40)}, 4, lanes) == lanes
+    assert best_lanes({"w": (40, 40)}, 4, lanes - 1) == 1
+    assert best_lanes({"w": (784, 256)}, 4, 1000) == 1
+
+
+def test_a_net_that_fits_runs_side_by_side_by_itself() -> None:
+    task = entry_named("mlp_relu").make(torch.float32)
+    inner = inner_loop(task, "native", steps=2)
+    many = tuple(test_invariants._repeat(t, 64) for t in task.support)
+    inner(many, many)
+    assert lanes_of(task.model) == {metafast._C.vector_bytes() // 4}
