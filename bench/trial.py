@@ -31,10 +31,14 @@ ADAPTERS = ("architectures.py", "jax_peers.py", "peers.py")
 def child(module: str, *arguments: str, limit: float = 600.0) -> dict:
     """Run `python -m module arguments...` afresh: the JSON of its last line. Raises if it fails or takes longer.
 
-    At the limit the process ends with all that it started: compilers run in processes of their own.
+    At the limit the process ends with all that it started: compilers run in processes of their own. It finds bytecode
+    where a process before it left some, as an installed package does.
     """
+    from bench import machine
+
+    bytecode = {"PYTHONPYCACHEPREFIX": str(machine.cache_folder() / "bytecode"), "PYTHONDONTWRITEBYTECODE": ""}
     command = [sys.executable, "-m", module, *arguments]
-    pipes: Any = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes: Any = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **bytecode})
     with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes) as process:
         try:
             output, errors = process.communicate(timeout=limit)

@@ -1,12 +1,12 @@
-"""One pair of registered operations, and the autograd functions around them, for every way out of the inner loop.
+"""A call of the inner loop, and the ways it takes into autograd.
 
 A `Call` knows how to compute its results and, later, its gradients. It takes one of three ways into autograd:
 
 - nothing wants a gradient: it just runs;
 - eagerly: `_Eager`, an autograd function around it;
-- under a torch.func transform: `_Transformed`, a function with a vmap rule around the registered operation
-  `metafast::replay`, which in turn has autograd, vmap and fake rules of its own. No order of transforms is then
-  silently wrong: each is right or raises.
+- under a torch.func transform: `Transformed`, a function with a vmap rule around the registered operation
+  `metafast::replay`, which in turn has autograd, vmap and fake rules of its own (both in `registered.py`). No order of
+  transforms is then silently wrong: each is right or raises.
 
 The registered operations take the leaves as a list and the call as a number; numbers are looked up in a weak registry,
 and the graph holds the call, so a call lives exactly as long as something may still ask for its gradient.
@@ -20,23 +20,21 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import dispatch
 from .batchnorm import copied
-from .errors import BackendError, DoubleBackwardError, InputChangedError, TransformError, message
-from .externs import find_externs
+from .errors import BackendError, DoubleBackwardError, InputChangedError
 from .problem import Backend, Outcome, Problem
 from .reach import Reach
-from .reference import swapping
 from .transforms import outside_compile, tracing, transformed
 
-__all__ = ["AdaptCall", "Call", "FusedCall", "launch"]
+__all__ = ["AdaptCall", "Call", "FusedCall", "Once", "launch"]
+__all__ += ["apply", "filled", "find_call", "once", "saved_by", "scaled"]
 
 
 Check = Callable[[Outcome, Problem], None]
@@ -189,7 +187,7 @@ class FusedCall(Call):
         """The gradients of an outcome in the order of `wrt`, zeros where nothing depends on a leaf."""
         assert outcome.gradients is not None
         grads = outcome.gradients
-        return [_filled(grads[key], self.problem.leaves[key]) for key in self.problem.wrt]
+        return [filled(grads[key], self.problem.leaves[key]) for key in self.problem.wrt]
 
     def replay(self, problem: Problem, cotangents: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
         seed, *outputs = cotangents
@@ -232,27 +230,10 @@ class AdaptCall(Call):
         return [p.new_empty((self.problem.tasks, *p.shape)) for p in params]
 
 
-def _apply(function: type[torch.autograd.Function], *args: Any) -> tuple[Any, ...]:
+def apply(function: type[torch.autograd.Function], *args: Any) -> tuple[Any, ...]:
+    """`function.apply`, with a type."""
     results: tuple[Any, ...] = function.apply(*args)  # type: ignore[no-untyped-call]
     return results
-
-
-class _Watched(TorchFunctionMode):
-    """Raises where a tensor of a torch.func transform is read other than through a leaf."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        for value in (*args, *kwargs.values()):
-            for tensor in value if isinstance(value, (list, tuple)) else (value,):
-                if isinstance(tensor, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-                    raise _unseen("one that a torch.func transform wraps")
-        return func(*args, **kwargs)
-
-
-def _unseen(kind: str) -> TransformError:
-    way_out = "pass it as a parameter, as a hyper-parameter or in the batch"
-    place = "InnerLoop under a torch.func transform: a tensor in a closure, an attribute or a buffer"
-    return TransformError(message(place, kind, "a constant", way_out))
 
 
 def launch(call: Call) -> list[Tensor]:
@@ -260,12 +241,14 @@ def launch(call: Call) -> list[Tensor]:
     problem = call.problem
     if transformed():
         number = _register(call)
-        return list(_apply(_Transformed, number, *problem.leaves.values()))[: call.differentiable]
+        from .registered import Transformed
+
+        return list(apply(Transformed, number, *problem.leaves.values()))[: call.differentiable]
     if not (problem.wrt and torch.is_grad_enabled()) and not tracing():
         return call.forward(problem)
     if not call.ready:
         call.remember()
-    return list(_apply(_Eager, call, *[problem.leaves[key] for key in problem.wrt]))
+    return list(apply(_Eager, call, *[problem.leaves[key] for key in problem.wrt]))
 
 
 # Eager
@@ -289,20 +272,20 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
         count = len(call.problem.leaves)
-        saved = _saved(ctx)
+        saved = saved_by(ctx)
         with torch.no_grad():
             if call.ready:
                 seed = cotangents[0]
                 whole = seed is not None and seed.device.type == "cpu" and seed.item() == 1.0
-                grads = list(saved[count:]) if whole else _scaled(saved[count:], seed)
+                grads = list(saved[count:]) if whole else scaled(saved[count:], seed)
             else:
                 grads = call.backward(call.problem, cotangents)
         if torch.is_grad_enabled():  # create_graph: whoever differentiates these shall hear of it
-            grads = _once(grads, call.wanted(saved[:count]))
+            grads = once(grads, call.wanted(saved[:count]))
         return (None, *grads)
 
 
-class _Once(torch.autograd.Function):
+class Once(torch.autograd.Function):
     """Passes gradients on; its own backward raises."""
 
     generate_vmap_rule = True
@@ -323,20 +306,22 @@ class _Once(torch.autograd.Function):
         )
 
 
-def _once(grads: Sequence[Tensor | None], leaves: Sequence[Tensor]) -> list[Tensor | None]:
+def once(grads: Sequence[Tensor | None], leaves: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients, which can't be differentiated again: whoever tries hears of it."""
     given = [g for g in grads if g is not None]
-    passed = iter(_apply(_Once, len(given), *given, *leaves) if given else ())
+    passed = iter(apply(Once, len(given), *given, *leaves) if given else ())
     return [None if g is None else next(passed) for g in grads]
 
 
-def _scaled(grads: Sequence[Tensor], seed: Tensor | None) -> list[Tensor | None]:
+def scaled(grads: Sequence[Tensor], seed: Tensor | None) -> list[Tensor | None]:
     """The gradients of a ready call for the true cotangent of its loss."""
     if seed is None:
         return [None] * len(grads)
     return [g * seed for g in grads]
 
 
-def _saved(ctx: Any) -> tuple[Tensor, ...]:
+def saved_by(ctx: Any) -> tuple[Tensor, ...]:
+    """What the forward saved. Raises `InputChangedError` where it was changed since."""
     try:
         saved: tuple[Tensor, ...] = ctx.saved_tensors
     except RuntimeError as error:
@@ -349,6 +334,11 @@ def _saved(ctx: Any) -> tuple[Tensor, ...]:
     return saved
 
 
+def filled(grad: Tensor | None, leaf: Tensor) -> Tensor:
+    """The gradient, zeros where nothing depends on the leaf."""
+    return torch.zeros_like(leaf) if grad is None else grad
+
+
 # Registered
 
 
@@ -357,12 +347,16 @@ _numbers = itertools.count()
 
 
 def _register(call: Call) -> int:
+    """A number for `metafast::replay` to know the call by."""
+    from . import registered  # noqa: F401   made with the first transform: it takes milliseconds
+
     number = next(_numbers)
     _calls[number] = call
     return number
 
 
-def _call(number: int) -> Call:
+def find_call(number: int) -> Call:
+    """The call of that number. Raises `BackendError` where it is gone."""
     try:
         return _calls[number]
     except KeyError:
@@ -370,188 +364,3 @@ def _call(number: int) -> Call:
             f"metafast::replay: got call {number}, which is gone, expected one whose graph is alive; a traced or "
             "exported graph cannot outlive the call it was made from"
         ) from None
-
-
-@contextlib.contextmanager
-def _autograd_inside() -> Iterator[None]:
-    """Registered operations run below autograd; the reference needs it back."""
-    key = torch._C.DispatchKey
-    exclude = torch._C._dispatch_tls_local_exclude_set()
-    for name in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView"):
-        exclude = exclude.remove(getattr(key, name))
-    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), exclude):
-        yield
-
-
-@contextlib.contextmanager
-def _installed(problem: Problem) -> Iterator[None]:
-    """Put the leaves themselves on the model, where functional_call may have left tensors of a transform."""
-    slots = []
-    for name, leaf in problem.group("param").items():
-        for alias in problem.aliases.get(name, (name,)):
-            path, _, key = alias.rpartition(".")
-            slots.append((problem.model.get_submodule(path)._parameters, key, leaf))
-    with swapping:
-        before = [store[key] for store, key, _ in slots]
-        for store, key, leaf in slots:
-            store[key] = cast(nn.Parameter, leaf)
-        try:
-            yield
-        finally:
-            for (store, key, _), tensor in zip(slots, before, strict=True):
-                store[key] = tensor
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """A registered operation's results are contiguous and share no memory, not with each other either."""
-    return tensor.clone(memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op("metafast::replay", mutates_args=())
-def _replay(leaves: list[Tensor], call: int) -> list[Tensor]:
-    known = _call(call)
-    known.remember()
-    assert known.surroundings is not None
-    known.surroundings.rewind()  # every slice of a vmap draws the same
-    problem = known.problem.with_leaves(leaves)
-    with _autograd_inside(), known.surroundings.precision(), torch.no_grad(), _installed(problem), _Watched():
-        if not problem.group("extern") and find_externs(problem):
-            raise _unseen("one that requires grad")
-        return [_own(t) for t in known.first_pass(problem)]
-
-
-@_replay.register_fake
-def _(leaves: list[Tensor], call: int) -> list[Tensor]:
-    return _call(call).fake(leaves)
-
-
-@torch.library.custom_op("metafast::replay_vjp", mutates_args=())
-def _replay_vjp(leaves: list[Tensor], cotangents: list[Tensor], call: int) -> list[Tensor]:
-    known = _call(call)
-    problem = known.problem.with_leaves(leaves)
-    with _autograd_inside(), _installed(problem), _Watched():
-        grads = known.backward(problem, cotangents)
-    return [_own(_filled(g, leaf)) for g, leaf in zip(grads, known.wanted(leaves), strict=True)]
-
-
-@_replay_vjp.register_fake
-def _(leaves: list[Tensor], cotangents: list[Tensor], call: int) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t in _call(call).wanted(leaves)]
-
-
-def _filled(grad: Tensor | None, leaf: Tensor) -> Tensor:
-    return torch.zeros_like(leaf) if grad is None else grad
-
-
-def _spread(call: Call, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Gradients of the wanted leaves at their places among all leaves."""
-    by_key = dict(zip(call.problem.wrt, grads, strict=True))
-    return [by_key.get(key) for key in call.problem.leaves]
-
-
-def _op_setup(ctx: Any, inputs: Any, output: list[Tensor]) -> None:
-    leaves, number = inputs
-    ctx.call, ctx.number = _call(number), number
-    ctx.save_for_backward(*leaves, *output[ctx.call.differentiable :])
-
-
-@outside_compile
-def _op_backward(ctx: Any, cotangents: list[Tensor | None]) -> Any:
-    call: Call = ctx.call
-    count = len(call.problem.leaves)
-    saved = _saved(ctx)
-    leaves, given = list(saved[:count]), cotangents[: call.differentiable]
-    if call.ready:
-        grads = _scaled(saved[count:], given[0])
-    else:
-        shapes = call.fake(leaves) if any(c is None for c in given) else []
-        if shapes:
-            given = [torch.zeros_like(s) if c is None else c for c, s in zip(given, shapes, strict=False)]
-        grads = list(torch.ops.metafast.replay_vjp(leaves, list(given), ctx.number))
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        grads = _once(grads, call.wanted(leaves))
-    return _spread(call, grads), None
-
-
-def _never(ctx: Any, *cotangents: Any) -> Any:
-    return _Once.backward(ctx)
-
-
-_replay.register_autograd(_op_backward, setup_context=_op_setup)
-_replay_vjp.register_autograd(_never)
-
-
-def _op_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-    *lists, number = args
-    flat = [t for tensors in lists for t in tensors]
-    dims = [d for dims in in_dims[: len(lists)] for d in dims]
-    op: type[torch.autograd.Function] = _Transformed if len(lists) == 1 else _TransformedVjp
-    runs = [_apply(op, number, *one) for one in _slices(info, dims, flat)]
-    return [torch.stack(column) for column in zip(*runs, strict=True)], [0] * len(runs[0])
-
-
-if hasattr(_replay, "register_vmap"):  # from torch 2.5; before, vmap over the bare operation raises
-    _replay.register_vmap(_op_vmap)
-    _replay_vjp.register_vmap(_op_vmap)
-
-
-def _slices(info: Any, in_dims: Sequence[Any], tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """The arguments of each slice of a vmap."""
-    for i in range(info.batch_size):
-        yield [t if d is None else t.select(d, i) for t, d in zip(tensors, in_dims, strict=True)]
-
-
-class _Transformed(torch.autograd.Function):
-    """`metafast::replay` under torch.func transforms."""
-
-    @staticmethod
-    def forward(number: int, *leaves: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.ops.metafast.replay(list(leaves), number))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
-        number, *leaves = inputs
-        ctx.call, ctx.number = _call(number), number
-        rest = output[ctx.call.differentiable :]
-        ctx.mark_non_differentiable(*rest)
-        ctx.save_for_backward(*leaves, *rest)
-
-    @staticmethod
-    @outside_compile
-    def backward(ctx: Any, *cotangents: Tensor) -> Any:
-        call: Call = ctx.call
-        count = len(call.problem.leaves)
-        saved = _saved(ctx)
-        leaves = saved[:count]
-        if call.ready:
-            grads = _once(_scaled(saved[count:], cotangents[0]), call.wanted(leaves))
-        else:
-            grads = list(_apply(_TransformedVjp, ctx.number, *leaves, *cotangents[: call.differentiable]))
-        return (None, *_spread(call, grads))
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, number: int, *leaves: Tensor) -> Any:
-        runs = [_apply(_Transformed, number, *one) for one in _slices(info, in_dims[1:], leaves)]
-        return tuple(torch.stack(column) for column in zip(*runs, strict=True)), (0,) * len(runs[0])
-
-
-class _TransformedVjp(torch.autograd.Function):
-    """`metafast::replay_vjp` under torch.func transforms; differentiating it raises."""
-
-    @staticmethod
-    def forward(number: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        count = len(_call(number).problem.leaves)
-        return tuple(torch.ops.metafast.replay_vjp(list(tensors[:count]), list(tensors[count:]), number))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Any) -> Any:
-        return _Once.backward(ctx)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, number: int, *tensors: Tensor) -> Any:
-        runs = [_apply(_TransformedVjp, number, *one) for one in _slices(info, in_dims[1:], tensors)]
-        return tuple(torch.stack(column) for column in zip(*runs, strict=True)), (0,) * len(runs[0])

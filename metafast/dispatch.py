@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,10 +12,12 @@ from torch.overrides import _get_current_function_mode_stack
 
 from metafast.errors import BackendError, FallbackWarning, MetafastError, message, warn
 from metafast.problem import Backend, Problem
-from metafast.profile import Profile
 from metafast.reach import Reach
 from metafast.reference import Reference
 from metafast.tasks import nesting
+
+if TYPE_CHECKING:
+    from metafast.profile import Profile
 
 __all__ = ["choose", "explain", "profile"]
 

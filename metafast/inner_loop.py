@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,12 @@ from .errors import (
 from .fast_weights import FastWeights
 from .outline import NO_QUERY, Outline
 from .problem import Loss, Objective, Outcome, Problem
-from .profile import Profile
 from .reference import swapping
 from .transforms import outside_compile, tracing
 from .updates import UpdateRule
+
+if TYPE_CHECKING:
+    from .profile import Profile
 
 __all__ = ["InnerLoop"]
 

@@ -7,8 +7,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from metafast.sweep import SECTIONS
-
 __all__ = ["Profile", "Row"]
 
 
@@ -55,8 +53,8 @@ class Profile:
 
     def sections(self) -> list[Row]:
         """One row a section: its instructions together."""
-        groups = [(name, [row for row in self.rows if row.section == name]) for name in SECTIONS]
-        return [_together(name, rows) for name, rows in groups if rows]
+        names = dict.fromkeys(row.section for row in self.rows)
+        return [_together(name, [row for row in self.rows if row.section == name]) for name in names]
 
     def __str__(self) -> str:
         from rich.console import Console
