@@ -237,6 +237,8 @@ void max_pool(Call& c) {
   c.dense(in, images(c));
   c.dense(out, pooled(c, 12));
   c.index(out, pooled(c, 12));
+  c.flag(14, "flag of a sign");
+  if (c.i[14]) c.dense(in, c.i[3]);
   c.result.nanoseconds =
       static_cast<double>(pooled(c, 12)) * volume({{c.i[4], c.i[5]}}) / kElementsPerNanosecond;
 }

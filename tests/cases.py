@@ -25,7 +25,7 @@ class Arg:
     """One argument of a case.
 
     `layout`: how the op sees it (dense, permuted, strided, offset, expanded, nhwc: a view of a dense input).
-    `draw`: what numbers it holds (normal, large, positive, beyond 2, unit, away from zero, truth, ties,
+    `draw`: what numbers it holds (normal, large, positive, beyond 2, unit, away from zero, truth, ties, signs,
     counts, labels, winners, or const: the number `of`, written into the graph).
     """
 
@@ -39,7 +39,7 @@ class Arg:
     @property
     def moves(self) -> bool:
         """Whether derivatives with respect to it are asked for."""
-        return self.draw not in ("labels", "winners", "truth", "const")
+        return self.draw not in ("labels", "winners", "truth", "const", "signs")
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +108,8 @@ def _draw(arg: Arg, generator: torch.Generator) -> torch.Tensor:
         return (x > 0).double()
     if arg.draw == "ties":
         return torch.round(x).clamp(-1, 1)
+    if arg.draw == "signs":
+        return torch.sign(x) * (torch.arange(x.numel()) % 4 != 0)
     if arg.draw == "counts":
         return torch.round(x).abs()
     if arg.draw == "large":
@@ -262,6 +264,13 @@ def _avg_adj(ct: torch.Tensor, size: Any, **a: Any) -> torch.Tensor:
     return (ct.flatten(2) @ matrix.T).reshape(*ct.shape[:2], *size)
 
 
+def _max_pool(x: torch.Tensor, sign: torch.Tensor | None = None, **window: Any) -> Tensors:
+    if sign is None:
+        return F.max_pool2d(x, **window, return_indices=True)
+    winners = F.max_pool2d(x * sign[:, None, None], **window, return_indices=True)[1]
+    return _gather(x, winners), winners
+
+
 def _gather(x: torch.Tensor, winners: torch.Tensor) -> torch.Tensor:
     return x.flatten(2).gather(2, winners.flatten(2)).reshape(winners.shape)
 
@@ -322,7 +331,7 @@ REFERENCE |= {
     "standardize": _standardize,
     "project": _project,
     "project_tangent": _project_tangent,
-    "max_pool": lambda x, **a: F.max_pool2d(x, **_pool(a), return_indices=True),
+    "max_pool": lambda x, *sign, **a: _max_pool(x, *sign, **_pool(a)),
     "pool_gather": _gather,
     "pool_scatter": _scatter,
     "avg_pool": lambda x, **a: _avg(x, a),
@@ -523,6 +532,7 @@ def _pools() -> list[Case]:
         y = F.max_pool2d(torch.zeros(shape), **_pool(attrs)).shape
         winners = Arg(tuple(y), draw="winners", of=(shape, attrs))
         cases += [Case("max_pool", (Arg(shape, layout),), attrs, (0,)) for layout in ("dense", "nhwc")]
+        cases.append(Case("max_pool", (Arg(shape, "nhwc"), Arg((shape[1],), draw="signs")), attrs, (0,)))
         cases.append(Case("pool_gather", (Arg(shape, "nhwc"), winners)))
         cases.append(Case("pool_scatter", (Arg(tuple(y), "nhwc"), winners), {"size": shape[2:]}))
     cases.append(Case("max_pool", (Arg((2, 3, 6, 6), draw="ties"),), windows(3, 2, 1), (0,)))

@@ -469,20 +469,23 @@ def pool_shape(n: int, c: int, side: Pair, k: Pair, s: Pair, p: Pair, d: Pair = 
 
 
 def max_pool(
-    n: int, c: int, side: Pair, k: Pair, s: Pair, p: Pair = (0, 0), d: Pair = (1, 1), nan: int = 0
+    n: int, c: int, side: Pair, k: Pair, s: Pair, p: Pair = (0, 0), d: Pair = (1, 1), nan: int = 0, signs: bool = False
 ) -> Case:
     def make(draw: Draw) -> Call:
         x = draw.dense(n, *side, c).mul(4).round()  # ties are common
         if nan:
             x.view(-1)[::nan] = float("nan")
-        ints = pool_shape(n, c, side, k, s, p, d)
-        y, idx = F.max_pool2d(x.permute(0, 3, 1, 2), k, s, p, d, return_indices=True)
+        sign = (torch.arange(c) % 3 - 1).to(x)  # -1, 0, 1: the least, the first, the largest wins
+        ints = [*pool_shape(n, c, side, k, s, p, d), int(signs)]
+        channels_first = (x * sign if signs else x).permute(0, 3, 1, 2)
+        idx = F.max_pool2d(channels_first, k, s, p, d, return_indices=True)[1]
+        y = x.permute(0, 3, 1, 2).flatten(2).gather(2, idx.flatten(2)).reshape(idx.shape)
         y, idx = y.permute(0, 2, 3, 1), idx.permute(0, 2, 3, 1)
         outs = [wanted(draw.dense(*y.shape), y.double(), 0.0)]
         outs += [wanted(torch.zeros(idx.shape, dtype=torch.int32) - 7, idx.double(), 0.0)]
-        return Call("max_pool", [given(x), *outs], ints)
+        return Call("max_pool", [given(x), *outs, *([given(sign)] if signs else [])], ints)
 
-    return Case(f"max_pool {n}x{side}x{c} k{k} s{s} p{p} d{d} nan{nan}", make)
+    return Case(f"max_pool {n}x{side}x{c} k{k} s{s} p{p} d{d} nan{nan} signs{signs}", make)
 
 
 def winners(draw: Draw, n: int, c: int, side: Pair, out: Pair, window: str) -> Tensor:
@@ -556,6 +559,9 @@ def pool_cases() -> Iterator[Case]:
     yield max_pool(2, 17, (9, 9), (3, 2), (1, 2), (1, 1), (2, 3))
     yield max_pool(2, 17, (9, 9), (2, 2), (2, 2), nan=7)
     yield max_pool(1, 1, (4, 4), (4, 4), (4, 4))
+    yield max_pool(2, 64, (14, 14), (2, 2), (2, 2), signs=True)
+    yield max_pool(2, 5, (7, 9), (2, 2), (2, 2), nan=7, signs=True)
+    yield max_pool(3, 21, (8, 7), (3, 3), (2, 1), (1, 1), signs=True)
     for role in ("pool_gather", "pool_scatter"):
         yield pool_move(role, 3, 64, (14, 14), (7, 7))
         yield pool_move(role, 2, 5, (5, 7), (3, 2))

@@ -112,9 +112,9 @@ OVERFLOWS = {
     "a product of scratch": (("gemm", [(8, 0)] * 3, [2**31, 2**31, 2**31, 1, *[0] * 11], []), "beyond 2^44"),
     "hidden by an empty one": (("log_softmax", [(8, 0)] * 2, [2**32, 2**32, 0], []), "beyond 2^44"),
     "dimensions": (("reduce", [(8, 0)] * 2, [9, 0, *[1] * 27, 0, 0], [1.0]), "dimensions kept: 0 to 8 expected, got 9"),
-    "no dilation": (("max_pool", [(8, 0)] * 3, [1, 4, 4, 1, 2, 2, 2, 2, 1, 1, 0, 1, 2, 2], []), "dilation"),
-    "windows": (("max_pool", [(8, 0)] * 3, [1, 4, 4, 1, 2, 2, 2, 2, 0, 0, 1, 1, 3, 2], []), "0 to 2 expected, got 3"),
-    "pixels": (("max_pool", [(8, 0)] * 3, [1, 2**20, 2**20, 1, 2, 2, 2, 2, 0, 0, 1, 1, 2, 2], []), "2^31 - 1 pixels"),
+    "no dilation": (("max_pool", [(8, 0)] * 3, [1, 4, 4, 1, 2, 2, 2, 2, 1, 1, 0, 1, 2, 2, 0], []), "dilation"),
+    "windows": (("max_pool", [(8, 0)] * 3, [1, 4, 4, 1, *[2] * 4, 0, 0, 1, 1, 3, 2, 0], []), "0 to 2 expected, got 3"),
+    "pixels": (("max_pool", [(8, 0)] * 3, [1, 2**20, 2**20, 1, *[2] * 4, 0, 0, 1, 1, 2, 2, 0], []), "2^31 - 1 pixels"),
     "an offset": (("fill", [(8, 2**62)], [1], [0.0]), "an offset within 2^47 bytes"),
 }
 

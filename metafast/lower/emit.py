@@ -84,6 +84,7 @@ class Emitter:
         self.producer = self.graph.producers()
         self.code: list[Instruction] = []
         self.kept: dict[str, Array] = {}
+        self.copies: dict[tuple[Array, tuple[int, ...] | None], Array] = {}
         self.uses = self._outside_uses()
 
     def run(self) -> list[Instruction]:
@@ -145,9 +146,12 @@ class Emitter:
         return out
 
     def _copied(self, a: Array, order: Sequence[int] | None) -> Array:
-        out = self.fresh(a.shape, order)
-        self.copy(a, out)
-        return out
+        """The array, dense in that order: written at first use, for all that follow."""
+        key = (a, None if order is None else tuple(order))
+        if key not in self.copies:
+            out = self.copies[key] = self.fresh(a.shape, order)
+            self.copy(a, out)
+        return self.copies[key]
 
     def copy(self, src: Array, dst: Array, *, add: bool = False) -> None:
         """dst = src, or dst += src, element by element."""
@@ -385,7 +389,7 @@ class Emitter:
         batch, m, k = a.shape
         n = b.shape[2]
         ints = [batch, m, n, k, *a.strides, *b.strides, *c.strides, mode]
-        self._emit_biased(node, "gemm", [a, b, c], ints, bias)
+        self._emit_biased(node, "gemm", [a, b, c], 1, ints, bias)
 
     def _matmul_lanes(self, node: Node, into: tuple[Array, bool] | None) -> None:
         lanes = node.outputs[0].shape[2]
@@ -397,10 +401,10 @@ class Emitter:
         self.emit(node, "gemm", [a, b, c], 1, ints)
 
     def _emit_biased(
-        self, node: Node, kernel: str, operands: list[Array], ints: list[int], bias: Array | None
+        self, node: Node, kernel: str, operands: list[Array], writes: int, ints: list[int], bias: Array | None
     ) -> None:
-        """Kernels that end (output, [bias]) and (mode, has_bias)."""
-        self.emit(node, kernel, operands, 1, [*ints, int(bias is not None)])
+        """Kernels that end (outputs, [an operand more]) and (flag of that operand)."""
+        self.emit(node, kernel, operands, writes, [*ints, int(bias is not None)])
         if bias is not None:
             self.code[-1].operands.append(bias)
 
@@ -426,7 +430,7 @@ class Emitter:
         ints = [x_shape[0], *x_shape[2:], x_shape[1], *w_shape[:1], *w_shape[2:]]
         ints += [*node.attrs["stride"], *node.attrs["padding"], *node.attrs["dilation"], *y_shape[2:], *w.strides]
         kernel = {"conv2d": "conv_fwd", "conv2d_dx": "conv_dx", "conv2d_dw": "conv_dw"}[node.op]
-        self._emit_biased(node, kernel, [p, q, out], [*ints, mode], bias)
+        self._emit_biased(node, kernel, [p, q, out], 1, [*ints, mode], bias)
 
     def _reduce(self, node: Node, into: tuple[Array, bool] | None) -> None:
         x = self.array(node.inputs[0])
@@ -509,7 +513,8 @@ class Emitter:
         self.env.update(zip(node.outputs, (y, idx), strict=True))
         a = node.attrs
         ints = [*_nhwc(x.shape), *a["kernel"], *a["stride"], *a["padding"], *a["dilation"], *y.shape[2:]]
-        self.emit(node, "max_pool", [x, y, idx], 2, ints)
+        sign = self.dense(self.array(node.inputs[1])) if len(node.inputs) > 1 else None
+        self._emit_biased(node, "max_pool", [x, y, idx], 2, ints, sign)
 
     def _pool_gather(self, node: Node, _: tuple[Array, bool] | None) -> None:
         x = self.dense(self.array(node.inputs[0]), NHWC)

@@ -8,6 +8,7 @@ from typing import Any
 from metafast.graph import Value
 from metafast.normalise.contract import pair
 from metafast.normalise.table import Context, rule
+from metafast.ops.winners import max_pool
 
 
 def _as_batch(c: Context, x: Any, pool: Callable[[Value], Sequence[Value]]) -> list[Value]:
@@ -29,14 +30,14 @@ def _max_pool(
     dilation: Any = 1,
     ceil_mode: bool = False,
 ) -> list[Value]:
-    attrs = {
+    attrs: dict[str, Any] = {
         "kernel": pair(kernel_size),
         "stride": pair(stride or kernel_size),
         "padding": pair(padding),
         "dilation": pair(dilation),
         "ceil": bool(ceil_mode),
     }
-    return _as_batch(c, x, lambda v: c.b.ops("max_pool", v, **attrs))
+    return _as_batch(c, x, lambda v: max_pool(c.b, v, **attrs))
 
 
 @rule("avg_pool2d")

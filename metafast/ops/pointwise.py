@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from metafast.graph import Attrs, Builder, Node, Value
+from metafast.ops import winners
 from metafast.ops.table import Op, Rule, Simplify, Spec, add_maybe, broadcast, register, sum_to
 
 Partial = Callable[..., "Value | None"]  # (b, y, *inputs) -> ∂y/∂input
@@ -73,7 +74,8 @@ def _row(
         if all(c is not None for c in numbers):
             x = [torch.tensor(c, dtype=torch.float64) for c in numbers]
             return b.const(float(f(*x)))
-        return simplify(b, inputs, attrs) if simplify is not None else None
+        simpler = simplify(b, inputs, attrs) if simplify is not None else None
+        return simpler if simpler is not None else winners.scatter(b, name, inputs)
 
     POINTWISE.add(name)
     register(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from metafast.graph import Attrs, Builder, Node, Value
+from metafast.ops import winners
 from metafast.ops.table import Op, Rule, Spec, numel, register
 
 
@@ -51,25 +52,32 @@ def _linear(adjoint: str, **extra: str) -> tuple[Rule, Rule]:
 
 
 def _max_infer(x: Sequence[Value], a: Attrs) -> tuple[Spec, ...]:
+    if len(x) > 1 and x[1].shape != (x[0].shape[1],):
+        raise ValueError(f"max_pool: a sign for each of the channels of {x[0].shape} expected, got {x[1].shape}")
     shape = _pooled(x[0], a)
     return (shape, "real"), (shape, "index")
 
 
 def _max_eval(x: list[torch.Tensor], a: Attrs) -> tuple[torch.Tensor, ...]:
-    return F.max_pool2d(x[0], a["kernel"], a["stride"], a["padding"], a["dilation"], a["ceil"], True)  # type: ignore[no-any-return]
+    key = x[0] if len(x) == 1 else x[0] * x[1].reshape(-1, 1, 1)
+    y, at = F.max_pool2d(key, a["kernel"], a["stride"], a["padding"], a["dilation"], a["ceil"], True)
+    return y if len(x) == 1 else _gather_eval([x[0], at], a)[0], at
 
 
 def _max_vjp(b: Builder, n: Node, ct: Value | None, _: Value | None) -> list[Value | None]:
     size = n.inputs[0].shape[2:]
-    return [None if ct is None else b.op("pool_scatter", ct, n.outputs[1], size=size)]
+    rest = [None for _ in n.inputs[1:]]
+    return [None if ct is None else b.op("pool_scatter", ct, n.outputs[1], size=size), *rest]
 
 
-def _max_jvp(b: Builder, n: Node, t: Value | None) -> list[Value | None]:
+def _max_jvp(b: Builder, n: Node, t: Value | None, *_: Value | None) -> list[Value | None]:
     return [None if t is None else b.op("pool_gather", t, n.outputs[1]), None]
 
 
 register(
-    Op("max_pool", _max_infer, _max_eval, "max_pool", vjp=_max_vjp, jvp=_max_jvp, bound=0.0)
+    Op(  # x, and perhaps a sign (C): what wins is the largest of sign·x, and y is x there
+        "max_pool", _max_infer, _max_eval, "max_pool", vjp=_max_vjp, jvp=_max_jvp, bound=0.0
+    )
 )
 
 
@@ -94,6 +102,7 @@ register(
         "pool_gather",
         vjp=_vjp,
         jvp=_jvp,
+        simplify=winners.gather,
         bound=0.0,
     )
 )

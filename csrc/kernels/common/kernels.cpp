@@ -54,12 +54,12 @@ Isa detect_isa() noexcept {
 struct Shape {
   const char* name;
   int64_t ptrs, ints, floats;
-  int bias_flag;  // position of the flag that adds one operand, or -1
+  int extra_flag;  // position of the flag that adds one operand, or -1
 };
 constexpr Shape kShapes[] = {
     {"gemm", 3, 15, 0, 14},           {"conv_fwd", 3, 21, 0, 20},    {"conv_dx", 3, 21, 0, -1},
     {"conv_dw", 3, 21, 0, -1},        {"standardize", 5, 3, 1, -1},  {"project", 5, 4, 0, -1},
-    {"project_tangent", 6, 4, 0, -1}, {"log_softmax", 2, 3, 0, -1},  {"max_pool", 3, 14, 0, -1},
+    {"project_tangent", 6, 4, 0, -1}, {"log_softmax", 2, 3, 0, -1},  {"max_pool", 3, 15, 0, 14},
     {"pool_gather", 3, 6, 0, -1},     {"pool_scatter", 3, 7, 0, -1}, {"avg_pool", 2, 15, 0, -1},
     {"avg_pool_adj", 2, 15, 0, -1},   {"one_hot", 2, 4, 0, -1},      {"fill", 1, 1, 1, -1},
     {"cumsum", 2, 4, 0, -1},
@@ -147,7 +147,7 @@ bool kernel_arity(std::string_view name, const int64_t* ints, int64_t n, Arity* 
   for (const Shape& s : kShapes) {
     if (name != s.name) continue;
     *arity = {s.ptrs, s.ints, s.floats};
-    if (s.bias_flag >= 0 && n > s.bias_flag && ints[s.bias_flag]) arity->ptrs += 1;
+    if (s.extra_flag >= 0 && n > s.extra_flag && ints[s.extra_flag]) arity->ptrs += 1;
     return true;
   }
   return false;

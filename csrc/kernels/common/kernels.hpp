@@ -20,7 +20,7 @@
 //   project          v, xhat, rstd, out, corr | outer, reduce, inner, mode
 //   project_tangent  v, xhat, xhat_dot, rstd, corr_dot, out | outer, reduce, inner, mode
 //   log_softmax      x, y | outer, reduce, inner
-//   max_pool         x, y, idx | N, H, W, C, KH, KW, sh, sw, ph, pw, dh, dw, OH, OW
+//   max_pool         x, y, idx, [sign(C)] | N, H, W, C, KH, KW, sh, sw, ph, pw, dh, dw, OH, OW, has_sign
 //   pool_gather      x(N,H,W,C), idx(N,OH,OW,C), y | N, H, W, C, OH, OW
 //   pool_scatter     dy, idx, dx | N, H, W, C, OH, OW, mode
 //   avg_pool         x, y | N, H, W, C, KH, KW, sh, sw, ph, pw, OH, OW, count_include_pad,

@@ -146,44 +146,59 @@ bool gather_halved(const Halved& s, const T* x, const int32_t* idx, T* y, int64_
   return !any_lane<T>(outside);
 }
 
+// The winner of one window for a vector of channels so far; where there is a sign, of sign * x.
+template <class T, bool has_sign>
+struct Winner {
+  Vec<T> best = splat(static_cast<T>(-__builtin_inf())), x{}, sign{};
+  Bits<T> place;
+
+  METAFAST_INLINE void meet(Vec<T> v, int64_t at) {
+    const Vec<T> key = has_sign ? v * sign : v;
+    const Bits<T> wins = (key > best) | (key != key);
+    best = wins ? key : best;
+    if constexpr (has_sign) x = wins ? v : x;
+    place = wins ? splat_index<T>(at) : place;
+  }
+  METAFAST_INLINE Vec<T> value() const { return has_sign ? x : best; }
+};
+
 // One row of windows, all of them inside the image and without dilation.
-template <class T, int KH, int KW>
-void max_row(const T* x, int64_t W, int64_t C, int64_t sw, int64_t OW, int64_t h, T* y, int32_t* idx) {
+template <class T, int KH, int KW, bool has_sign>
+void max_row(const T* x, const T* sign, int64_t W, int64_t C, int64_t sw, int64_t OW, int64_t h, T* y,
+             int32_t* idx) {
   constexpr int L = kLanes<T>;
   for (int64_t ow = 0; ow < OW; ++ow, y += C, idx += C) {
     const int64_t first = h * W + ow * sw;
     for (int64_t c = 0; c < C; c += L) {
       const int64_t n = min64(L, C - c);
       const Mask<T> mask(n);
-      Vec<T> best = splat(static_cast<T>(-__builtin_inf()));
-      Bits<T> winner = splat_index<T>(first);
+      Winner<T, has_sign> winner;
+      winner.place = splat_index<T>(first);
+      if constexpr (has_sign) winner.sign = load(sign + c, mask), winner.x = load(x + first * C + c, mask);
       METAFAST_UNROLL for (int tap = 0; tap < KH * KW; ++tap) {
         const int64_t at = first + tap / KW * W + tap % KW;
         const T* p = x + at * C + c;
         __builtin_prefetch(p + kAhead * C);
-        const Vec<T> v = n == L ? load(p) : load(p, mask);
-        const Bits<T> wins = (v > best) | (v != v);
-        best = wins ? v : best;
-        winner = wins ? splat_index<T>(at) : winner;
+        winner.meet(n == L ? load(p) : load(p, mask), at);
       }
       if (n == L)
-        store(y + c, best);
+        store(y + c, winner.value());
       else
-        store(y + c, best, mask);
-      store_indices<T>(idx + c, winner, n);
+        store(y + c, winner.value(), mask);
+      store_indices<T>(idx + c, winner.place, n);
     }
   }
 }
 
 }  // namespace
 
-template <class T>
-int max_pool(const Args& a) noexcept {
+template <class T, bool has_sign>
+METAFAST_INLINE void max_windows(const Args& a) {
   constexpr int L = kLanes<T>;
   const int64_t* i = a.i;
   const int64_t N = i[0], H = i[1], W = i[2], C = i[3], KH = i[4], KW = i[5], sh = i[6], sw = i[7], ph = i[8],
                 pw = i[9], dh = i[10], dw = i[11], OH = i[12], OW = i[13];
-  const T* x = static_cast<const T*>(a.ptr[0]);
+  const T *x = static_cast<const T*>(a.ptr[0]), *sign = has_sign ? static_cast<const T*>(a.ptr[3]) : nullptr;
   T* y = static_cast<T*>(a.ptr[1]);
   int32_t* idx = static_cast<int32_t*>(a.ptr[2]);
   const Range mine = share(N * OH, a.part, a.parts);
@@ -192,35 +207,34 @@ int max_pool(const Args& a) noexcept {
   for (int64_t row = mine.begin; row < mine.end; ++row) {
     const T* image = x + row / OH * H * W * C;
     if (two_by_two) {
-      max_row<T, 2, 2>(image, W, C, sw, OW, row % OH * sh, y + row * OW * C, idx + row * OW * C);
+      max_row<T, 2, 2, has_sign>(image, sign, W, C, sw, OW, row % OH * sh, y + row * OW * C,
+                                 idx + row * OW * C);
       continue;
     }
     const Taps down = Taps::of(row % OH, sh, ph, dh, KH, H);
     for (int64_t ow = 0; ow < OW; ++ow) {
       const Taps across = Taps::of(ow, sw, pw, dw, KW, W);
-      const int64_t out = (row * OW + ow) * C;
+      const int64_t out = (row * OW + ow) * C, first = down.begin * W + across.begin;
       for (int64_t c = 0; c < C; c += L) {
-        const int64_t n = min64(L, C - c);
-        const Mask<T> mask(n);
-        using Word = decltype(Bits<T>{}[0] + 0);
-        Vec<T> best = splat(static_cast<T>(-__builtin_inf()));
-        Bits<T> winner = static_cast<Word>(down.begin * W + across.begin) - Bits<T>{};
+        const Mask<T> mask(min64(L, C - c));
+        Winner<T, has_sign> winner;
+        winner.place = splat_index<T>(first);
+        if constexpr (has_sign) winner.sign = load(sign + c, mask);
+        if (has_sign && down.begin < down.end && across.begin < across.end)
+          winner.x = load(image + first * C + c, mask);
         for (int64_t h = down.begin; h < down.end; h += dh)
-          for (int64_t w = across.begin; w < across.end; w += dw) {
-            const T* p = image + (h * W + w) * C + c;
-            const Vec<T> v = n == L ? load(p) : load(p, mask);
-            const Bits<T> wins = (v > best) | (v != v);
-            best = wins ? v : best;
-            winner = wins ? static_cast<Word>(h * W + w) - Bits<T>{} : winner;
-          }
-        if (n == L)
-          store(y + out + c, best);
-        else
-          store(y + out + c, best, mask);
-        store_indices<T>(idx + out + c, winner, n);
+          for (int64_t w = across.begin; w < across.end; w += dw)
+            winner.meet(load(image + (h * W + w) * C + c, mask), h * W + w);
+        store(y + out + c, winner.value(), mask);
+        store_indices<T>(idx + out + c, winner.place, min64(L, C - c));
       }
     }
   }
+}
+
+template <class T>
+int max_pool(const Args& a) noexcept {
+  a.i[14] ? max_windows<T, true>(a) : max_windows<T, false>(a);
   return kOk;
 }
 

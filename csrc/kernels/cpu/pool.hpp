@@ -1,8 +1,10 @@
 // Pooling over channels-last images; operands | ints.
 //
-//   max_pool      x(N,H,W,C), y(N,OH,OW,C), idx | N, H, W, C, KH, KW, sh, sw, ph, pw, dh, dw, OH, OW
-//     idx(n,oh,ow,c) = h * W + w (int32) of the winner: the first maximum in row-major order of the window; a
-//     NaN wins, the last one where there are several (PyTorch's scan). Padding never wins.
+//   max_pool      x(N,H,W,C), y(N,OH,OW,C), idx, [sign(C)] | N, H, W, C, KH, KW, sh, sw, ph, pw, dh, dw, OH, OW,
+//                                                            has_sign
+//     idx(n,oh,ow,c) = h * W + w (int32) of the winner: the first maximum, of x or of sign x, in row-major order
+//     of the window; a NaN wins, the last one where there are several (PyTorch's scan). Padding never wins.
+//     y = x at the winners.
 //   pool_gather   x(N,H,W,C), idx(N,OH,OW,C), y | N, H, W, C, OH, OW
 //     y = x at the winners
 //   pool_scatter  dy(N,OH,OW,C), idx, dx(N,H,W,C) | N, H, W, C, OH, OW, mode
