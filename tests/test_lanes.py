@@ -208,9 +208,10 @@ def test_same_bits_on_any_number_of_threads(way: str, tasks: int) -> None:
 
 def test_many_tasks_of_few_parameters_lie_side_by_side() -> None:
     lanes = metafast._C.vector_bytes() // 4
-    assert best_lanes({"w": (40, 40)}, 4, lanes) == lanes
-    assert best_lanes({"w": (40, 40)}, 4, lanes - 1) == 1
-    assert best_lanes({"w": (784, 256)}, 4, 1000) == 1
+    assert best_lanes({"w": (20, 40)}, 4, 2 * lanes) == lanes
+    assert best_lanes({"w": (20, 40)}, 4, lanes) == 1  # one thread's work
+    assert best_lanes({"w": (20, 40)}, 4, 2 * lanes + 1) == 1  # a block for one task
+    assert best_lanes({"w": (784, 256)}, 4, 100 * lanes) == 1
 
 
 def test_a_net_that_fits_runs_side_by_side_by_itself() -> None:

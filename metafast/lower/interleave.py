@@ -180,14 +180,18 @@ def interleaved_state(state: Mapping[str, Shape], lanes: int) -> dict[str, Shape
     return {name: (*shape, lanes) for name, shape in state.items()}
 
 
-# What a worker walks at each step (a slot of parameters, for every lane) has to lie in its second-level cache.
-MOST_STATE_BYTES = 1 << 18
+# When it pays, measured on two AVX2 cores (bench/LEDGER.md): a slot of parameters for all lanes lies in a fraction of
+# the second-level cache, there are blocks for more than one thread, and few lanes of the last one are idle.
+MOST_STATE_BYTES = 1 << 16
+LEAST_BLOCKS = 2
+LEAST_FILLED = 0.85
 
 
 def best_lanes(state: Mapping[str, Shape], itemsize: int, tasks: int) -> int:
-    """How many of so many tasks to do at once: a vector's worth where there are as many and parameters are few."""
+    """How many of so many tasks to do at once: a vector's worth where that pays, else one. Threads play no part."""
     from metafast import _C
 
     lanes = int(_C.vector_bytes()) // itemsize
-    nbytes = sum(map(numel, state.values())) * itemsize
-    return lanes if tasks >= lanes and nbytes * lanes <= MOST_STATE_BYTES else 1
+    blocks = -(-tasks // lanes)
+    fits = sum(map(numel, state.values())) * itemsize * lanes <= MOST_STATE_BYTES
+    return lanes if fits and blocks >= LEAST_BLOCKS and tasks >= LEAST_FILLED * blocks * lanes else 1
