@@ -232,6 +232,16 @@ class AdaptCall(Call):
         return [p.new_empty((self.problem.tasks, *p.shape)) for p in params]
 
 
+class _Function(torch.autograd.Function):
+    """An autograd function without a forward-mode rule that says so."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        place, got = "InnerLoop under forward-mode autograd (jvp, jacfwd, hessian)", "a tangent of its arguments"
+        way_out = "use torch.func.grad, vjp or jacrev, or write the loop in PyTorch"
+        raise TransformError(message(place, got, "reverse mode", way_out))
+
+
 def _apply(function: type[torch.autograd.Function], *args: Any) -> tuple[Any, ...]:
     results: tuple[Any, ...] = function.apply(*args)  # type: ignore[no-untyped-call]
     return results
@@ -271,7 +281,7 @@ def launch(call: Call) -> list[Tensor]:
 # Eager
 
 
-class _Eager(torch.autograd.Function):
+class _Eager(_Function):
     """The quick way: no registered operation between autograd and the backend."""
 
     @staticmethod
@@ -302,7 +312,7 @@ class _Eager(torch.autograd.Function):
         return (None, *grads)
 
 
-class _Once(torch.autograd.Function):
+class _Once(_Function):
     """Passes gradients on; its own backward raises."""
 
     generate_vmap_rule = True
@@ -501,7 +511,7 @@ def _slices(info: Any, in_dims: Sequence[Any], tensors: Sequence[Tensor]) -> Ite
         yield [t if d is None else t.select(d, i) for t, d in zip(tensors, in_dims, strict=True)]
 
 
-class _Transformed(torch.autograd.Function):
+class _Transformed(_Function):
     """`metafast::replay` under torch.func transforms."""
 
     @staticmethod
@@ -535,7 +545,7 @@ class _Transformed(torch.autograd.Function):
         return tuple(torch.stack(column) for column in zip(*runs, strict=True)), (0,) * len(runs[0])
 
 
-class _TransformedVjp(torch.autograd.Function):
+class _TransformedVjp(_Function):
     """`metafast::replay_vjp` under torch.func transforms; differentiating it raises."""
 
     @staticmethod
