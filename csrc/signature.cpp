@@ -51,7 +51,6 @@ class Call {
 
   void dense(Role role, int64_t count) { add(role, 0, count, element_); }
   void index(Role role, int64_t count) { add(role, 0, count, 4); }
-  void labels(int64_t count, int64_t stride) { strided(in, {count}, {stride}, 8); }
 
   void strided(Role role, std::initializer_list<int64_t> dims, std::initializer_list<int64_t> strides,
                int element = 0) {
@@ -278,7 +277,8 @@ void avg_pool_adj(Call& c) { average(c, true); }
 
 void one_hot(Call& c) {
   c.sizes(0, 2);
-  c.labels(c.i[0], c.i[3]);
+  c.flag(4, "real (labels of the element type)");
+  c.strided(in, {c.i[0]}, {c.i[3]}, c.i[4] != 0 ? 0 : 8);
   c.dense(out, product(c.i.first(2)));
   c.result.nanoseconds = volume(c.i.first(2)) / kElementsPerNanosecond;
 }

@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 
 from . import dispatch
 from .batchnorm import copied
-from .errors import BackendError, DoubleBackwardError, InputChangedError
+from .errors import BackendError, DoubleBackwardError, InputChangedError, TransformError, message
 from .problem import Backend, Outcome, Problem
 from .reach import Reach
 from .transforms import outside_compile, tracing, transformed
@@ -230,6 +230,16 @@ class AdaptCall(Call):
         return [p.new_empty((self.problem.tasks, *p.shape)) for p in params]
 
 
+class Function(torch.autograd.Function):
+    """An autograd function without a forward-mode rule that says so."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        place, got = "InnerLoop under forward-mode autograd (jvp, jacfwd, hessian)", "a tangent of its arguments"
+        way_out = "use torch.func.grad, vjp or jacrev, or write the loop in PyTorch"
+        raise TransformError(message(place, got, "reverse mode", way_out))
+
+
 def apply(function: type[torch.autograd.Function], *args: Any) -> tuple[Any, ...]:
     """`function.apply`, with a type."""
     results: tuple[Any, ...] = function.apply(*args)  # type: ignore[no-untyped-call]
@@ -254,7 +264,7 @@ def launch(call: Call) -> list[Tensor]:
 # Eager
 
 
-class _Eager(torch.autograd.Function):
+class _Eager(Function):
     """The quick way: no registered operation between autograd and the backend."""
 
     @staticmethod
@@ -285,7 +295,7 @@ class _Eager(torch.autograd.Function):
         return (None, *grads)
 
 
-class Once(torch.autograd.Function):
+class Once(Function):
     """Passes gradients on; its own backward raises."""
 
     generate_vmap_rule = True

@@ -31,6 +31,7 @@ class Choice:
     backend: Backend
     reason: str
     native: bool
+    restless: bool = False  # the forward changes its module: at the next call it is another one
 
 
 _plans: WeakKeyDictionary[nn.Module, dict[Any, Choice]] = WeakKeyDictionary()
@@ -59,8 +60,9 @@ def _choice(problem: Problem, backend: str) -> Choice:
         if len(plans) >= MOST_PLANS:  # an attribute that changes at every call makes a plan every time
             del plans[next(iter(plans))]
         found, key = _settled(problem)
-        plans[key] = found
-        if not found.native and backend == "auto":
+        known = found.restless and any(c.restless and k[:-1] == key[:-1] for k, c in plans.items())
+        plans[key[:-1] if known else key] = found  # twice is always: a counter, no cache that is filled once
+        if not found.native and backend == "auto" and not known:
             warn(f"metafast falls back to PyTorch: {found.reason}", FallbackWarning)
     if backend == "native" and not found.native:
         raise BackendError(
@@ -98,7 +100,7 @@ def _plan(problem: Problem) -> Choice:
         plan, traces = make_plan(problem)
         differs = disagreement(plan, problem, traces)
     except Unsupported as error:
-        return Choice(Reference(), str(error), False)
+        return Choice(Reference(), str(error), False, restless=error.op == "attribute")
     except (MetafastError, MemoryError):  # what is wrong with the call, or with the machine
         raise
     except Exception as error:  # a defect of ours costs speed, not the answer; what the user's code raises, eager shows
@@ -148,6 +150,9 @@ def _explain_plan(plan: Any, problem: Problem) -> list[str]:
 # ---- what a plan is keyed by ----------------------------------------------------------------------------------
 
 
+_PLAIN = (Tensor, nn.Parameter)
+
+
 def plan_key(problem: Problem) -> tuple[Any, ...]:
     """Everything that can change a plan: shapes, dtypes, who gets a gradient, what the losses can read besides their
     arguments (flags and attributes of modules, closures, globals, hooks), settings of the process."""
@@ -155,6 +160,7 @@ def plan_key(problem: Problem) -> tuple[Any, ...]:
     return (
         # of the batches the shape of one task: T is no part of a plan
         tuple([(k, t.shape[1:] if k[0] in "sq" else t.shape, t.dtype, t.device) for k, t in problem.leaves.items()]),
+        tuple([type(t) for t in problem.leaves.values() if type(t) not in _PLAIN]),  # a subclass may compute otherwise
         problem.adapted,
         problem.wrt,
         problem.order,

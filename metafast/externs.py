@@ -32,7 +32,7 @@ def find_externs(problem: Problem) -> list[Tensor]:
         leaves={key: _first_task(key, leaf) for key, leaf in problem.leaves.items()},
         tasks=1,
         steps=min(problem.steps, 1),
-        wrt=(),
+        wrt=tuple(["param/" + name for name in problem.adapted]),  # the losses run with gradients on
     )
     device = problem.parameter.device
     devices = [device] if device.type == "cuda" else []

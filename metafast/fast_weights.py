@@ -11,8 +11,9 @@ from torch.utils import _pytree as pytree
 
 from . import tasks
 from .batchnorm import Buffers
+from .checkpoints import no_checkpoints
 from .errors import InputError, message
-from .reference import swapping
+from .reference import located, swapping
 from .structure import Structure
 from .transforms import outside_compile
 
@@ -77,7 +78,7 @@ class FastWeights(Mapping[str, Tensor]):
         parameters that did not adapt, and in the inputs. Running statistics are folded as the tasks in order would
         leave them.
         **Raises** `InputError` where a tensor has another number of tasks, `InputTypeError` where an input is no tensor
-        or lies on another device.
+        or lies on another device, `TaskError` for what the model raises.
         **Cost**: T forward passes of the model in eager PyTorch, one after the other, each with its own graph.
         """
         return self._run(inputs, named_inputs)
@@ -93,10 +94,12 @@ class FastWeights(Mapping[str, Tensor]):
         structure = self._structure
         buffers = Buffers(dict(zip(structure.buffer_names, structure.buffers(), strict=True)), structure.aliases)
         results = []
-        with swapping:
+        with swapping, no_checkpoints():
             for index in range(self.tasks):
-                args, kwargs = pytree.tree_unflatten(tasks.take(flat, index), spec)
-                results.append(self._forward(index, args, kwargs, buffers))
+                own = tasks.take(flat, index)
+                args, kwargs = pytree.tree_unflatten(own, spec)
+                with located(f"task {index}, FastWeights", own):
+                    results.append(self._forward(index, args, kwargs, buffers))
             buffers.write_back()
         return tasks.stack(results, "output of the model")
 

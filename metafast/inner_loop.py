@@ -27,7 +27,7 @@ from .fast_weights import FastWeights
 from .outline import NO_QUERY, Outline
 from .problem import Loss, Objective, Outcome, Problem
 from .reference import swapping
-from .transforms import outside_compile, tracing
+from .transforms import outside_compile, traced, tracing
 from .updates import UpdateRule
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ class InnerLoop(nn.Module):
         **Cost**: that of the call, less autograd around it.
         """
         if tracing():
-            way_out = "differentiate the loss of inner(support, query) instead"
+            way_out = "differentiate the loss of inner(support, query) in reverse mode instead"
             place = "InnerLoop.meta_gradient under a transform or forward-mode autograd"
             raise TransformError(message(place, "a gradient that is a plain value", "one to differentiate", way_out))
         problem, outline = self._problem(support, query, gradient=True)
@@ -245,6 +245,9 @@ class InnerLoop(nn.Module):
 
     def _problem(self, support: Any, query: Any, *, gradient: bool) -> tuple[Problem, Outline]:
         """The problem that a call with these batches poses, validated, and the outline it was made from."""
+        if traced():
+            place, got = "InnerLoop under make_fx, torch.export, linearize or fake tensors", "a call to trace"
+            raise TransformError(message(place, got, "tensors with values", "call it outside of what is traced"))
         with swapping:  # another thread may have other tensors on the model just now
             outline = self._outline
             if outline is None or not outline.current():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
@@ -19,12 +20,14 @@ from metafast.capture import Trace, Unsupported, capture, capture_function
 from metafast.errors import LabelError, message, position
 from metafast.graph import Builder, Graph, copy_into
 from metafast.lower import NAMES, External, Lowered, NotInterleaved, best_lanes, lower
+from metafast.lower.arrays import EXTERNAL, Instruction
 from metafast.normalise import normalise
 from metafast.ops import numel
-from metafast.problem import Outcome, Problem, hyper_tree
+from metafast.problem import Objective, Outcome, Problem, hyper_tree
 from metafast.profile import Profile, Row
 from metafast.reference import located
 from metafast.sweep import SECTIONS, Loop, Section, Store, Sweep, gradient_section
+from metafast.tasks import require_outputs
 
 LABEL_OUT_OF_RANGE = 1  # a kernel's error codes, csrc/kernels/common/kernels.hpp
 
@@ -115,6 +118,8 @@ def _trace(problem: Problem, part: str, params: Mapping[str, Tensor]) -> Trace:
     leaves = problem.group(part)
     spec = problem.support_spec if part == "support" else problem.query_spec
     objective = problem.inner_objective if part == "support" else problem.query_objective
+    if problem.return_outputs and part == "query":
+        objective = functools.partial(_with_outputs, objective)
     assert spec is not None
     first = [leaf.detach()[0] for leaf in leaves.values()]
     batch = pytree.tree_unflatten(first, spec)
@@ -125,6 +130,12 @@ def _trace(problem: Problem, part: str, params: Mapping[str, Tensor]) -> Trace:
         except Unsupported as error:  # no error of the user's
             refused = error
     raise refused
+
+
+def _with_outputs(objective: Objective, model: nn.Module, batch: Any) -> Any:
+    result = objective(model, batch)
+    require_outputs(result[1] if isinstance(result, tuple) and len(result) == 2 else None)
+    return result
 
 
 def _externs(problem: Problem) -> dict[str, Tensor]:
@@ -352,12 +363,20 @@ class Call:
         code = self.lowered.code[name][instruction]
         if status == LABEL_OUT_OF_RANGE:
             part = "query" if name == "query" else "support"
-            where = f"task {task}, {part} labels ({code.note.partition('  ')[2] or 'loss'})"
-            classes = code.ints[1]
-            raise LabelError(
-                message(where, "a label out of range", f"0..{classes - 1}", "check the labels or the model's outputs")
-            )
+            where = f"task {task}, {part} labels, {code.note.partition('  ')[2] or 'loss'}: label out of range"
+            way_out = "number the classes of each task from 0, or widen the model's output"
+            raise LabelError(message(where, self._wrong_label(code, task), f"0..{code.ints[1] - 1}", way_out))
         raise RuntimeError(f"{position(task, step, self.problem.steps)}: kernel {code.kernel} failed with {status}")
+
+    def _wrong_label(self, code: Instruction, task: int) -> str:
+        """The label that a kernel refused, where it is one of the batch and not computed."""
+        space = code.operands[0].buffer.space
+        if space is not None and space >= EXTERNAL and self.lowered.externals[space - EXTERNAL].per_task:
+            labels = self.kept[space - EXTERNAL][task]
+            wrong = labels[((labels < 0) | (labels >= code.ints[1])) & (labels != code.ints[2])]
+            if len(wrong):
+                return f"label {int(wrong[0])}"
+        return "a computed label"
 
     def step_losses(self) -> Tensor | None:
         """(T, steps), where the program recorded them."""

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from . import tasks
 from .batchnorm import Buffers
+from .checkpoints import no_checkpoints
 from .errors import InputError, InputTypeError, LabelError, MetafastError, TaskError, message, position
 from .problem import Objective, Outcome, Problem, hyper_tree
 
@@ -56,7 +57,8 @@ class Reference:
                 if output_cotangents is not None:
                     outputs = pytree.tree_leaves(task.outputs)
                     pairs += [(out, c[t]) for out, c in zip(outputs, output_cotangents, strict=True) if c is not None]
-                replay.accumulate(task, pairs)
+                with located(f"task {t}, meta-gradient", task.query):
+                    replay.accumulate(task, pairs)
                 passed.append(task.without_graph())
             outcome = replay.outcome(passed)
             outcome.gradients = replay.gradients()
@@ -74,7 +76,8 @@ class Reference:
         with _Replay(problem, differentiate=True, fold=False) as replay:
             for t in range(problem.tasks):
                 task = replay.inner(t)
-                replay.accumulate(task, [(task.params[name], c[t]) for name, c in cotangents.items()])
+                with located(f"task {t}, meta-gradient", task.support):
+                    replay.accumulate(task, [(task.params[name], c[t]) for name, c in cotangents.items()])
             return replay.gradients()
 
 
@@ -124,6 +127,7 @@ class _Replay:
     def __enter__(self) -> _Replay:
         with contextlib.ExitStack() as stack:
             stack.enter_context(swapping)
+            stack.enter_context(no_checkpoints())
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.set_grad_enabled(self.differentiate))
             if self.second_order:  # PyTorch differentiates no other form of attention twice
@@ -171,12 +175,22 @@ class _Replay:
         problem = self.problem
         with self._at(index, problem.steps, task.query):
             batch = tasks.unflatten(task.query, cast(pytree.TreeSpec, problem.query_spec))
-            task.loss, task.outputs = self._call(problem.query_objective, task.params, batch)
-            if problem.return_outputs and task.outputs is None:
-                got, expected = "a loss alone", "(loss, outputs)"
-                way_out = "return the outputs beside the loss, or leave return_outputs=False"
-                raise InputTypeError(message("query objective with return_outputs=True", got, expected, way_out))
+            task.loss, task.outputs = self._query_loss(task.params, batch)
+            if problem.return_outputs:
+                tasks.require_outputs(task.outputs)
         return task
+
+    def _query_loss(self, params: Params, batch: Any) -> tuple[Tensor, Any]:
+        """The query loss and outputs. Where a gradient follows later, the loss sees what it will see then: parameters
+        that carry a graph (it may take a gradient of its own), though this pass lets go of it."""
+        objective = self.problem.query_objective
+        if self.differentiate or not self.problem.wrt:
+            return self._call(objective, params, batch)
+        with torch.enable_grad():
+            leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+            results = self._call(objective, leaves, batch)
+        detached: tuple[Tensor, Any] = pytree.tree_map_only(Tensor, Tensor.detach, results)
+        return detached
 
     def _support_gradient(self, task: _Task, step: int) -> Params:
         """The gradient of the support loss in the adapted parameters; with a graph for second order only."""
@@ -276,11 +290,11 @@ def located(where: str, batch: Sequence[Tensor]) -> Iterator[None]:
     """Say where an error of the model, the loss or the update rule came from, and with which tensors of one task."""
     try:
         yield
-    except torch.cuda.OutOfMemoryError:
+    except (torch.cuda.OutOfMemoryError, MemoryError, Warning):
         raise
     except MetafastError as error:
         raise type(error)(f"{where}: {error}") from error.__cause__
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+    except Exception as error:
         raise _explained(error, where, batch) from error
 
 
@@ -316,15 +330,16 @@ def _require_scalar(loss: Any) -> Tensor:
 
 
 def _require_same_tree(params: Any, initial: Params) -> Params:
-    """An update rule must give back every parameter, in its shape."""
-    place, way_out = "update rule", "return (params, state), params with the names and shapes it was given"
+    """An update rule must give back every parameter, in its shape and dtype."""
+    place, way_out = "update rule", "return (params, state), params with the names, shapes and dtypes it was given"
     if not isinstance(params, dict) or params.keys() != initial.keys():
         got = sorted(params) if isinstance(params, dict) else type(params).__name__
         raise InputError(message(place, got, f"parameters {sorted(initial)}", way_out))
     for name, value in params.items():
-        if value.shape != initial[name].shape:
-            shapes = f"shape {tuple(value.shape)} for {name}", f"{tuple(initial[name].shape)}"
-            raise InputError(message(place, *shapes, way_out))
+        got = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        want = f"{tuple(initial[name].shape)} {initial[name].dtype}"
+        if got != want:
+            raise InputError(message(place, f"{got} for {name}", want, way_out))
     return {name: params[name] for name in initial}
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .autograd import Call, Once, apply, filled, find_call, once, saved_by, scaled
+from .autograd import Call, Function, Once, apply, filled, find_call, once, saved_by, scaled
 from .errors import TransformError, message
 from .externs import find_externs
 from .problem import Problem
@@ -166,7 +166,7 @@ def _slices(info: Any, in_dims: Sequence[Any], tensors: Sequence[Tensor]) -> Ite
         yield [t if d is None else t.select(d, i) for t, d in zip(tensors, in_dims, strict=True)]
 
 
-class Transformed(torch.autograd.Function):
+class Transformed(Function):
     """`metafast::replay` under torch.func transforms."""
 
     @staticmethod
@@ -200,7 +200,7 @@ class Transformed(torch.autograd.Function):
         return tuple(torch.stack(column) for column in zip(*runs, strict=True)), (0,) * len(runs[0])
 
 
-class _TransformedVjp(torch.autograd.Function):
+class _TransformedVjp(Function):
     """`metafast::replay_vjp` under torch.func transforms; differentiating it raises."""
 
     @staticmethod

@@ -11,7 +11,8 @@ from torch.utils import _pytree as pytree
 
 from .errors import InputError, InputTypeError, message
 
-__all__ = ["count_tasks", "describe", "flatten", "nesting", "require_pair", "stack", "take", "unflatten"]
+__all__ = ["count_tasks", "describe", "flatten", "nesting"]
+__all__ += ["require_outputs", "require_pair", "stack", "take", "unflatten"]
 
 _PAIR = pytree.tree_flatten((0, 0))[1]
 _ONE_TENSOR = pytree.tree_flatten(0)[1]
@@ -54,13 +55,27 @@ def take(tensors: Sequence[Tensor], task: int) -> list[Tensor]:
     return [tensor[task] for tensor in tensors]
 
 
+def require_outputs(outputs: Any) -> None:
+    """What a query objective returned beside the loss, for `return_outputs=True`. **Raises** `InputTypeError`."""
+    if outputs is None:
+        place, expected = "query objective with return_outputs=True", "(loss, outputs)"
+        way_out = "return the outputs beside the loss, or leave return_outputs=False"
+        raise InputTypeError(message(place, "a loss alone", expected, way_out))
+    _require_tensors(pytree.tree_leaves(outputs), "outputs of the query objective")
+
+
+def _require_tensors(leaves: Sequence[Any], place: str) -> None:
+    wrong = [type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor)]
+    if wrong or not leaves:
+        got = wrong[0] if wrong else "no tensor"
+        raise InputTypeError(message(place, got, "tensors", "return tensors only, in any nesting"))
+
+
 def stack(per_task: Sequence[Any], place: str) -> Any:
     """What a function returned for each task, stacked: tensors become `(T, ...)`, the nesting stays."""
     flat = [pytree.tree_flatten(value) for value in per_task]
     leaves, spec = flat[0]
-    for leaf in leaves:
-        if not isinstance(leaf, Tensor):
-            raise InputTypeError(message(place, type(leaf).__name__, "tensors", "return tensors only, in any nesting"))
+    _require_tensors(leaves, place)
     columns = zip(*(values for values, _ in flat), strict=True)
     return pytree.tree_unflatten([torch.stack(column) for column in columns], spec)
 

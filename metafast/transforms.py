@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch.autograd import forward_ad
 
-__all__ = ["outside_compile", "tracing", "transformed"]
+__all__ = ["outside_compile", "traced", "tracing", "transformed"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -24,6 +24,17 @@ def transformed() -> bool:
 def tracing() -> bool:
     """Whether gradients may be wanted that `requires_grad` does not show: a transform, or forward-mode autograd."""
     return transformed() or getattr(forward_ad, "_current_level", 0) >= 0
+
+
+def traced() -> bool:
+    """Whether tensors may stand for values that are not there: make_fx, torch.export, linearize, a fake mode."""
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    return any(torch._C._get_dispatch_mode(key) is not None for key in _TRACERS)
+
+
+_KEYS = torch._C._TorchDispatchModeKey
+_TRACERS = (_KEYS.PROXY, _KEYS.FAKE, _KEYS.FUNCTIONAL)
 
 
 def _watched() -> bool:

@@ -281,6 +281,7 @@ def _scatter(ct: torch.Tensor, winners: torch.Tensor, size: Any) -> torch.Tensor
 
 
 def _one_hot(labels: torch.Tensor, classes: int, ignore_index: int) -> torch.Tensor:
+    labels = labels.long()
     kept = labels != ignore_index
     return F.one_hot(labels.where(kept, torch.zeros_like(labels)), classes).double() * kept[:, None]
 
@@ -563,6 +564,10 @@ def _losses() -> list[Case]:
     cases += [
         Case("one_hot", (Arg((n,), layout, "labels", 5),), {"classes": 5, "ignore_index": i})
         for n, layout, i in ((13, "dense", -100), (6, "strided", 2), (1, "dense", -100))
+    ]
+    cases += [
+        Case("one_hot", (Arg((n,), layout, "truth"),), {"classes": 3, "ignore_index": i})
+        for n, layout, i in ((13, "dense", -100), (6, "strided", 1))
     ]
     return cases
 

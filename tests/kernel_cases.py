@@ -580,18 +580,21 @@ def pool_cases() -> Iterator[Case]:
 # ---- one_hot, fill --------------------------------------------------------------------------------
 
 
-def one_hot(labels: list[int], classes: int, ignore: int, stride: int, status: int = 0) -> Case:
+def one_hot(
+    labels: Sequence[float], classes: int, ignore: int, stride: int, status: int = 0, real: int = 0
+) -> Case:
     def make(draw: Draw) -> Call:
-        y = torch.full(((len(labels) - 1) * stride + 1,), 10**12, dtype=torch.int64)
-        y[::stride] = torch.tensor(labels)
+        dtype = draw.dtype if real else torch.int64
+        y = torch.full(((len(labels) - 1) * stride + 1,), 10**12, dtype=dtype)
+        y[::stride] = torch.tensor(labels, dtype=dtype)
         value = torch.zeros(len(labels), classes, dtype=torch.float64)
         for row, label in enumerate(labels):
             if label != ignore and 0 <= label < classes:
-                value[row, label] = 1
+                value[row, int(label)] = 1
         out = wanted(draw.dense(len(labels), classes), value, 0.0)
-        return Call("one_hot", [given(y), out], [len(labels), classes, ignore, stride], status=status)
+        return Call("one_hot", [given(y), out], [len(labels), classes, ignore, stride, real], status=status)
 
-    return Case(f"one_hot {labels} of {classes} stride{stride}", make)
+    return Case(f"one_hot {labels} of {classes} stride{stride}{' real' * real}", make)
 
 
 def fill(n: int, value: float) -> Case:
@@ -607,5 +610,8 @@ def small_cases() -> Iterator[Case]:
     yield one_hot([0, -100, 2], 3, -100, 2)
     yield one_hot([1, 3], 3, -100, 1, status=1)
     yield one_hot([-1, 0], 3, -100, 1, status=1)
+    yield one_hot([0, -100, 2, 1], 3, -100, 2, real=1)
+    for wrong in (3, -1, 1e12, float("inf"), float("nan")):
+        yield one_hot([1, wrong], 3, -100, 1, status=1, real=1)
     yield fill(1, 0.0)
     yield fill(197, -0.1)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from test_inner_loop import LR, backends, close, data, expected, loop, mlp
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import metafast
 from metafast import autograd
@@ -300,15 +301,31 @@ def test_func_grad_of_grad_raises(backend: str, reduction: str) -> None:
 @backends
 def test_forward_mode_raises(backend: str) -> None:
     value, params, _, _ = setting(backend)
-    with pytest.raises((RuntimeError, NotImplementedError)):
+    with pytest.raises(TransformError, match=r"forward-mode.*expected reverse mode; use torch.func.grad"):
         torch.func.jvp(value, (params,), ({n: torch.ones_like(p) for n, p in params.items()},))
     model, support, query = mlp(), data(0), data(1)
     inner = loop(model, backend)
     for context in (contextlib.nullcontext, torch.no_grad):
         with forward_ad.dual_level(), context():
             dual = forward_ad.make_dual(support[0], torch.ones_like(support[0]))
-            with pytest.raises((RuntimeError, NotImplementedError), match="forward"):
+            with pytest.raises(TransformError, match=r"forward-mode.*expected reverse mode"):
                 inner((dual, support[1]), query)
+
+
+@backends
+def test_what_is_traced_without_values_raises(backend: str) -> None:
+    """torch.export would else run the losses on tensors that have none."""
+    value, params, _, _ = setting(backend)
+    inner, batches = loop(mlp(), backend), (data(0), data(1))
+    for call in (
+        lambda: make_fx(lambda s, q: inner(s, q))(*batches),
+        lambda: make_fx(lambda p: torch.func.grad(value)(p))(params),
+        lambda: torch.func.linearize(value, params),
+        lambda: torch.export.export(inner, batches),
+    ):
+        with pytest.raises(TransformError, match=r"make_fx, torch.export.*expected tensors with values"):
+            call()
+    assert torch.isfinite(inner(*batches))
 
 
 @backends

@@ -13,7 +13,15 @@ from test_inner_loop import TASKS, WAYS, backends, close, data, expected, loop, 
 from torch import Tensor, nn
 
 import metafast
-from metafast.errors import BackendError, InputError, InputTypeError, LabelError, NonFiniteError, NonFiniteWarning
+from metafast.errors import (
+    BackendError,
+    InputError,
+    InputTypeError,
+    LabelError,
+    NonFiniteError,
+    NonFiniteWarning,
+    TaskError,
+)
 from metafast.outline import require_labels
 
 pytestmark = pytest.mark.filterwarnings("ignore::metafast.FallbackWarning")
@@ -138,11 +146,32 @@ def test_labels_out_of_range(backend: str, bad: int) -> None:
     support, (x, y) = data(0), data(1)
     y = y.clone()
     y[2, 3] = bad
-    refused(inner, support, (x, y), LabelError, "task 2.*label.*out of range")
-    refused(inner, (x, y), support, LabelError, "task 2.*label.*out of range")
+    refused(inner, support, (x, y), LabelError, rf"task 2.*label.*out of range.*[\[ ]{bad}\b")
+    refused(inner, (x, y), support, LabelError, rf"task 2.*label.*out of range.*[\[ ]{bad}\b")
     with pytest.raises(LabelError, match="task 2"):
         inner.adapt((x, y))
     still_right(inner)
+
+
+@backends
+@pytest.mark.parametrize("bad", [-100, -1, WAYS, 1000])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda output, target: F.cross_entropy(output, target - target[0] + target[0], ignore_index=7),
+        lambda output, target: F.mse_loss(output, F.one_hot(target, WAYS).to(output.dtype)),
+        lambda output, target: -output.log_softmax(1).gather(1, (2 * target - target)[:, None]).mean(),
+    ],
+    ids=["computed", "one_hot", "gathered"],
+)
+def test_labels_that_a_later_batch_computes_out_of_range(backend: str, loss: Any, bad: int) -> None:
+    """Made once the plan is: not what the first-use check sees."""
+    inner = loop(mlp(), backend, loss)
+    support, (x, y) = data(0), data(1)
+    inner(support, (x, y))
+    y = y.clone()
+    y[2, 3] = bad
+    refused(inner, support, (x, y), InputError, "task 2, query")
 
 
 def test_the_check_of_labels_that_stands_before_a_gpu() -> None:
@@ -171,6 +200,9 @@ def test_inputs_of_fast_weights() -> None:
         fast(x[:2])
     with pytest.raises(InputTypeError, match="got device meta"):
         fast(x.to("meta"))
+    for wrong in (x[..., :5], x.float()):
+        with pytest.raises(TaskError, match=r"task 0, FastWeights: RuntimeError: .*got a task's tensors \(5, [56]\)"):
+            fast(wrong)
 
 
 # ---- losses --------------------------------------------------------------------------------------------------
@@ -196,6 +228,41 @@ def test_a_loss_that_is_not_a_scalar(backend: str) -> None:
 def test_outputs_that_are_not_there(backend: str) -> None:
     inner = loop(mlp(), backend, None, objective=lambda m, b: F.cross_entropy(m(b[0]), b[1]), return_outputs=True)
     refused(inner, data(0), data(1), InputTypeError, r"got a loss alone, expected \(loss, outputs\)")
+    with torch.no_grad(), pytest.raises(InputTypeError, match=r"got a loss alone, expected \(loss, outputs\)"):
+        inner(data(0), data(1))
+
+
+@backends
+@pytest.mark.parametrize("outputs", [(), 3, {"a": None}, {"a": (), "b": 1.0}], ids=str)
+def test_outputs_that_are_no_tensors(backend: str, outputs: Any) -> None:
+    def objective(m: nn.Module, b: Any) -> Any:
+        return F.cross_entropy(m(b[0]), b[1]), outputs
+
+    for context in (torch.enable_grad, torch.no_grad):
+        inner = loop(mlp(), backend, None, objective=objective, return_outputs=True)
+        with context():
+            text = "outputs of the query objective: got .*expected tensors"
+            with pytest.raises(InputTypeError, match=text):
+                inner(data(0), data(1))
+
+
+@backends
+@pytest.mark.parametrize(
+    ("made", "text"),
+    [
+        (lambda p, g: p.float(), r"update rule: got \(7, 6\) torch.float32 for 0.weight, expected \(7, 6\) torch.f"),
+        (lambda p, g: p.sum(), r"update rule: got \(\) torch.float64 for 0.weight"),
+        (lambda p, g: None, "update rule: got a NoneType for 0.weight"),
+        (lambda p, g: {}["rate"], "KeyError: 'rate'"),
+        (lambda p, g: p.rate, "AttributeError: .*'rate'"),
+    ],
+)
+def test_an_update_rule_that_is_wrong(backend: str, made: Any, text: str) -> None:
+    def update(params: Any, grads: Any, state: Any, *_: Any) -> Any:
+        return {n: made(p, grads[n]) for n, p in params.items()}, state
+
+    inner = loop(mlp(), backend, update=metafast.UpdateRule(lambda params, hyper: {}, update))
+    refused(inner, data(0), data(1), InputError, f"task 0, inner step 0: {text}")
 
 
 @backends

@@ -186,6 +186,54 @@ def test_a_fallback_names_op_module_and_line_once() -> None:
         gradients(net, "native")
 
 
+@pytest.mark.parametrize("what", ["a counter", "the last features"])
+def test_a_model_that_changes_itself_is_soon_planned_no_more_and_warned_of_once(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Restless(nn.Linear):
+        seen: Any = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = super().forward(x)
+            self.seen = self.seen + 1 if what == "a counter" else out
+            return out
+
+    made = 0
+    plan = dispatch._plan
+
+    def counted(problem: Any) -> Any:
+        nonlocal made
+        made += 1
+        return plan(problem)
+
+    monkeypatch.setattr(dispatch, "_plan", counted)
+    inner = metafast.InnerLoop(Restless(3, 2).double(), F.mse_loss, update=metafast.SGD(lr=0.1), steps=1)
+    with pytest.warns(metafast.FallbackWarning, match="the forward changes its module: seen") as caught:
+        for _ in range(2):
+            inner(*tasks()).backward()
+        before = made
+        for _ in range(3):
+            inner(*tasks()).backward()
+    assert len(caught) == 1 and made == before
+
+
+def test_a_subclass_of_tensor_is_another_plan() -> None:
+    class Doubling(Tensor):
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = super().__torch_function__(func, types, args, kwargs or {})
+            return result * 2 if func is F.linear else result
+
+    torch.manual_seed(0)
+    net, (support, query) = nn.Linear(3, 2).double(), tasks()
+    inner = metafast.InnerLoop(net, F.mse_loss, update=metafast.SGD(lr=0.1), steps=1)
+    plain = inner.meta_gradient(support, query)[0]
+    with pytest.warns(metafast.FallbackWarning, match="a subclass of Tensor"):
+        doubled = inner.meta_gradient(support, (query[0].as_subclass(Doubling), query[1]))[0]
+    assert not torch.isclose(plain, doubled.as_subclass(Tensor))
+    assert torch.equal(inner.meta_gradient(support, query)[0], plain)
+
+
 def test_what_capture_cannot_see_fails_the_first_use_check() -> None:
     """A hook on an autograd node leaves no mark on tensors or modules; comparing one task's gradient finds it."""
 

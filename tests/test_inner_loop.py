@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import metafast
 
@@ -559,6 +560,58 @@ def test_backward_passes_of_the_users_own(backend: str, trick: Any, order: int) 
     answer = expected(model, support, query, order=order)
     loop(model, backend, order=order)(support, query).backward()
     check_grads(model, answer)
+
+
+@backends
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_gradient_inside_the_loss(backend: str, reduction: str, order: int) -> None:
+    """A gradient penalty needs gradients on wherever a gradient follows, also in a pass that lets go of the graph."""
+
+    def penalised(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x = batch[0].clone().requires_grad_()
+        loss = F.cross_entropy(model(x), batch[1])
+        return loss + torch.autograd.grad(loss, x, create_graph=True)[0].square().sum()
+
+    model, support, query = mlp(), data(0), data(1)
+    answer = expected(model, support, query, penalised, order=order)
+    inner = loop(model, backend, None, objective=penalised, order=order, reduction=reduction)
+    loss = inner(support, query)
+    loss.mean().backward()
+    close(loss.mean(), answer.losses.mean())
+    check_grads(model, answer)
+
+
+@backends
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("way", ["fused", "fast"])
+def test_activation_checkpoints(backend: str, reentrant: bool, way: str) -> None:
+    """They run parts of the model again during backward, when its own parameters are back on it."""
+
+    class Net(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            x = checkpoint(lambda x: super(Net, self).forward(x), x, use_reentrant=reentrant)
+            return x.cumprod(1) if backend == "auto" else x  # what falls back
+
+    plain = mlp() if backend == "torch" else nn.Sequential(*mlp(), Cumprod())
+    answer = expected(plain, data(0), data(1))
+    model = Net(*mlp())
+    inner = loop(model, backend)
+    if way == "fused":
+        inner(data(0), data(1)).backward()
+    else:
+        (x, y), fast = data(1), inner.adapt(data(0))
+        F.cross_entropy(fast(x).flatten(0, 1), y.flatten()).backward()
+    check_grads(model, answer)
+    x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    model(x).sum().backward()  # and elsewhere they are as they were
+    assert x.grad is not None
+
+
+class Cumprod(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cumprod(1)
 
 
 @backends

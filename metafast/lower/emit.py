@@ -552,7 +552,8 @@ class Emitter:
         labels = self.array(node.inputs[0])
         out = self.env[node.outputs[0]] = self.fresh(node.outputs[0].shape)
         a = node.attrs
-        self.emit(node, "one_hot", [labels, out], 1, [*out.shape, a["ignore_index"], *labels.strides])
+        real = int(node.inputs[0].dtype == "real")
+        self.emit(node, "one_hot", [labels, out], 1, [*out.shape, a["ignore_index"], *labels.strides, real])
 
     def _pad(self, node: Node, _: tuple[Array, bool] | None) -> None:
         x = self.array(node.inputs[0])

@@ -13,6 +13,7 @@ from metafast.normalise.table import Context, rule
 from metafast.normalise.views import Diagonal
 from metafast.ops import numel
 
+_NO_LABEL = -(2**40)  # ignores nothing that is a label
 _PIECES = 256  # a choice of elements that falls into more runs than this is not written as slices
 
 # ---- copies and casts -----------------------------------------------------------------------------------------
@@ -163,16 +164,9 @@ def pick(c: Context, x: Any, labels: Value) -> Value:
 
 
 def one_hot(c: Context, labels: Any, classes: int, ignore_index: int | None) -> Value:
-    """(N, classes), 1 at each label and a row of 0 where it is `ignore_index`.
-
-    Labels that entered as integers are checked at run time; ones that were computed are compared.
-    """
-    ignored = -100 if ignore_index is None else ignore_index
-    if isinstance(labels, Value) and labels.dtype == "int":
-        return c.b.op("one_hot", labels, classes=classes, ignore_index=ignored)
-    column = c.reshape(c.real(labels), (c.shape(labels)[0], 1))
-    hot = c("eq", column, torch.arange(classes, dtype=torch.float64))
-    return c("mul", hot, c("ne", column, float(ignored)))
+    """(N, classes), 1 at each label and a row of 0 where it is `ignore_index`; labels are checked at run time."""
+    v = labels if isinstance(labels, Value) else c.real(labels)
+    return c.b.op("one_hot", v, classes=classes, ignore_index=_NO_LABEL if ignore_index is None else ignore_index)
 
 
 @rule("one_hot")

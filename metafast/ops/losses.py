@@ -46,7 +46,7 @@ def _one_hot_eval(x: list[torch.Tensor], a: Attrs) -> tuple[torch.Tensor, ...]:
 
 register(
     Op(
-        "one_hot",  # labels (N,) int -> (N, classes): 1 at the label; a row of zeros where it is ignore_index
+        "one_hot",  # labels (N,), int or whole reals -> (N, classes): 1 at the label; zeros where it is ignore_index
         lambda x, a: (((x[0].shape[0], a["classes"]), "real"),),
         _one_hot_eval,
         "one_hot",

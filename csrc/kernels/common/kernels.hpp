@@ -26,7 +26,7 @@
 //   avg_pool         x, y | N, H, W, C, KH, KW, sh, sw, ph, pw, OH, OW, count_include_pad,
 //                    divisor_override (0 none), mode
 //   avg_pool_adj     dy, dx | the same
-//   one_hot          labels, out(N,C) | N, C, ignore_index, label_stride
+//   one_hot          labels, out(N,C) | N, C, ignore_index, label_stride, real (labels: 0 int64, 1 T)
 //   fill             out | n | value
 //   cumsum           x, y | outer, reduce, inner, reverse
 //

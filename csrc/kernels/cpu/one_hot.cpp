@@ -4,23 +4,33 @@
 
 namespace metafast::kernels::METAFAST_ISA {
 
-template <class T>
-int one_hot(const Args& a) noexcept {
-  const int64_t N = a.i[0], C = a.i[1], ignore = a.i[2], stride = a.i[3];
-  const int64_t* labels = static_cast<const int64_t*>(a.ptr[0]);
+namespace {
+
+template <class T, class Label>
+int indicate(const Args& a) noexcept {
+  const int64_t N = a.i[0], C = a.i[1], stride = a.i[3];
+  const Label ignore = static_cast<Label>(a.i[2]);
+  const Label* labels = static_cast<const Label*>(a.ptr[0]);
   T* out = static_cast<T*>(a.ptr[1]);
   int status = kOk;
   const Range mine = share(N, a.part, a.parts);
   for (int64_t n = mine.begin; n < mine.end; ++n) {
-    const int64_t label = labels[n * stride];
+    const Label label = labels[n * stride];
     for (int64_t c = 0; c < C; ++c) out[n * C + c] = T(0);
     if (label == ignore) continue;
-    if (label >= 0 && label < C)
-      out[n * C + label] = T(1);
+    if (label >= 0 && label < static_cast<Label>(C))  // not so for NaN
+      out[n * C + static_cast<int64_t>(label)] = T(1);
     else
       status = kLabelOutOfRange;
   }
   return status;
+}
+
+}  // namespace
+
+template <class T>
+int one_hot(const Args& a) noexcept {
+  return a.i[4] != 0 ? indicate<T, T>(a) : indicate<T, int64_t>(a);
 }
 
 template <class T>

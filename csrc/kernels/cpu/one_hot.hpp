@@ -1,5 +1,5 @@
-// one_hot  ptr labels(N, int64, stride label_stride), out(N, C) dense   ints N, C, ignore_index, label_stride
-//   out(n, c) = 1 where c is the label of n, else 0; a row whose label is ignore_index is 0. Any other label
+// one_hot  ptr labels(N, stride label_stride), out(N, C) dense   ints N, C, ignore_index, label_stride, real
+//   The labels are int64, or whole numbers of type T where real is 1.   out(n, c) = 1 where c is the label of n, else 0; a row whose label is ignore_index is 0. Any other label
 //   outside 0..C-1 makes the call return kLabelOutOfRange; its row is 0.
 // fill     ptr out(n)   ints n   float value
 #pragma once

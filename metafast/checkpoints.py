@@ -1,0 +1,46 @@
+"""Activation checkpointing inside a model whose parameters are swapped for the time of a call.
+
+`torch.utils.checkpoint` runs a part of the model again during backward. By then the parameters that it ran with are no
+longer on the modules: PyTorch would differentiate at another point, and not say so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+from torch.utils import checkpoint
+
+__all__ = ["no_checkpoints"]
+
+
+_REENTRANT, _OTHER = "CheckpointFunction", "_checkpoint_without_reentrant_generator"
+
+
+@contextlib.contextmanager
+def no_checkpoints() -> Iterator[None]:
+    """In this thread a checkpoint only calls its function: the graph keeps what the function computed."""
+    here = threading.get_ident()
+
+    def here_only(plain: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: (plain if threading.get_ident() == here else original)(*args, **kwargs)
+
+    reentrant, other = getattr(checkpoint, _REENTRANT), getattr(checkpoint, _OTHER)
+    setattr(checkpoint, _REENTRANT, SimpleNamespace(apply=here_only(_call, reentrant.apply)))
+    setattr(checkpoint, _OTHER, here_only(_nothing_around, other))
+    try:
+        yield
+    finally:
+        setattr(checkpoint, _REENTRANT, reentrant)
+        setattr(checkpoint, _OTHER, other)
+
+
+def _call(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+    return function(*args)
+
+
+def _nothing_around(*args: Any, **kwargs: Any) -> Iterator[None]:
+    yield  # between what would come before the function and what after
