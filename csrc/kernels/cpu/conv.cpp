@@ -172,7 +172,8 @@ int conv_fwd(const Args& a) noexcept {
   if (i.N * i.OH * i.OW * i.O == 0) return kOk;
   Carver scratch(a.scratch);
   const Correlation<T> c = forward<T>(i, a.ptr);
-  if (winograd_suits(c)) return winograd_correlate(c, a);
+  if constexpr (sizeof(T) == 4)
+    if (winograd_suits(c)) return winograd_correlate(c, a);
   const Plan<T> plan(c, i.KH * i.KW, scratch);
   plan.weights.fill(c, i.KH, i.KW);
   correlate(c, plan, a.part, a.parts);
@@ -183,7 +184,8 @@ template <class T>
 int64_t conv_fwd_scratch(const int64_t* ints) noexcept {
   const ConvInts& i = ConvInts::of(ints);
   const Correlation<T> c = forward<T>(i, nullptr);
-  if (winograd_suits(c)) return winograd_correlate_scratch(c);
+  if constexpr (sizeof(T) == 4)
+    if (winograd_suits(c)) return winograd_correlate_scratch(c);
   Carver counter(nullptr);
   Plan<T>(c, i.KH * i.KW, counter);
   return counter.used();
@@ -201,7 +203,8 @@ int conv_dx(const Args& a) noexcept {
         clear_unmet(c, a.part, a.parts);
         continue;
       }
-      if (winograd_suits(c)) return winograd_correlate(c, a);
+      if constexpr (sizeof(T) == 4)
+        if (winograd_suits(c)) return winograd_correlate(c, a);
       const Plan<T> plan(c, i.KH * i.KW, scratch);
       plan.weights.fill(c, i.KH, i.KW);
       correlate(c, plan, a.part, a.parts);
@@ -217,7 +220,8 @@ int64_t conv_dx_scratch(const int64_t* ints) noexcept {
     for (int64_t across = 0; across < min64(i.sw, i.W); ++across) {
       const Correlation<T> c = adjoint<T>(i, nullptr, down, across);
       if (c.v.taps * c.h.taps == 0) continue;
-      if (winograd_suits(c)) return winograd_correlate_scratch(c);
+      if constexpr (sizeof(T) == 4)
+        if (winograd_suits(c)) return winograd_correlate_scratch(c);
       Carver counter(nullptr);
       Plan<T>(c, i.KH * i.KW, counter);
       most = max64(most, counter.used());

@@ -134,7 +134,8 @@ template <class T>
 int conv_dw(const Args& a) noexcept {
   const ConvInts& i = ConvInts::of(a.i);
   if (i.O * i.C * i.KH * i.KW == 0) return kOk;
-  if (winograd_dw_suits<T>(i)) return winograd_dw<T>(i, a);
+  if constexpr (sizeof(T) == 4)
+    if (winograd_dw_suits(i)) return winograd_dw(i, a);
   Carver scratch(a.scratch);
   const Plan<T> p(i, scratch);
   const Items<T> items(i, p);
@@ -160,7 +161,8 @@ int conv_dw(const Args& a) noexcept {
 
 template <class T>
 int64_t conv_dw_scratch(const int64_t* ints) noexcept {
-  if (winograd_dw_suits<T>(ConvInts::of(ints))) return winograd_dw_scratch<T>(ConvInts::of(ints));
+  if constexpr (sizeof(T) == 4)
+    if (winograd_dw_suits(ConvInts::of(ints))) return winograd_dw_scratch(ConvInts::of(ints));
   Carver counter(nullptr);
   Plan<T>(ConvInts::of(ints), counter);
   return counter.used();

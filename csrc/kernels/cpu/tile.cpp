@@ -37,12 +37,15 @@ void tile(const TileCall<T>& t) noexcept {
       const Vec<T> x = v == vectors - 1 ? load(t.bias + v * L, mask) : load(t.bias + v * L);
       METAFAST_UNROLL for (int r = 0; r < rows; ++r) acc[r][v] += x;
     }
+  T* const out = t.c;  // else the compiler reads these anew after every store
+  const int64_t c_rs = t.c_rs;
+  const bool add = t.add;
   METAFAST_UNROLL for (int r = 0; r < rows; ++r) METAFAST_UNROLL for (int v = 0; v < vectors; ++v) {
-    T* c = t.c + r * t.c_rs + v * L;
+    T* c = out + r * c_rs + v * L;
     if (v < vectors - 1 || !masked)
-      store(c, t.add ? acc[r][v] + load(c) : acc[r][v]);
+      store(c, add ? acc[r][v] + load(c) : acc[r][v]);
     else
-      store(c, t.add ? acc[r][v] + load(c, mask) : acc[r][v], mask);
+      store(c, add ? acc[r][v] + load(c, mask) : acc[r][v], mask);
   }
 }
 

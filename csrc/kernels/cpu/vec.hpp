@@ -172,6 +172,18 @@ METAFAST_INLINE void store(T* p, Vec<T> v, const Mask<T>& m) {
 #endif
 }
 
+// All lanes: what a loop over vectors passes where Mask is for the last of them. (On AVX2 a masked store takes
+// as long as a dozen whole ones.)
+struct Whole {};
+template <class T>
+METAFAST_INLINE Vec<T> load(const T* p, Whole) {
+  return load(p);
+}
+template <class T>
+METAFAST_INLINE void store(T* p, Vec<T> v, Whole) {
+  store(p, v);
+}
+
 // Sum of the lanes, halving: the order is that of the instruction set, never of the caller.
 template <class T>
 METAFAST_INLINE T sum_lanes(Vec<T> v) {
@@ -208,6 +220,14 @@ METAFAST_INLINE Range share(int64_t n, int part, int parts, int64_t unit = 1) {
   const int64_t units = (n + unit - 1) / unit;
   const int64_t begin = units * part / parts * unit, end = units * (part + 1) / parts * unit;
   return {begin < n ? begin : n, end < n ? end : n};
+}
+
+// Calls visit(k, lanes) for the vectors that make up the range: lanes is Whole, or the Mask of the last.
+template <class T, class Visit>
+METAFAST_INLINE void each_vector(Range range, Visit visit) {
+  int64_t k = range.begin;
+  for (; k + kLanes<T> <= range.end; k += kLanes<T>) visit(k, Whole{});
+  if (k < range.end) visit(k, Mask<T>(range.end - k));
 }
 
 METAFAST_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }

@@ -1,426 +1,516 @@
 #include "winograd.hpp"
 
+#include <utility>
+
 #include "tile.hpp"
 
 namespace metafast::kernels::METAFAST_ISA {
 namespace {
 
-constexpr int kPoints = 16;
-constexpr int64_t kBlockBytes = 400 * 1024;  // transformed tiles of a block: they stay in the second cache
+using V = Vec<float>;
+
+constexpr int kLanesF = kLanes<float>;
+constexpr int kAxis = 6;  // points of an axis: ∞, 0, a, −a, b, −b
+constexpr int kPoints = kAxis * kAxis;
+constexpr int64_t kBlockBytes = 384 * 1024;  // transformed tiles of a block: they stay in the second cache
 constexpr int64_t kLine = 16;  // elements that keep the points' streams out of the same cache sets
 
-// Bᵀ t B of a 4×4 tile of vectors.
-template <class T>
-METAFAST_INLINE void transform_input(Vec<T> (&t)[4][4]) {
-  METAFAST_UNROLL for (int j = 0; j < 4; ++j) {
-    const Vec<T> a = t[0][j], b = t[1][j], c = t[2][j], d = t[3][j];
-    t[0][j] = a - c, t[1][j] = b + c, t[2][j] = c - b, t[3][j] = b - d;
+constexpr int kStripVectors = 2;
+constexpr int64_t kStrip = kStripVectors * kLanesF;  // columns whose products are taken together
+
+// How many channels' products are summed one after the other before the sum is added to others: most of the error
+// arises here, and grows with the square root of it.
+constexpr int64_t chain_length(int64_t channels) { return channels < 64 ? 16 : 32; }
+
+// Near the points of least error among those of few digits, by experiment: half that of ±1, ±2.
+constexpr double kA = 0.6875, kB = 1.5;
+constexpr double kAA = kA * kA, kBB = kB * kB;
+
+METAFAST_INLINE V constant(double x) { return splat(static_cast<float>(x)); }
+
+// Bᵀ d: d read as coefficients, its products with the polynomials that vanish at all points but one.
+METAFAST_INLINE void to_points(const V (&d)[kAxis], V (&v)[kAxis]) {
+  const V sum = constant(-(kAA + kBB)), product = constant(kAA * kBB);
+  const V even_a = fma<float>(constant(-kBB), d[2], d[4]), odd_a = fma<float>(constant(-kBB), d[1], d[3]);
+  const V even_b = fma<float>(constant(-kAA), d[2], d[4]), odd_b = fma<float>(constant(-kAA), d[1], d[3]);
+  v[0] = fma<float>(product, d[1], fma<float>(sum, d[3], d[5]));
+  v[1] = fma<float>(product, d[0], fma<float>(sum, d[2], d[4]));
+  v[2] = fma<float>(constant(kA), odd_a, even_a), v[3] = fma<float>(constant(kA), -odd_a, even_a);
+  v[4] = fma<float>(constant(kB), odd_b, even_b), v[5] = fma<float>(constant(kB), -odd_b, even_b);
+}
+
+// Aᵀ m: the four results of the products at the points.
+METAFAST_INLINE void from_points(const V (&m)[kAxis], V (&y)[4]) {
+  const V even_a = m[2] + m[3], odd_a = constant(kA) * (m[2] - m[3]);
+  const V even_b = m[4] + m[5], odd_b = constant(kB) * (m[4] - m[5]);
+  y[0] = m[1] + (even_a + even_b);
+  y[1] = odd_a + odd_b;
+  y[2] = fma<float>(constant(kAA), even_a, constant(kBB) * even_b);
+  y[3] = fma<float>(constant(kAA), odd_a, fma<float>(constant(kBB), odd_b, m[0]));
+}
+
+// A y: the adjoint of from_points.
+METAFAST_INLINE void from_points_adjoint(const V (&y)[4], V (&m)[kAxis]) {
+  const V even_a = fma<float>(constant(kAA), y[2], y[0]), odd_a = fma<float>(constant(kAA), y[3], y[1]);
+  const V even_b = fma<float>(constant(kBB), y[2], y[0]), odd_b = fma<float>(constant(kBB), y[3], y[1]);
+  m[0] = y[3], m[1] = y[0];
+  m[2] = fma<float>(constant(kA), odd_a, even_a), m[3] = fma<float>(constant(kA), -odd_a, even_a);
+  m[4] = fma<float>(constant(kB), odd_b, even_b), m[5] = fma<float>(constant(kB), -odd_b, even_b);
+}
+
+// What the values at 0, ±a, ±b are divided by: products of differences of the points.
+constexpr double kScale0 = 1 / (kAA * kBB), kScaleA = 1 / (2 * kAA * (kAA - kBB)),
+                 kScaleB = 1 / (2 * kBB * (kBB - kAA));
+
+// G g: the filter's values at the points.
+METAFAST_INLINE void filter_to_points(const V (&g)[3], V (&t)[kAxis]) {
+  const V even_a = constant(kScaleA) * fma<float>(constant(kAA), g[2], g[0]);
+  const V even_b = constant(kScaleB) * fma<float>(constant(kBB), g[2], g[0]);
+  t[0] = g[2], t[1] = constant(kScale0) * g[0];
+  t[2] = fma<float>(constant(kScaleA * kA), g[1], even_a),
+  t[3] = fma<float>(constant(-kScaleA * kA), g[1], even_a);
+  t[4] = fma<float>(constant(kScaleB * kB), g[1], even_b),
+  t[5] = fma<float>(constant(-kScaleB * kB), g[1], even_b);
+}
+
+// Gᵀ t: the adjoint of filter_to_points.
+METAFAST_INLINE void filter_to_points_adjoint(const V (&t)[kAxis], V (&g)[3]) {
+  const V even_a = constant(kScaleA) * (t[2] + t[3]), odd_a = constant(kScaleA * kA) * (t[2] - t[3]);
+  const V even_b = constant(kScaleB) * (t[4] + t[5]), odd_b = constant(kScaleB * kB) * (t[4] - t[5]);
+  g[0] = fma<float>(constant(kScale0), t[1], even_a + even_b);
+  g[1] = odd_a + odd_b;
+  g[2] = fma<float>(constant(kAA), even_a, fma<float>(constant(kBB), even_b, t[0]));
+}
+
+// A square of vectors in memory: that in row i and column j is at p + i * row + j * column.
+template <class Element>
+struct Square {
+  Element* p;
+  int64_t row, column;
+};
+
+METAFAST_INLINE void advance(auto*& p, int64_t by) {
+  p += by;
+  asm("" : "+r"(p));  // else the compiler keeps an address for every vector, on the stack
+}
+
+// Transforms both axes of a square of vectors, whose columns read(j, column) reads and write(i, row) takes.
+template <int from, int to, class Transform, class Read, class Write>
+METAFAST_INLINE void transform_square(Transform transform, Read read, Write write) {
+  V half[to][from];
+  METAFAST_UNROLL for (int j = 0; j < from; ++j) {
+    V in[from], out[to];
+    read(j, in);
+    transform(in, out);
+    METAFAST_UNROLL for (int i = 0; i < to; ++i) half[i][j] = out[i];
   }
-  METAFAST_UNROLL for (int i = 0; i < 4; ++i) {
-    const Vec<T> a = t[i][0], b = t[i][1], c = t[i][2], d = t[i][3];
-    t[i][0] = a - c, t[i][1] = b + c, t[i][2] = c - b, t[i][3] = b - d;
+  METAFAST_UNROLL for (int i = 0; i < to; ++i) {
+    V out[to];
+    transform(half[i], out);
+    write(i, out);
   }
 }
 
-// Aᵀ t A: the 2×2 results of 4×4 products.
-template <class T>
-METAFAST_INLINE void transform_output(const Vec<T> (&t)[4][4], Vec<T> (&y)[2][2]) {
-  Vec<T> s[2][4];
-  METAFAST_UNROLL for (int j = 0; j < 4; ++j) {
-    s[0][j] = (t[0][j] + t[1][j]) + t[2][j], s[1][j] = (t[1][j] - t[2][j]) - t[3][j];
-  }
-  METAFAST_UNROLL for (int i = 0; i < 2; ++i) {
-    y[i][0] = (s[i][0] + s[i][1]) + s[i][2], y[i][1] = (s[i][1] - s[i][2]) - s[i][3];
-  }
+// Reads columns of a square, and writes rows of one.
+template <class Lanes>
+METAFAST_INLINE auto columns_of(Square<const float> s, Lanes lanes) {
+  return [s, lanes](int, auto& in) mutable {
+    int i = 0;
+    METAFAST_UNROLL for (V& v : in) v = load(s.p + i++ * s.row, lanes);
+    advance(s.p, s.column);
+  };
+}
+METAFAST_INLINE auto rows_of(Square<float> s) {
+  return [s](int, const auto& out) mutable {
+    int j = 0;
+    METAFAST_UNROLL for (const V& v : out) store(s.p + j++ * s.column, v);
+    advance(s.p, s.row);
+  };
 }
 
-// A t Aᵀ: the adjoint of transform_output.
-template <class T>
-METAFAST_INLINE void transform_output_adjoint(const Vec<T> (&y)[2][2], Vec<T> (&t)[4][4]) {
-  METAFAST_UNROLL for (int i = 0; i < 4; ++i) {
-    Vec<T> s[2];
-    METAFAST_UNROLL for (int j = 0; j < 2; ++j) s[j] =
-        i == 0 ? y[0][j] : (i == 1 ? y[0][j] + y[1][j] : (i == 2 ? y[0][j] - y[1][j] : -y[1][j]));
-    t[i][0] = s[0], t[i][1] = s[0] + s[1], t[i][2] = s[0] - s[1], t[i][3] = -s[1];
+// An axis of outputs in tiles of 4, then tiles of 3.
+struct Cut {
+  int64_t wide, narrow;
+  static Cut of(int64_t outputs) {
+    const int64_t tiles = (outputs + 3) / 4, narrow = min64(tiles, 4 * tiles - outputs);
+    return {tiles - narrow, narrow};
   }
-}
+  int64_t tiles() const { return wide + narrow; }
+  int64_t points() const { return kAxis * wide + (kAxis - 1) * narrow; }
+  int64_t start(int64_t tile) const { return 4 * tile - max64(0, tile - wide); }
+  int64_t size(int64_t tile) const { return tile < wide ? 4 : 3; }
+};
 
-// G g Gᵀ of a 3×3 filter.
-template <class T>
-METAFAST_INLINE void transform_filter(const Vec<T> (&g)[3][3], Vec<T> (&t)[4][4]) {
-  const Vec<T> half = splat(T(0.5));
-  Vec<T> s[4][3];
-  METAFAST_UNROLL for (int j = 0; j < 3; ++j) {
-    const Vec<T> even = half * (g[0][j] + g[2][j]), odd = half * g[1][j];
-    s[0][j] = g[0][j], s[1][j] = even + odd, s[2][j] = even - odd, s[3][j] = g[2][j];
-  }
-  METAFAST_UNROLL for (int i = 0; i < 4; ++i) {
-    const Vec<T> even = half * (s[i][0] + s[i][2]), odd = half * s[i][1];
-    t[i][0] = s[i][0], t[i][1] = even + odd, t[i][2] = even - odd, t[i][3] = s[i][2];
-  }
-}
-
-// Gᵀ t G: the adjoint of transform_filter.
-template <class T>
-METAFAST_INLINE void transform_filter_adjoint(const Vec<T> (&t)[4][4], Vec<T> (&g)[3][3]) {
-  const Vec<T> half = splat(T(0.5));
-  Vec<T> s[3][4];
-  METAFAST_UNROLL for (int j = 0; j < 4; ++j) {
-    const Vec<T> even = half * (t[1][j] + t[2][j]);
-    s[0][j] = t[0][j] + even, s[1][j] = half * (t[1][j] - t[2][j]), s[2][j] = even + t[3][j];
-  }
-  METAFAST_UNROLL for (int i = 0; i < 3; ++i) {
-    const Vec<T> even = half * (s[i][1] + s[i][2]);
-    g[i][0] = s[i][0] + even, g[i][1] = half * (s[i][1] - s[i][2]), g[i][2] = even + s[i][3];
-  }
-}
-
-// The tiles of a set of images and their cut into blocks: some whole images, or some rows of tiles of one.
+// The tiles of a set of images, in blocks of rows of tiles.
 struct Tiling {
-  int64_t images, down, across;  // tiles of an image
-  int64_t block_images, block_rows, blocks_per_image;
+  int64_t images;
+  Cut down, across;
+  int64_t block_rows;
 
   // per_tile: elements of scratch a tile takes.
-  template <class T>
   static Tiling of(int64_t images, int64_t height, int64_t width, int64_t per_tile) {
-    Tiling t{images, (height + 1) / 2, (width + 1) / 2, 1, 0, 1};
-    const int64_t most = max64(28, kBlockBytes / (per_tile * static_cast<int64_t>(sizeof(T))));
-    t.block_rows = max64(1, min64(t.down, most / t.across));
-    if (t.block_rows == t.down) t.block_images = max64(1, min64(images, most / (t.down * t.across)));
-    t.blocks_per_image = (t.down + t.block_rows - 1) / t.block_rows;
+    Tiling t{images, Cut::of(height), Cut::of(width), 0};
+    const int64_t most = kBlockBytes / (per_tile * static_cast<int64_t>(sizeof(float)));
+    t.block_rows = max64(1, min64(t.rows(), most / t.across.tiles()));
     return t;
   }
-  int64_t most_tiles() const { return block_images * block_rows * across; }
-  int64_t blocks() const { return (images + block_images - 1) / block_images * blocks_per_image; }
+  int64_t rows() const { return images * down.tiles(); }
+  int64_t most_tiles() const { return block_rows * across.tiles(); }
 };
 
+// Rows [begin, end) of tiles of a tiling. Its tiles lie in the order
+//   wide rows: narrow tiles | wide rows: wide tiles | narrow rows: wide tiles | narrow rows: narrow tiles
+// so that those which have a point, at infinity or not, lie together.
 struct Block {
-  int64_t image, images, row, rows;
-  static Block at(const Tiling& t, int64_t k) {
-    const int64_t image = k / t.blocks_per_image * t.block_images,
-                  row = k % t.blocks_per_image * t.block_rows;
-    return {image, min64(t.block_images, t.images - image), row, min64(t.block_rows, t.down - row)};
+  const Tiling& t;
+  int64_t begin, end;
+  int64_t wide_rows, narrow_rows;
+
+  Block(const Tiling& tiling, int64_t from, int64_t to)
+      : t(tiling), begin(from), end(to), wide_rows(wide_before(to) - wide_before(from)) {
+    narrow_rows = to - from - wide_rows;
   }
-  int64_t tiles(const Tiling& t) const { return images * rows * t.across; }
+  int64_t wide_before(int64_t row) const {
+    return row / t.down.tiles() * t.down.wide + min64(row % t.down.tiles(), t.down.wide);
+  }
+  int64_t place(int64_t row, int64_t tile) const {
+    const int64_t wide_above = wide_before(row) - wide_before(begin), narrow_above = row - begin - wide_above;
+    const bool wide_row = row % t.down.tiles() < t.down.wide, wide_tile = tile < t.across.wide;
+    const int64_t above = wide_row ? wide_above : narrow_above;
+    int64_t at = wide_row ? 0 : wide_rows * t.across.tiles();
+    if (wide_row && wide_tile) at += wide_rows * t.across.narrow;
+    if (!wide_row && !wide_tile) at += narrow_rows * t.across.wide;
+    return at + (wide_tile ? above * t.across.wide + tile : above * t.across.narrow + tile - t.across.wide);
+  }
+  // The tiles that have the point.
+  Range having(int point) const {
+    const bool last_row = point / kAxis == 0, last_column = point % kAxis == 0;
+    return {last_column ? wide_rows * t.across.narrow : 0,
+            wide_rows * t.across.tiles() +
+                (last_row ? 0 : narrow_rows * (last_column ? t.across.wide : t.across.tiles()))};
+  }
+  // Calls visit(image, first row, one past the last row) for the rows of each image.
+  template <class Visit>
+  METAFAST_INLINE void each_image(Visit visit) const {
+    const int64_t down = t.down.tiles();
+    for (int64_t r = begin; r < end;) {
+      const int64_t image = r / down, stop = min64(end, (image + 1) * down);
+      visit(image, r, stop);
+      r = stop;
+    }
+  }
 };
 
-// Where images come from: dense, channels last; tile (i, j) reads rows 2 i + top and columns 2 j + left onwards.
-template <class T>
+// Where images come from: dense, channels last; output (0, 0) reads from row `top` and column `left` onwards.
 struct Source {
-  const T* p;
+  const float* p;
   int64_t height, width, channels, top, left;
 };
 
-// Transformed tiles: 16 matrices (tiles, stride), one a point.
-template <class T>
+// Transformed tiles: a matrix (tiles, stride) for every point.
 struct Points {
-  T* p;
+  float* p;
   int64_t stride, step;  // from tile to tile, from point to point
 
   Points(int64_t tiles, int64_t columns, Carver& scratch)
-      : stride(round_up(columns, kLanes<T>)), step(round_up(tiles * stride, kLine) + kLine) {
-    p = scratch.take<T>(kPoints * step);
+      : stride(round_up(columns, kLanesF)), step(round_up(tiles * stride, kLine) + kLine) {
+    p = scratch.take<float>(kPoints * step);
   }
 };
 
-template <class T>
-int64_t window_elements(const Tiling& t, int64_t channels) {
-  return (2 * t.block_rows + 2) * (2 * t.across + 2) * channels;
+int64_t window_columns(const Tiling& t) { return 4 * t.across.tiles() + 2; }
+
+// Enough for the rows that a block has of one image, each tile read as a wide one.
+float* take_window(const Tiling& t, int64_t channels, Carver& scratch) {
+  return scratch.take<float>((4 * min64(t.block_rows, t.down.tiles()) + 2) * window_columns(t) * channels);
 }
 
-// Channels [first, first + count) of one 4×4 tile.
-template <class T>
-METAFAST_INLINE void input_tile(const T* src, int64_t line, int64_t pixel, T* dst, int64_t step,
-                                Range channels) {
-  constexpr int L = kLanes<T>;
-  for (int64_t c = channels.begin; c < channels.end; c += L) {
-    const Mask<T> mask(min64(L, channels.end - c));
-    Vec<T> t[4][4];
-    METAFAST_UNROLL for (int i = 0; i < 4; ++i) METAFAST_UNROLL for (int j = 0; j < 4; ++j) t[i][j] =
-        load(src + i * line + j * pixel + c, mask);
-    transform_input<T>(t);
-    METAFAST_UNROLL for (int i = 0; i < 4; ++i) METAFAST_UNROLL for (int j = 0; j < 4; ++j)
-        store(dst + (4 * i + j) * step + c, t[i][j]);
-  }
+// Bᵀ d B of channels [begin, end) of a block's tiles.
+void input_block(const Source& s, const Block& b, const Points& v, float* window, Range channels) {
+  const Cut &down = b.t.down, &across = b.t.across;
+  const int64_t line = window_columns(b.t) * s.channels;
+  b.each_image([&](int64_t image, int64_t begin, int64_t end) {
+    const int64_t first = begin % down.tiles(), last = first + end - begin - 1;
+    const Window w{down.start(first) + s.top, s.left, down.start(last) + kAxis - down.start(first),
+                   window_columns(b.t)};
+    copy_window(window, s.p + image * s.height * s.width * s.channels, s.height, s.width, s.channels, w);
+    for (int64_t r = begin; r < end; ++r)
+      for (int64_t j = 0; j < across.tiles(); ++j) {
+        const float* src =
+            window + (down.start(r % down.tiles()) - down.start(first)) * line + across.start(j) * s.channels;
+        float* dst = v.p + b.place(r, j) * v.stride;
+        each_vector<float>(channels, [&](int64_t c, auto lanes) {
+          transform_square<kAxis, kAxis>(to_points, columns_of({src + c, line, s.channels}, lanes),
+                                         rows_of({dst + c, kAxis * v.step, v.step}));
+        });
+      }
+  });
 }
 
-template <class T>
-void input_block(const Source<T>& s, const Tiling& t, const Block& b, const Points<T>& v, T* window,
-                 Range channels) {
-  T* dst = v.p;
-  for (int64_t n = b.image; n < b.image + b.images; ++n) {
-    const Window w{2 * b.row + s.top, s.left, 2 * b.rows + 2, 2 * t.across + 2};
-    const T* src = s.p + n * s.height * s.width * s.channels;
-    int64_t line = s.width * s.channels;
-    if (w.inside(s.height, s.width)) {
-      src += w.top * line + w.left * s.channels;
-    } else {
-      copy_window(window, src, s.height, s.width, s.channels, w);
-      src = window, line = w.columns * s.channels;
-    }
-    for (int64_t i = 0; i < b.rows; ++i)
-      for (int64_t j = 0; j < t.across; ++j, dst += v.stride)
-        input_tile(src + 2 * i * line + 2 * j * s.channels, line, s.channels, dst, v.step, channels);
-  }
+int64_t strip_vectors(int64_t columns) {
+  const int64_t total = (columns + kLanesF - 1) / kLanesF;
+  return total == 1 ? 1 : (total == 3 ? 3 : 2);
 }
 
-template <class T>
 struct CorrelationPlan {
+  PackedWeights<float> weights;
   Tiling tiling;
-  PackedWeights<T> weights;
-  T* filters;  // [points][strips][channels][strip]
-  int64_t filter_step;
-  Points<T> inputs, products;
-  T* window;
+  int64_t filter_step;      // elements from point to point, of (channels, strip)
+  float* filters;           // [strips][points]
+  Points inputs, products;  // products: of one strip
+  float* window;
 
-  CorrelationPlan(const Correlation<T>& c, Carver& scratch)
-      : tiling(Tiling::of<T>(c.images, c.v.outputs, c.h.outputs, kPoints * (c.channels + c.columns))),
-        weights(c, strip_vectors(c.columns) * kLanes<T>, 9, scratch),
-        filters(nullptr),
-        filter_step(round_up(c.columns, weights.strip) * c.channels + kLine),
+  CorrelationPlan(const Correlation<float>& c, Carver& scratch)
+      : weights(c, kStrip, 9, scratch),
+        tiling(Tiling::of(c.images, c.v.outputs, c.h.outputs, kPoints * (c.channels + weights.strip))),
+        filter_step(c.channels * weights.strip + kLine),
+        filters(
+            scratch.take<float>(round_up(c.columns, weights.strip) / weights.strip * kPoints * filter_step)),
         inputs(tiling.most_tiles(), c.channels, scratch),
-        products(tiling.most_tiles(), c.columns, scratch) {
-    filters = scratch.take<T>(kPoints * filter_step);
-    window = scratch.take<T>(window_elements<T>(tiling, c.channels));
-  }
+        products(tiling.most_tiles(), weights.strip, scratch),
+        window(take_window(tiling, c.channels, scratch)) {}
 
-  static int64_t strip_vectors(int64_t columns) {
-    const int64_t total = (columns + kLanes<T> - 1) / kLanes<T>;
-    return total == 1 ? 1 : (total == 3 ? 3 : 2);
+  // Of the strip that begins at column n.
+  float* filter(int64_t n, int point) const {
+    return filters + (n / weights.strip * kPoints + point) * filter_step;
   }
 };
 
-template <class T>
-void transform_filters(const Correlation<T>& c, const CorrelationPlan<T>& p) {
-  constexpr int L = kLanes<T>;
+void transform_filters(const Correlation<float>& c, const CorrelationPlan& p) {
   const int64_t strip = p.weights.strip, C = c.channels;
   p.weights.fill(c, 3, 3);
   for (int64_t n = 0; n < c.columns; n += strip)
-    for (int64_t k = 0; k < C; ++k)
-      for (int64_t j = 0; j < strip; j += L) {
-        const T* src = p.weights.packed + n * p.weights.depth + k * strip + j;
-        T* dst = p.filters + n * C + k * strip + j;
-        Vec<T> g[3][3], t[4][4];
-        METAFAST_UNROLL for (int a = 0; a < 3; ++a) METAFAST_UNROLL for (int b = 0; b < 3; ++b) g[a][b] =
-            load(src + (3 * a + b) * C * strip);
-        transform_filter<T>(g, t);
-        METAFAST_UNROLL for (int a = 0; a < 4; ++a) METAFAST_UNROLL for (int b = 0; b < 4; ++b)
-            store(dst + (4 * a + b) * p.filter_step, t[a][b]);
-      }
-}
-
-// products[point] = inputs[point] × filters[point]
-template <class T>
-void multiply_points(const Correlation<T>& c, const CorrelationPlan<T>& p, int64_t tiles) {
-  constexpr int L = kLanes<T>;
-  const int64_t zero = 0, strip = p.weights.strip;
-  TileCall<T> call{};
-  call.a_rs = p.inputs.stride, call.a_cs = 1;
-  call.segment = &zero, call.segments = 1, call.length = c.channels;
-  call.b_rs = strip, call.c_rs = p.products.stride, call.last = L;
-  for (int point = 0; point < kPoints; ++point)
-    for (int64_t n = 0; n < c.columns; n += strip) {
-      call.a = p.inputs.p + point * p.inputs.step;
-      call.b = p.filters + point * p.filter_step + n * c.channels;
-      call.c = p.products.p + point * p.products.step + n;
-      run_strip<T>(call, tiles, (min64(strip, c.columns - n) + L - 1) / L);
+    for (int64_t k = 0; k < C * strip; k += kLanesF) {
+      const float* src = p.weights.packed + n * p.weights.depth + k;
+      transform_square<3, kAxis>(filter_to_points, columns_of({src, 3 * C * strip, C * strip}, Whole{}),
+                                 rows_of({p.filter(n, 0) + k, kAxis * p.filter_step, p.filter_step}));
     }
 }
 
-// One tile's 2×2 outputs, those of the first `rows` rows and `columns` columns.
-template <class T>
-METAFAST_INLINE void output_tile(const Correlation<T>& c, const T* src, int64_t step, T* out, int64_t rows,
-                                 int64_t columns) {
-  constexpr int L = kLanes<T>;
-  for (int64_t n = 0; n < c.columns; n += L) {
-    const Mask<T> mask(min64(L, c.columns - n));
-    Vec<T> t[4][4], y[2][2];
-    METAFAST_UNROLL for (int i = 0; i < 4; ++i) METAFAST_UNROLL for (int j = 0; j < 4; ++j) t[i][j] =
-        load(src + (4 * i + j) * step + n);
-    transform_output<T>(t, y);
-    const Vec<T> bias = c.bias ? load(c.bias + n, mask) : Vec<T>{};
-    METAFAST_UNROLL for (int i = 0; i < 2; ++i)
-        METAFAST_UNROLL for (int j = 0; j < 2; ++j) if (i < rows && j < columns) {
-      T* to = out + i * c.out_row + j * c.out_pixel + n;
-      const Vec<T> value = c.bias ? y[i][j] + bias : y[i][j];
-      store(to, c.add ? load(to, mask) + value : value, mask);
+// c(r, n) = sum over k of a(r, k) b(k, n) for one strip of columns n; a is (rows, k) of row stride a_rs, b and c
+// have rows of a strip.
+template <int rows>
+void multiply_rows(const float* a, int64_t a_rs, const float* b, int64_t depth, float* c) noexcept {
+  const int64_t chain = chain_length(depth);
+  for (int64_t k = 0; k < depth; k += chain) {
+    V acc[rows][kStripVectors] = {};
+    constexpr int bases = (rows + 2) / 3;
+    const float* at[bases];
+    METAFAST_UNROLL for (int g = 0; g < bases; ++g) at[g] = a + 3 * g * a_rs;
+    for (int64_t j = min64(chain, depth - k); j > 0; --j) {
+      V row[kStripVectors];
+      METAFAST_UNROLL for (int v = 0; v < kStripVectors; ++v) row[v] = load(b + v * kLanesF);
+      METAFAST_UNROLL for (int r = 0; r < rows; ++r) {
+        const V x = splat(at[r / 3][r % 3 * a_rs]);
+        METAFAST_UNROLL for (int v = 0; v < kStripVectors; ++v) acc[r][v] = fma<float>(x, row[v], acc[r][v]);
+      }
+      METAFAST_UNROLL for (int g = 0; g < bases; ++g) advance(at[g], 1);
+      b += kStrip;
+    }
+    a += chain;
+    METAFAST_UNROLL for (int r = 0; r < rows; ++r) METAFAST_UNROLL for (int v = 0; v < kStripVectors; ++v) {
+      float* to = c + r * kStrip + v * kLanesF;
+      store(to, k > 0 ? acc[r][v] + load(to) : acc[r][v]);
     }
   }
 }
 
-template <class T>
-void output_block(const Correlation<T>& c, const CorrelationPlan<T>& p, const Block& b) {
-  const T* src = p.products.p;
-  for (int64_t n = b.image; n < b.image + b.images; ++n)
-    for (int64_t i = b.row; i < b.row + b.rows; ++i)
-      for (int64_t j = 0; j < p.tiling.across; ++j, src += p.products.stride)
-        output_tile(c, src, p.products.step,
-                    c.out + n * c.out_image + 2 * i * c.out_row + 2 * j * c.out_pixel, c.v.outputs - 2 * i,
-                    c.h.outputs - 2 * j);
+using MultiplyRows = void (*)(const float*, int64_t, const float*, int64_t, float*) noexcept;
+constexpr int kMostRows = max_tile_rows(kStripVectors);
+
+template <int... rows>
+constexpr MultiplyRows find_multiply(std::integer_sequence<int, rows...>, int64_t wanted) {
+  constexpr MultiplyRows all[] = {multiply_rows<rows + 1>...};
+  return all[wanted - 1];
 }
 
-// Work of the direct form against the points' products with their transforms, in vector operations a tile.
-bool pays(int64_t height, int64_t width, int64_t images, int64_t C, int64_t O) {
-  if (C < 16 || O < 16) return false;
-  const int64_t tiles = (height + 1) / 2 * ((width + 1) / 2);
-  const int64_t direct = 9 * height * width * C * O, transforms = 60 * (C + O) * tiles;
-  return images * tiles >= 96 && 10 * (16 * tiles * C * O + transforms) < 9 * direct;
+// products[point] = inputs[point] × filters[point], of the strip of columns that begins at n.
+void multiply_points(const Correlation<float>& c, const CorrelationPlan& p, const Block& b, int64_t n) {
+  for (int point = 0; point < kPoints; ++point) {
+    const Range tiles = b.having(point);
+    const float* in = p.inputs.p + point * p.inputs.step + tiles.begin * p.inputs.stride;
+    float* out = p.products.p + point * p.products.step + tiles.begin * p.products.stride;
+    for (int64_t left = tiles.end - tiles.begin; left > 0;) {
+      const int64_t rows = next_tile_rows(left, kMostRows);
+      find_multiply(std::make_integer_sequence<int, kMostRows>(), rows)(in, p.inputs.stride,
+                                                                        p.filter(n, point), c.channels, out);
+      in += rows * p.inputs.stride, out += rows * kStrip, left -= rows;
+    }
+  }
 }
 
-template <class T>
+// Aᵀ m A of a block's tiles, in columns [n, n + strip).
+void output_block(const Correlation<float>& c, const CorrelationPlan& p, const Block& b, int64_t n) {
+  const Cut &down = b.t.down, &across = b.t.across;
+  const Range columns{n, min64(n + p.weights.strip, c.columns)};
+  for (int64_t r = b.begin; r < b.end; ++r)
+    for (int64_t j = 0; j < across.tiles(); ++j) {
+      const int64_t i = r % down.tiles(), top = down.start(i), left = across.start(j);
+      const int64_t rows = min64(down.size(i), c.v.outputs - top),
+                    pixels = min64(across.size(j), c.h.outputs - left);
+      const float* src = p.products.p + b.place(r, j) * p.products.stride - n;
+      float* out = c.out + r / down.tiles() * c.out_image + top * c.out_row + left * c.out_pixel;
+      each_vector<float>(columns, [&](int64_t o, auto lanes) {
+        const V bias = c.bias ? load(c.bias + o, lanes) : V{};
+        float* to = out + o;
+        transform_square<kAxis, 4>(from_points,
+                                   columns_of({src + o, kAxis * p.products.step, p.products.step}, Whole{}),
+                                   [&](int k, const V(&y)[4]) {
+                                     if (k >= rows) return;
+                                     METAFAST_UNROLL for (int l = 0; l < 4; ++l) if (l < pixels) {
+                                       float* at = to + l * c.out_pixel;
+                                       const V value = c.bias ? y[l] + bias : y[l];
+                                       store(at, c.add ? load(at, lanes) + value : value, lanes);
+                                     }
+                                     advance(to, c.out_row);
+                                   });
+      });
+    }
+}
+
 struct DwPlan {
   Tiling tiling;
-  Points<T> inputs, outputs;  // Bᵀ d B and A dy Aᵀ
-  Points<T> sums;             // [points][C][O]
-  T* window;
+  Points inputs, outputs;  // Bᵀ d B and A dy Aᵀ
+  Points sums;             // (C, O)
+  float* window;
 
   DwPlan(const ConvInts& i, Carver& scratch)
-      : tiling(Tiling::of<T>(i.N, i.OH, i.OW, kPoints * (i.C + i.O))),
+      : tiling(Tiling::of(i.N, i.OH, i.OW, kPoints * (i.C + i.O))),
         inputs(tiling.most_tiles(), i.C, scratch),
         outputs(tiling.most_tiles(), i.O, scratch),
-        sums(i.C, i.O, scratch) {
-    window = scratch.take<T>(window_elements<T>(tiling, i.C));
-  }
+        sums(i.C, i.O, scratch),
+        window(take_window(tiling, i.C, scratch)) {}
 };
 
-template <class T>
-void gradient_block(const ConvInts& i, const DwPlan<T>& p, const Block& b, const T* dy) {
-  constexpr int L = kLanes<T>;
-  T* dst = p.outputs.p;
-  for (int64_t n = b.image; n < b.image + b.images; ++n)
-    for (int64_t r = b.row; r < b.row + b.rows; ++r)
-      for (int64_t s = 0; s < p.tiling.across; ++s, dst += p.outputs.stride) {
-        const T* src = dy + ((n * i.OH + 2 * r) * i.OW + 2 * s) * i.O;
-        const bool below = 2 * r + 1 < i.OH, beside = 2 * s + 1 < i.OW;
-        for (int64_t o = 0; o < i.O; o += L) {
-          const Mask<T> mask(min64(L, i.O - o));
-          const Vec<T> zero{};
-          const Vec<T> y[2][2] = {{load(src + o, mask), beside ? load(src + i.O + o, mask) : zero},
-                                  {below ? load(src + i.OW * i.O + o, mask) : zero,
-                                   below && beside ? load(src + (i.OW + 1) * i.O + o, mask) : zero}};
-          Vec<T> t[4][4];
-          transform_output_adjoint<T>(y, t);
-          METAFAST_UNROLL for (int k = 0; k < kPoints; ++k)
-              store(dst + k * p.outputs.step + o, t[k / 4][k % 4]);
-        }
-      }
+void gradient_block(const ConvInts& i, const DwPlan& p, const Block& b, const float* dy) {
+  const Cut &down = b.t.down, &across = b.t.across;
+  for (int64_t r = b.begin; r < b.end; ++r)
+    for (int64_t j = 0; j < across.tiles(); ++j) {
+      const int64_t k = r % down.tiles(), top = down.start(k), left = across.start(j);
+      const int64_t rows = min64(down.size(k), i.OH - top), pixels = min64(across.size(j), i.OW - left);
+      const float* src = dy + ((r / down.tiles() * i.OH + top) * i.OW + left) * i.O;
+      float* dst = p.outputs.p + b.place(r, j) * p.outputs.stride;
+      each_vector<float>({0, i.O}, [&](int64_t o, auto lanes) {
+        const float* from = src + o;
+        transform_square<4, kAxis>(
+            from_points_adjoint,
+            [&](int x, V(&y)[4]) {
+              METAFAST_UNROLL for (int l = 0; l < 4; ++l) y[l] =
+                  l < rows && x < pixels ? load(from + l * i.OW * i.O, lanes) : V{};
+              advance(from, i.O);
+            },
+            rows_of({dst + o, kAxis * p.outputs.step, p.outputs.step}));
+      });
+    }
 }
 
 // sums[point] (+)= inputs[point]ᵀ × outputs[point], rows `channels`.
-template <class T>
-void add_points(const ConvInts& i, const DwPlan<T>& p, int64_t tiles, Range channels, bool add) {
-  constexpr int L = kLanes<T>;
-  const int64_t zero = 0, vectors = CorrelationPlan<T>::strip_vectors(i.O), strip = vectors * L;
-  TileCall<T> call{};
+void add_points(const ConvInts& i, const DwPlan& p, const Block& b, Range channels) {
+  const int64_t zero = 0, vectors = strip_vectors(i.O), strip = vectors * kLanesF;
+  TileCall<float> call{};
   call.a_rs = 1, call.a_cs = p.inputs.stride;
-  call.segment = &zero, call.segments = 1, call.length = tiles;
-  call.b_rs = p.outputs.stride, call.c_rs = p.sums.stride, call.last = L, call.add = add;
-  for (int point = 0; point < kPoints; ++point)
+  call.segment = &zero, call.segments = 1;
+  call.b_rs = p.outputs.stride, call.c_rs = p.sums.stride, call.last = kLanesF, call.add = b.begin > 0;
+  for (int point = 0; point < kPoints; ++point) {
+    const Range tiles = b.having(point);
+    call.length = tiles.end - tiles.begin;
     for (int64_t o = 0; o < i.O; o += strip) {
-      call.a = p.inputs.p + point * p.inputs.step + channels.begin;
-      call.b = p.outputs.p + point * p.outputs.step + o;
+      call.a = p.inputs.p + point * p.inputs.step + tiles.begin * p.inputs.stride + channels.begin;
+      call.b = p.outputs.p + point * p.outputs.step + tiles.begin * p.outputs.stride + o;
       call.c = p.sums.p + point * p.sums.step + channels.begin * p.sums.stride + o;
-      run_strip<T>(call, channels.end - channels.begin, (min64(strip, i.O - o) + L - 1) / L);
-    }
-}
-
-template <class T>
-void write_gradient(const ConvInts& i, const DwPlan<T>& p, Range channels, T* dw) {
-  constexpr int L = kLanes<T>;
-  for (int64_t c = channels.begin; c < channels.end; ++c) {
-    T taps[9][L];
-    for (int64_t o = 0; o < i.O; o += L) {
-      const int64_t n = min64(L, i.O - o);
-      const T* src = p.sums.p + c * p.sums.stride + o;
-      Vec<T> t[4][4], g[3][3];
-      METAFAST_UNROLL for (int k = 0; k < kPoints; ++k) t[k / 4][k % 4] = load(src + k * p.sums.step);
-      transform_filter_adjoint<T>(t, g);
-      for (int tap = 0; tap < 9; ++tap) {
-        T* to = dw + c * i.w_sc + o * i.w_so + tap / 3 * i.w_skh + tap % 3 * i.w_skw;
-        const Vec<T> value = g[tap / 3][tap % 3];
-        if (i.w_so == 1) {
-          const Mask<T> mask(n);
-          store(to, i.mode ? load(to, mask) + value : value, mask);
-          continue;
-        }
-        store(taps[tap], value);
-        for (int64_t j = 0; j < n; ++j)
-          to[j * i.w_so] = i.mode ? to[j * i.w_so] + taps[tap][j] : taps[tap][j];
-      }
+      run_strip<float>(call, channels.end - channels.begin, (min64(strip, i.O - o) + kLanesF - 1) / kLanesF);
     }
   }
+}
+
+void write_gradient(const ConvInts& i, const DwPlan& p, Range channels, float* dw) {
+  for (int64_t c = channels.begin; c < channels.end; ++c)
+    each_vector<float>({0, i.O}, [&](int64_t o, auto lanes) {
+      const float* src = p.sums.p + c * p.sums.stride + o;
+      float* out = dw + c * i.w_sc + o * i.w_so;
+      transform_square<kAxis, 3>(filter_to_points_adjoint,
+                                 columns_of({src, kAxis * p.sums.step, p.sums.step}, Whole{}),
+                                 [&](int k, const V(&g)[3]) {
+                                   METAFAST_UNROLL for (int l = 0; l < 3; ++l) {
+                                     float* to = out + k * i.w_skh + l * i.w_skw;
+                                     if (i.w_so == 1) {
+                                       store(to, i.mode ? load(to, lanes) + g[l] : g[l], lanes);
+                                       continue;
+                                     }
+                                     for (int64_t j = 0; j < min64(kLanesF, i.O - o); ++j)
+                                       to[j * i.w_so] = i.mode ? to[j * i.w_so] + g[l][j] : g[l][j];
+                                   }
+                                 });
+    });
+}
+
+// Multiply-adds of the direct form against those of the points' products, with the transforms of tiles and of
+// filters in multiply-adds that take as long.
+bool pays(int64_t height, int64_t width, int64_t images, int64_t C, int64_t O) {
+  if (C < 16 || O < 16) return false;
+  const Cut down = Cut::of(height), across = Cut::of(width);
+  const int64_t products = images * down.points() * across.points() * C * O;
+  const int64_t transforms = 200 * (images * down.tiles() * across.tiles() * (C + O) + C * O);
+  return products + transforms < 9 * images * height * width * C * O;
 }
 
 }  // namespace
 
-template <class T>
-bool winograd_suits(const Correlation<T>& c) noexcept {
+bool winograd_suits(const Correlation<float>& c) noexcept {
   const bool form = c.v.taps == 3 && c.h.taps == 3 && c.v.step == 1 && c.h.step == 1 &&
                     c.v.offset_step == 1 && c.h.offset_step == 1;
-  return sizeof(T) == 4 && form && pays(c.v.outputs, c.h.outputs, c.images, c.channels, c.columns);
+  return form && pays(c.v.outputs, c.h.outputs, c.images, c.channels, c.columns);
 }
 
-template <class T>
 bool winograd_dw_suits(const ConvInts& i) noexcept {
   const bool form = i.KH == 3 && i.KW == 3 && i.sh == 1 && i.sw == 1 && i.dh == 1 && i.dw == 1;
-  return sizeof(T) == 4 && form && pays(i.OH, i.OW, i.N, i.C, i.O);
+  return form && pays(i.OH, i.OW, i.N, i.C, i.O);
 }
 
-template <class T>
-int winograd_correlate(const Correlation<T>& c, const Args& a) noexcept {
+int winograd_correlate(const Correlation<float>& c, const Args& a) noexcept {
   Carver scratch(a.scratch);
-  const CorrelationPlan<T> p(c, scratch);
-  const Source<T> source{c.source, c.height, c.width, c.channels, c.v.low, c.h.low};
+  const CorrelationPlan p(c, scratch);
+  const Source source{c.source, c.height, c.width, c.channels, c.v.low, c.h.low};
+  const Range mine = share(p.tiling.rows(), a.part, a.parts);
+  if (mine.begin == mine.end) return kOk;
   transform_filters(c, p);
-  const Range mine = share(p.tiling.blocks(), a.part, a.parts);
-  for (int64_t k = mine.begin; k < mine.end; ++k) {
-    const Block b = Block::at(p.tiling, k);
-    input_block(source, p.tiling, b, p.inputs, p.window, {0, c.channels});
-    multiply_points(c, p, b.tiles(p.tiling));
-    output_block(c, p, b);
+  for (int64_t r = mine.begin; r < mine.end; r += p.tiling.block_rows) {
+    const Block b(p.tiling, r, min64(r + p.tiling.block_rows, mine.end));
+    input_block(source, b, p.inputs, p.window, {0, c.channels});
+    for (int64_t n = 0; n < c.columns; n += p.weights.strip) {
+      multiply_points(c, p, b, n);
+      output_block(c, p, b, n);
+    }
   }
   return kOk;
 }
 
-template <class T>
 int winograd_dw(const ConvInts& i, const Args& a) noexcept {
   Carver scratch(a.scratch);
-  const DwPlan<T> p(i, scratch);
-  const Source<T> source{static_cast<const T*>(a.ptr[0]), i.H, i.W, i.C, -i.ph, -i.pw};
-  const Range channels = share(i.C, a.part, a.parts, kLanes<T>);
+  const DwPlan p(i, scratch);
+  const Source source{static_cast<const float*>(a.ptr[0]), i.H, i.W, i.C, -i.ph, -i.pw};
+  const Range channels = share(i.C, a.part, a.parts, kLanesF);
   if (channels.begin == channels.end) return kOk;
-  for (int64_t k = 0; k < p.tiling.blocks(); ++k) {
-    const Block b = Block::at(p.tiling, k);
-    input_block(source, p.tiling, b, p.inputs, p.window, channels);
-    gradient_block(i, p, b, static_cast<const T*>(a.ptr[1]));
-    add_points(i, p, b.tiles(p.tiling), channels, k > 0);
+  for (int64_t r = 0; r < p.tiling.rows(); r += p.tiling.block_rows) {
+    const Block b(p.tiling, r, min64(r + p.tiling.block_rows, p.tiling.rows()));
+    input_block(source, b, p.inputs, p.window, channels);
+    gradient_block(i, p, b, static_cast<const float*>(a.ptr[1]));
+    add_points(i, p, b, channels);
   }
-  write_gradient(i, p, channels, static_cast<T*>(a.ptr[2]));
+  write_gradient(i, p, channels, static_cast<float*>(a.ptr[2]));
   return kOk;
 }
 
-template <class T>
-int64_t winograd_correlate_scratch(const Correlation<T>& c) noexcept {
+int64_t winograd_correlate_scratch(const Correlation<float>& c) noexcept {
   Carver counter(nullptr);
-  CorrelationPlan<T>(c, counter);
+  CorrelationPlan(c, counter);
   return counter.used();
 }
 
-template <class T>
 int64_t winograd_dw_scratch(const ConvInts& i) noexcept {
   Carver counter(nullptr);
-  DwPlan<T>(i, counter);
+  DwPlan(i, counter);
   return counter.used();
 }
-
-#define METAFAST_INSTANTIATE(T)                                                 \
-  template bool winograd_suits(const Correlation<T>&) noexcept;                 \
-  template bool winograd_dw_suits<T>(const ConvInts&) noexcept;                 \
-  template int winograd_correlate(const Correlation<T>&, const Args&) noexcept; \
-  template int winograd_dw<T>(const ConvInts&, const Args&) noexcept;           \
-  template int64_t winograd_correlate_scratch(const Correlation<T>&) noexcept;  \
-  template int64_t winograd_dw_scratch<T>(const ConvInts&) noexcept;
-METAFAST_INSTANTIATE(float)
-METAFAST_INSTANTIATE(double)
 
 }  // namespace metafast::kernels::METAFAST_ISA
