@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
+from metafast import _C
 from metafast.batchnorm import fold
 from metafast.capture import Trace, Unsupported, capture, capture_function
 from metafast.errors import LabelError, message, position
@@ -206,8 +207,6 @@ class Native:
 
     def profile(self, problem: Problem, weights: Tensor, repeats: int) -> Profile:
         """The fused call instruction by instruction; of each the least time of so many runs."""
-        from metafast import _C
-
         lowered = self.plan.program("fused")
         call = Call(self.plan, lowered, problem, {})
         arguments = call.arguments(weights)
@@ -263,18 +262,16 @@ class Call:
 
     def __init__(self, plan: Plan, lowered: Lowered, problem: Problem, extra: Mapping[str, Tensor]) -> None:
         self.plan, self.lowered, self.problem = plan, lowered, problem
-        self.kept: list[Tensor] = []  # alive while the addresses are in use
         self.made: dict[tuple[str, str], Tensor] = {}
-        for e in lowered.externals:
-            self.kept.append(self._leaf(e, extra) if e.kind == "leaf" else self._allocate(e))
+        given = {**problem.leaves, **extra} if extra else problem.leaves
+        # alive while the addresses are in use
+        self.kept = [self._leaf(e, given) if e.kind == "leaf" else self._allocate(e) for e in lowered.externals]
         self.table = lowered.strides(problem.steps).copy()
         self.table[:, 0] = [t.data_ptr() for t in self.kept]
 
-    def _leaf(self, e: External, extra: Mapping[str, Tensor]) -> Tensor:
+    def _leaf(self, e: External, given: Mapping[str, Tensor]) -> Tensor:
         """The tensor of that key as the program reads it: contiguous, labels as int64, all else in its dtype."""
-        leaf = extra.get(e.name) if extra else None
-        if leaf is None:
-            leaf = self.problem.leaves.get(e.name)
+        leaf = given.get(e.name)
         if leaf is None:
             kind, _, name = e.name.partition("/")
             leaf = self.problem.buffers[name] if kind == "buffer" else self.plan.externs[e.name]
@@ -293,8 +290,6 @@ class Call:
 
     def run(self, weights: Tensor | None) -> None:
         """Replay; raises what a kernel reported."""
-        from metafast import _C
-
         status = _C.run(self.lowered.program, self.table, threads=torch.get_num_threads(), **self.arguments(weights))
         if status[0]:
             self._raise(*status)
@@ -315,8 +310,6 @@ class Call:
 
     def finite(self) -> bool:
         """Whether every loss is."""
-        from metafast import _C
-
         losses = (self.made.get(("loss", "loss")), self.made.get(("step_loss", "loss")))
         name = NAMES[self.plan.dtype]
         return all(_C.all_finite(t.data_ptr(), t.numel(), name) for t in losses if t is not None)
@@ -444,8 +437,6 @@ def evaluate(graph: Graph, values: Mapping[tuple[str, str], Tensor]) -> dict[str
     **Arguments:** `values` maps (role, name) to a tensor; floating-point ones share the program's dtype. **Returns**
     the outputs by name.
     """
-    from metafast import _C
-
     b = Builder()
     env = copy_into(b, graph, lambda i: b.input("leaf", f"{i.role}:{i.name}", i.value.shape, i.value.dtype))
     outputs = {name: env[v] for name, v in graph.outputs.items()}
