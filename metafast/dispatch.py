@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -47,6 +47,14 @@ def choose(problem: Problem, backend: str) -> Backend:
 
 
 def _choice(problem: Problem, backend: str) -> Choice:
+    key = (backend, _settings())
+    found = problem.choices.get(key)
+    if found is None:
+        found = problem.choices[key] = _sought(problem, backend)
+    return cast(Choice, found)
+
+
+def _sought(problem: Problem, backend: str) -> Choice:
     if backend == "torch":
         return Choice(Reference(), 'backend="torch" was asked for', False)
     if backend == "cuda":

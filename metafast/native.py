@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
+from metafast import _C
 from metafast.batchnorm import fold
 from metafast.capture import Trace, Unsupported, capture, capture_function
 from metafast.errors import LabelError, message, position
@@ -230,8 +231,6 @@ class Native:
 
     def profile(self, problem: Problem, weights: Tensor, repeats: int) -> Profile:
         """The fused call instruction by instruction; of each the least time of so many runs."""
-        from metafast import _C
-
         lowered = self.plan.program("fused", self.plan.lanes(problem.tasks))
         call = Call(self.plan, lowered, problem, {})
         arguments = call.arguments(weights)
@@ -328,8 +327,6 @@ class Call:
 
     def run(self, weights: Tensor | None) -> tuple[int, int, int, str, int]:
         """Replay; returns the status, and where it is not 0, task, step, section and instruction."""
-        from metafast import _C
-
         return _C.run(self.lowered.program, self.table, threads=torch.get_num_threads(), **self.arguments(weights))
 
     def arguments(self, weights: Tensor | None) -> dict[str, int]:
@@ -350,8 +347,6 @@ class Call:
 
     def finite(self) -> bool:
         """Whether every loss is."""
-        from metafast import _C
-
         losses = (self.made.get(("loss", "loss")), self.made.get(("step_loss", "loss")))
         whole = (t.as_strided((t.numel(),), (1,)) if self.slots == self.problem.tasks else t.contiguous()
                  for t in losses if t is not None)
@@ -490,8 +485,6 @@ def evaluate(graph: Graph, values: Mapping[tuple[str, str], Tensor]) -> dict[str
     **Arguments:** `values` maps (role, name) to a tensor; floating-point ones share the program's dtype. **Returns**
     the outputs by name.
     """
-    from metafast import _C
-
     b = Builder()
     env = copy_into(b, graph, lambda i: b.input("leaf", f"{i.role}:{i.name}", i.value.shape, i.value.dtype))
     outputs = {name: env[v] for name, v in graph.outputs.items()}

@@ -7,6 +7,7 @@ where they are known to lie, and checks that nothing was added, removed or repla
 from __future__ import annotations
 
 import fnmatch
+import operator
 import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
@@ -93,24 +94,32 @@ class Outline:
         self._reach: Reach | None = None
         self._externs: dict[Any, list[weakref.ref[Tensor]]] = {}
         self._weights: dict[Any, Tensor] = {}
+        self._last: _Last | None = None
 
     def current(self) -> bool:
         """Whether it still describes the model and the update rule."""
         return self._changes == self.update.changes and self.structure.current()
 
     def problem(self, inner: InnerLoop, support: Any, query: Any, *, gradient: bool) -> Problem:
-        """The problem that a call with these batches poses, validated."""
+        """The problem that a call with these batches poses, validated; one like the last is not looked into again."""
+        given = _Given(self, support, query)
+        form = given.form((inner.steps, inner.order, inner.return_outputs, gradient))
+        last = self._last
+        problem = last.again(given, form, self.reach()) if last is not None and form is not None else None
+        if problem is None:
+            problem = self._validated(inner, given, gradient)
+            self._last = _Last.of(problem, given, form)
+        return problem
+
+    def _validated(self, inner: InnerLoop, given: _Given, gradient: bool) -> Problem:
         structure = self.structure
-        parameters = structure.parameters()
-        first = parameters[self._first]
+        first = given.parameters[self._first]
         _require_dtype(self.adapted[0], first)
         if first.is_meta:
             got, way_out = "a tensor on the meta device, without values", "use model.to_empty(device=...) and fill it"
             raise InputTypeError(message(f"parameter {self.adapted[0]}", got, "values", way_out))
-        leaves: dict[str, Tensor] = dict(zip(self._keys, parameters, strict=True))
-        for name, value in self.update.hyper(first).items():
-            leaves["hyper/" + name] = value
-        count, specs = self._add_batches(leaves, first.device, support, query)
+        count = self._check_batches(given, first.device)
+        leaves = given.leaves()
         problem = Problem(
             model=structure.module,
             inner_objective=self.objectives[0],
@@ -120,12 +129,12 @@ class Outline:
             order=inner.order,
             leaves=leaves,
             adapted=self.adapted,
-            support_spec=specs[0],
-            query_spec=specs[1],
+            support_spec=given.specs[0],
+            query_spec=given.specs[1],
             tasks=count,
             wrt=(),
-            return_outputs=inner.return_outputs and query is not NO_QUERY,
-            buffers=dict(zip(structure.buffer_names, structure.buffers(), strict=True)),
+            return_outputs=inner.return_outputs and given.specs[1] is not None,
+            buffers=dict(zip(structure.buffer_names, given.buffers, strict=True)),
             aliases=structure.aliases,
             reach=self.reach(),
         )
@@ -133,26 +142,12 @@ class Outline:
             self._want(problem, leaves)
         return problem
 
-    def _add_batches(
-        self, leaves: dict[str, Tensor], device: torch.device, support: Any, query: Any
-    ) -> tuple[int, list[Any]]:
-        """Put the tensors of the batches among the leaves; returns the number of tasks and the two nestings."""
-        checked: list[tuple[str, Any, list[Tensor]]] = []
-        specs: list[Any] = []
-        for place, batch, pair in zip(("support", "query"), (support, query), self._pairs, strict=True):
-            if batch is NO_QUERY:
-                specs.append(None)
-                continue
-            tensors, spec = tasks.flatten(batch, place)
+    def _check_batches(self, given: _Given, device: torch.device) -> int:
+        """Validate the batches; returns the number of tasks."""
+        for (place, _, tensors), spec, pair in zip(given.batches, given.specs, self._pairs, strict=False):
             if pair:
                 tasks.require_pair(place, spec, tensors)
-            checked.append((place, batch, tensors))
-            specs.append(spec)
-            for index, tensor in enumerate(tensors):
-                if tensor.dtype in _SHORT:  # PyTorch's losses take no other labels
-                    tensor = tensor.long()
-                leaves[f"{place}/{index}"] = _ordinary(tensor) if tensor.is_inference() else tensor
-        return tasks.count_tasks(checked, device), specs
+        return tasks.count_tasks(given.batches, device)
 
     def _want(self, problem: Problem, leaves: dict[str, Tensor]) -> None:
         """Add tensors found in closures and attributes, and say which leaves want a gradient."""
@@ -220,6 +215,78 @@ class Outline:
         return key
 
 
+#: What a problem, and so a plan, depends on in a tensor, its values aside.
+_facts = operator.attrgetter("__class__", "shape", "dtype", "device", "requires_grad", "layout", "is_nested")
+
+
+class _Given:
+    """The tensors of a call: parameters, hyper-parameters, batches, buffers, read from where they are now."""
+
+    def __init__(self, outline: Outline, support: Any, query: Any) -> None:
+        structure = outline.structure
+        self.parameters, self.buffers = structure.parameters(), structure.buffers()
+        self.hyper = outline.update.hyper(self.parameters[outline._first])
+        self.batches: list[tuple[str, Any, list[Tensor]]] = []
+        self.specs: list[Any] = []
+        self.tensors = [*self.parameters, *self.hyper.values()]
+        self._keys = outline._keys
+        for place, batch in (("support", support), ("query", query)):
+            if batch is NO_QUERY:
+                self.specs.append(None)
+                continue
+            flat, spec = tasks.flatten(batch, place)
+            self.batches.append((place, batch, flat))
+            self.specs.append(spec)
+            self.tensors += flat
+
+    def leaves(self) -> dict[str, Tensor]:
+        """All but the buffers by key, as autograd and the losses take them."""
+        leaves: dict[str, Tensor] = dict(zip(self._keys, self.parameters, strict=True))
+        for name, value in self.hyper.items():
+            leaves["hyper/" + name] = value
+        for place, _, flat in self.batches:
+            for index, tensor in enumerate(flat):
+                leaves[f"{place}/{index}"] = _taken(tensor)
+        return leaves
+
+    def form(self, options: tuple[Any, ...]) -> Any:
+        """What tells this call from another, in comparable parts; None where that is not all (a transform)."""
+        if tracing() or any(map(Tensor.is_inference, self.tensors)):
+            return None
+        try:
+            return (options, self.specs, list(map(_facts, self.tensors)), list(map(_facts, self.buffers)))
+        except RuntimeError:  # a nested tensor has no shape
+            return None
+
+
+class _Last:
+    """The problem of the last call without its tensors, and what must hold for the next to be like it."""
+
+    def __init__(self, problem: Problem, form: Any, externs: list[Tensor]) -> None:
+        self._problem, self._keys, self._form = problem.over({}, {}), tuple(problem.leaves), form
+        self._buffers = tuple(problem.buffers)
+        self._externs = [weakref.ref(tensor) for tensor in externs]
+        self._facts = list(map(_facts, externs))
+
+    @classmethod
+    def of(cls, problem: Problem, given: _Given, form: Any) -> _Last | None:
+        """None where the call is to be looked into each time: under a transform, or where a leaf is a copy."""
+        leaves = list(problem.leaves.values())
+        if form is None or not all(map(operator.is_, leaves, given.tensors)):
+            return None
+        return cls(problem, form, leaves[len(given.tensors) :])
+
+    def again(self, given: _Given, form: Any, reach: Reach) -> Problem | None:
+        """The problem over the tensors of this call, if it is like the last."""
+        if reach is not self._problem.reach or form != self._form:
+            return None
+        externs = [ref() for ref in self._externs]
+        if externs and (any(t is None for t in externs) or list(map(_facts, externs)) != self._facts):
+            return None
+        leaves: dict[str, Any] = dict(zip(self._keys, (*given.tensors, *externs), strict=True))
+        return self._problem.over(leaves, dict(zip(self._buffers, given.buffers, strict=True)))
+
+
 def _objectives(inner: InnerLoop) -> tuple[tuple[Objective, Objective], tuple[bool, bool]]:
     """The objectives of support and query, and whether each reads a pair (x, y)."""
     own, query = inner.objective, inner.query_objective
@@ -230,10 +297,14 @@ def _objectives(inner: InnerLoop) -> tuple[tuple[Objective, Objective], tuple[bo
     return (own, query), (isinstance(own, LossObjective), isinstance(query, LossObjective))
 
 
-def _ordinary(leaf: Tensor) -> Tensor:
-    """Inference tensors cannot take part in autograd; copies made outside of that mode can."""
-    with torch.inference_mode(False):
-        return leaf.clone()
+def _taken(tensor: Tensor) -> Tensor:
+    """A tensor of a batch as a leaf."""
+    if tensor.dtype in _SHORT:  # PyTorch's losses take no other labels
+        tensor = tensor.long()
+    if tensor.is_inference():  # cannot take part in autograd; a copy made outside of that mode can
+        with torch.inference_mode(False):
+            return tensor.clone()
+    return tensor
 
 
 def _require_dtype(name: str, parameter: Tensor) -> None:

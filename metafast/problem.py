@@ -39,7 +39,7 @@ class Problem:
     inner loop adapts; `wrt` the keys whose gradient is wanted. `aliases` maps the first name of each parameter and
     buffer to all its names. `buffers` holds the values the losses read, usually the model's own tensors; a deferred
     replay is given a copy from before the first pass instead. `reach` knows what else model, objectives and update rule
-    can read.
+    can read. `choices` is where `dispatch` notes what it settled for problems of this form; `replace` starts afresh.
     """
 
     model: nn.Module
@@ -58,6 +58,13 @@ class Problem:
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     reach: Reach | None = None
+    choices: dict[Any, Any] = field(init=False, default_factory=dict, compare=False, repr=False)
+
+    def over(self, leaves: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Problem:
+        """The same problem over other leaves and buffers of the same form: what was settled for one holds for both."""
+        made = object.__new__(Problem)
+        made.__dict__.update(self.__dict__, leaves=leaves, buffers=buffers)
+        return made
 
     def with_leaves(self, tensors: Sequence[Tensor]) -> Problem:
         """The same problem over other values of its leaves, in their order."""

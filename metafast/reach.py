@@ -58,10 +58,11 @@ class Reach:
                 break
             names = names | walk.names
         self.key = _Key(key)
-        self._sizes, self._lists, self._cells, self._functions = walk.sizes, walk.lists, walk.cells, walk.functions
+        self._stores, self._lengths = [store for store, _ in walk.sizes], [size for _, size in walk.sizes]
         self._gets = [(store.get, name) for store, name, _ in walk.slots]
         self._values = [value for _, _, value in walk.slots]
-        self._types = walk.types
+        self._owners, self._classes = [owner for owner, _ in walk.types], [cls for _, cls in walk.types]
+        self._lists, self._cells, self._functions = walk.lists, walk.cells, walk.functions
         self._tensors = [(t, _tensor_facts(t)) for t in walk.tensors]
         self._computed = walk.computed
         self._generators = walk.generators
@@ -69,21 +70,16 @@ class Reach:
 
     def same(self) -> bool:
         """Whether every place holds the very object that it held."""
-        if any(len(store) != size for store, size in self._sizes):
-            return False
-        if not all(map(operator.is_, [get(name, _MISSING) for get, name in self._gets], self._values)):
-            return False
-        if not all(type(owner) is cls for owner, cls in self._types):
-            return False
-        if not all(_same_items(items, before) for items, before in self._lists):
-            return False
-        if not all(_content(cell) is before for cell, before in self._cells):
-            return False
-        if not all(f.__code__ is c and f.__defaults__ is d and f.__kwdefaults__ is k for f, c, d, k in self._functions):
-            return False
-        if not all(_tensor_facts(tensor) == facts for tensor, facts in self._tensors):
-            return False
-        return all(read() == before for read, before in self._computed)
+        return (
+            list(map(len, self._stores)) == self._lengths
+            and all(map(operator.is_, [get(name, _MISSING) for get, name in self._gets], self._values))
+            and all(map(operator.is_, map(type, self._owners), self._classes))
+            and all([_same_items(items, before) for items, before in self._lists])
+            and all([_content(cell) is before for cell, before in self._cells])
+            and all([_same_function(*facts) for facts in self._functions])
+            and all([_tensor_facts(tensor) == facts for tensor, facts in self._tensors])
+            and all([read() == before for read, before in self._computed])
+        )
 
     def finds(self, before: Reach) -> bool:
         """Whether it finds what an earlier one found, the same tensors among it."""
@@ -329,6 +325,10 @@ def _special(name: str, value: Any, made: bool) -> bool:
 
 def _tensor_facts(tensor: Tensor) -> tuple[Any, ...]:
     return (tensor.requires_grad, tensor.shape, tensor.dtype)
+
+
+def _same_function(f: Any, code: Any, defaults: Any, kwdefaults: Any) -> bool:
+    return f.__code__ is code and f.__defaults__ is defaults and f.__kwdefaults__ is kwdefaults
 
 
 def _same_items(items: Any, before: Any) -> bool:
