@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ def numel(shape: Shape) -> int:
     return math.prod(shape)
 
 
+@functools.lru_cache(4096)  # every node is inferred when it is made and when its graph is verified
 def broadcast(*shapes: Shape) -> Shape:
     """The NumPy broadcast of the shapes; raises ValueError where they do not fit."""
     rank = max(map(len, shapes))
