@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from bench import flops, trial
-from bench.answers import Verdict, as_answer, judge, reference
+from bench.answers import Verdict, as_answer, judge, judge_again, reference
 from bench.machine import spread
 from bench.peers import Call, Peer
 from bench.workloads import Case, Goal, Workload, make_case
@@ -136,6 +136,8 @@ def _first_call(peer: Peer, contender: Contender, case: Case, answer: tuple) -> 
         {str(w.message).splitlines()[0] for w in caught if "Fallback" in w.category.__name__}
     )
     record.verdict = judge(as_answer(raw), *answer, case.workload.dtype)
+    if record.verdict.fault:
+        record.verdict = judge_again(record.verdict, lambda copy: peer.prepare(copy)(), case, *answer)
     if record.verdict.fault:
         record.skipped = f"wrong answer: {record.verdict.fault}"
 

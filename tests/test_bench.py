@@ -168,6 +168,18 @@ def test_bound_follows_the_references_own_error():
     assert answers.judge(off, oracle, loose, torch.float32).fault is None
 
 
+@pytest.mark.parametrize(("leaps", "wrong"), [(1, False), (2, False), (3, True), (5, True)])
+def test_a_leap_that_rounding_undoes_is_no_fault(leaps: int, wrong: bool):
+    """Of the case and its four copies, so many give an answer that is far off (once NaN)."""
+    case, error = workloads.make_case(TINY), answers.Deviation(0, 1e-6, 1)
+    oracle = answers.Answer(1.0, torch.ones(4, dtype=torch.float64))
+    far = [torch.full((4,), 2.0), torch.full((4,), math.nan)] * 3
+    given = iter([*far[:leaps], *[torch.ones(4)] * (5 - leaps)])
+    first = answers.judge(answers.Answer(1.0, next(given).double()), oracle, error, torch.float32)
+    verdict = answers.judge_again(first, lambda copy: (1.0, [next(given)]), case, oracle, error)
+    assert bool(verdict.fault) == wrong
+
+
 def test_oracle_answers_are_kept_by_content(tmp_path):
     case = workloads.make_case(TINY)
     first, error = answers.reference(case)
