@@ -202,7 +202,7 @@ def test_maxima_and_computed_labels() -> None:
     assert lanes_of(model) == {metafast._C.vector_bytes() // 8}
     assert_same(found[1], found[0])
     query[1][6, 2] = 4
-    with pytest.raises(LabelError, match="task 6, query labels.*a computed label"):
+    with pytest.raises(LabelError, match=r"task 6, query labels.*a computed label"):
         inner(support, query)
 
 
