@@ -28,14 +28,16 @@ def no_checkpoints() -> Iterator[None]:
     def here_only(plain: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, **kwargs: (plain if threading.get_ident() == here else original)(*args, **kwargs)
 
-    reentrant, other = getattr(checkpoint, _REENTRANT), getattr(checkpoint, _OTHER)
-    setattr(checkpoint, _REENTRANT, SimpleNamespace(apply=here_only(_call, reentrant.apply)))
-    setattr(checkpoint, _OTHER, here_only(_nothing_around, other))
+    before = {name: getattr(checkpoint, name) for name in (_REENTRANT, _OTHER) if hasattr(checkpoint, name)}
+    if _REENTRANT in before:
+        setattr(checkpoint, _REENTRANT, SimpleNamespace(apply=here_only(_call, before[_REENTRANT].apply)))
+    if _OTHER in before:
+        setattr(checkpoint, _OTHER, here_only(_nothing_around, before[_OTHER]))
     try:
         yield
     finally:
-        setattr(checkpoint, _REENTRANT, reentrant)
-        setattr(checkpoint, _OTHER, other)
+        for name, original in before.items():
+            setattr(checkpoint, name, original)
 
 
 def _call(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -44,6 +44,7 @@ class Plan:
     query_stats: Sequence[Any] = ()
     output_spec: Any = None
     output_keys: tuple[str, ...] = ()
+    output_dtypes: tuple[torch.dtype, ...] = ()
     programs: dict[tuple[str, int], Lowered] = field(default_factory=dict)
     sections: dict[str, dict[str, Section]] = field(default_factory=dict)
     _sweep: Sweep | None = None
@@ -112,6 +113,7 @@ def make_plan(problem: Problem) -> tuple[Plan, list[Trace]]:
         plan.query_stats = traces[1].stats
         plan.output_spec = traces[1].output_spec
         plan.output_keys = tuple(k for k in query_graph.outputs if k.startswith("output/"))
+        plan.output_dtypes = tuple(traces[1].tensors[traces[1].outputs[k].id].dtype for k in plan.output_keys)
     return plan, traces
 
 
@@ -156,19 +158,20 @@ def _update_graphs(problem: Problem, params: Mapping[str, Tensor]) -> tuple[Grap
     def init(values: Mapping[tuple[str, str], Tensor]) -> dict[str, Tensor]:
         hyper = hyper_tree(part(values, "hyper"))
         with rule.reading(hyper):
-            state, tree = pytree.tree_flatten(rule.init(part(values, "param"), hyper))
-        spec.append(tree)
+            state, nest = _apart(rule.init(part(values, "param"), hyper))
+        spec.append(nest)
         return {f"state/{i}": s for i, s in enumerate(state)}
 
     def step(values: Mapping[tuple[str, str], Tensor]) -> dict[str, Tensor]:
-        state = pytree.tree_unflatten(list(part(values, "state").values()), spec[0])
+        state = _together(part(values, "state").values(), spec[0])
         hyper = hyper_tree(part(values, "hyper"))
         params, grads, params0 = part(values, "param"), part(values, "grad"), part(values, "param0")
         with rule.reading(hyper):
             made, after = rule.update(params, grads, state, hyper, values["step", "k"], params0)
-        flat, tree = pytree.tree_flatten(after)
-        if tree != spec[0] or set(made) != set(names):
-            raise Unsupported("update", type(rule).__name__, "update returns another tree than it was given")
+        flat, nest = _apart(after)
+        if nest != spec[0] or set(made) != set(names):
+            reason = "update returns another tree than it was given, or counts in a number that is no tensor"
+            raise Unsupported("update", type(rule).__name__, reason)
         return {f"param/{n}": made[n] for n in names} | {f"state/{i}": s for i, s in enumerate(flat)}
 
     with torch.no_grad():
@@ -183,6 +186,22 @@ def _update_graphs(problem: Problem, params: Mapping[str, Tensor]) -> tuple[Grap
     known = _externs(problem)
     first, then = capture_function(init, given, known=known), capture_function(step, inputs, known=known)
     return normalise(first), normalise(then), dict((*first.externs, *then.externs))
+
+
+_Nest = tuple[pytree.TreeSpec, tuple[Any, ...]]
+
+
+def _apart(state: Any) -> tuple[list[Tensor], _Nest]:
+    """The tensors of a state, and what stands around them: a nesting, and leaves that are no tensors (None)."""
+    leaves, tree = pytree.tree_flatten(state)
+    around = tuple(None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)], (tree, around)
+
+
+def _together(tensors: Iterable[Tensor], nest: _Nest) -> Any:
+    tree, rest = nest
+    each = iter(tensors)
+    return pytree.tree_unflatten([next(each) if r is None else r[0] for r in rest], tree)
 
 
 # ---- replay ---------------------------------------------------------------------------------------------------
@@ -275,7 +294,8 @@ class Native:
         plan = self.plan
         outcome = Outcome(losses=call.made.get(("loss", "loss")), step_losses=call.step_losses(), finite=call.finite())
         if plan.output_keys and problem.return_outputs and ("output", "output/0") in _short(call.made):
-            flat = [call.made["output", k.removeprefix("output/")] for k in plan.output_keys]
+            made = [call.made["output", k.removeprefix("output/")] for k in plan.output_keys]
+            flat = [t.to(dtype) for t, dtype in zip(made, plan.output_dtypes, strict=True)]  # truth, counts, labels
             outcome.outputs = pytree.tree_unflatten(flat, plan.output_spec)
         if fold and (plan.support_stats or plan.query_stats):
             call.fold()

@@ -150,6 +150,24 @@ def test_outputs_are_returned_and_differentiable(backend: str, reduction: str) -
 
 
 @backends
+def test_outputs_keep_their_dtypes(backend: str) -> None:
+    def objective(model: nn.Module, batch: Any) -> Any:
+        logits = model(batch[0])
+        best = logits.argmax(1)
+        return F.cross_entropy(logits, batch[1]), [logits, best, best == batch[1], batch[1] + 1]
+
+    model, support, query = mlp(), data(0), data(1)
+    backend = "native" if backend == "auto" else backend
+    loss, outputs = loop(model, backend, None, objective=objective, return_outputs=True)(support, query)
+    kinds = [torch.float64, torch.int64, torch.bool, torch.int64]
+    assert [t.dtype for t in outputs] == kinds and [t.requires_grad for t in outputs] == [True, False, False, False]
+    assert torch.equal(outputs[1], outputs[0].argmax(-1)) and torch.equal(outputs[3], query[1] + 1)
+    assert torch.equal(outputs[2], outputs[1] == query[1])
+    loss.backward()
+    check_grads(model, expected(model, support, query))
+
+
+@backends
 def test_outputs_alone_carry_a_gradient(backend: str) -> None:
     model, support, query = mlp(), data(0), data(1)
     _, logits = loop(model, backend, return_outputs=True)(support, query)

@@ -184,6 +184,29 @@ def test_a_wrong_label_is_found_in_its_task() -> None:
 
 
 @pytest.mark.usefixtures("side_by_side")
+def test_maxima_and_computed_labels() -> None:
+    """The share of right answers weighs the loss; the labels count from 1."""
+
+    def objective(m: nn.Module, batch: Any) -> Tensor:
+        logits, target = m(batch[0]), batch[1] - 1
+        right = (logits.argmax(1) == target).to(logits.dtype).mean()
+        return F.cross_entropy(logits - logits.amax(1, keepdim=True) / 2 + logits.max(0)[0], target) * (1 + right)
+
+    (x, y), (xq, yq) = batch(11), batch(12)
+    support, query = (x, y + 1), (xq[:11], yq[:11] + 1)
+    found = []
+    for backend in ("torch", "native"):
+        model = classifier()
+        inner = metafast.InnerLoop(model, objective=objective, update=metafast.SGD(lr=0.1), steps=2, backend=backend)
+        found.append(inner.meta_gradient(support, query)[1])
+    assert lanes_of(model) == {metafast._C.vector_bytes() // 8}
+    assert_same(found[1], found[0])
+    query[1][6, 2] = 4
+    with pytest.raises(LabelError, match=r"task 6, query labels.*a computed label"):
+        inner(support, query)
+
+
+@pytest.mark.usefixtures("side_by_side")
 def test_a_loss_that_is_not_finite_is_found_in_its_task() -> None:
     x, y = batch(11, torch.float32)
     x[9, 0] = float("inf")

@@ -66,6 +66,14 @@ def _kinks(t: Tensor) -> Tensor:
     return t
 
 
+def _small_kinks(t: Tensor) -> Tensor:
+    return _kinks(t).clamp(-4, 4)
+
+
+def _ties(t: Tensor) -> Tensor:
+    return (2 * t).round() / 2
+
+
 CASES: list[Case] = []
 
 
@@ -91,6 +99,40 @@ for _n in ("maximum", "minimum", "add", "sub", "mul", "max", "min"):
 for _n in ("gt", "ge", "lt", "le", "eq", "ne"):
     case(_n, A, V, make=_kinks)(lambda x, y, n=_n: torch.where(getattr(torch, n)(x, y), x, y * 2))
     case(f"{_n}.scalar", A, make=_kinks)(lambda x, n=_n: torch.where(getattr(torch, n)(x, 0.5), x, 3.0))
+
+_ROUND = ["round", "trunc", "frac", "sinh", "cosh"]
+for _n in _ROUND:
+    case(_n, A, make=_small_kinks)(lambda x, n=_n: x * getattr(torch, n)(x))
+case("round.halves", (2, 8))(lambda x: torch.round(torch.arange(-4.0, 4.0, 0.5, dtype=x.dtype).view(2, 8) + 0 * x))
+case("hardswish", A, make=_kinks)(F.hardswish)
+case("logaddexp", A, V, make=_kinks)(torch.logaddexp)
+case("logit", A, make=_unit)(torch.logit)
+
+for _n in ("amax", "amin"):
+    case(_n, A, make=_ties)(lambda x, n=_n: getattr(x, n)(1))
+    case(f"{_n}.dims", (3, 4, 5), make=_ties)(lambda x, n=_n: getattr(x, n)((0, -1), keepdim=True) * x)
+    case(f"{_n}.all", A, make=_ties)(lambda x, n=_n: getattr(x, n)())
+for _n in ("max", "min"):
+    case(_n, A, make=_ties)(lambda x, n=_n: getattr(x, n)())
+    case(f"{_n}.dim", (3, 4, 5), make=_ties)(lambda x, n=_n: getattr(x, n)(1)[0])
+    case(f"{_n}.keepdim", (3, 4, 5), make=_ties)(lambda x, n=_n: getattr(x, n)(-1, keepdim=True).values * x)
+    case(f"{_n}.nan", A)(lambda x, n=_n: getattr(torch.where(x > 1, math.nan, x), n)(1)[0])
+    case(f"{_n}.number", ())(lambda x, n=_n: getattr(x * 2, n)(0)[0])
+    case(f"{_n}.place", (3, 4, 5), make=_ties)(lambda x, n=_n: x.sum(1) * getattr(x, n)(1).indices)
+for _n in ("argmax", "argmin"):
+    case(_n, (3, 4, 5), make=_ties)(lambda x, n=_n: x * getattr(x, n)(1, keepdim=True))
+    case(f"{_n}.all", A, make=_ties)(lambda x, n=_n: x * getattr(x, n)())
+    case(f"{_n}.right", A, labels=(((3,), 4),))(lambda x, y, n=_n: x * (getattr(x, n)(1) == y).double().mean())
+case("any_all", A, make=_ties)(
+    lambda x: x * (x > 0).any(1, keepdim=True) + (x > 0).all(0).double() + x * (x > 9).any() + x**2 * (x < 9).all()
+)
+case("norm.inf", A, make=_ties)(lambda x: x.norm(math.inf, dim=1) + x.norm(-math.inf, dim=1) + x.norm(p=math.inf))
+case("get_total_norm", A, V)(lambda x, y: x / torch.nn.utils.get_total_norm([x, y]))
+case("unsafe_split", (3, 8))(lambda x: x.unsafe_chunk(3, 1)[2] * x.unsafe_split(2, 1)[1])
+case("pixel_shuffle", (2, 12, 2, 3))(lambda x: F.pixel_shuffle(x, 2) ** 2)
+case("channel_shuffle", (2, 6, 2, 3))(lambda x: F.channel_shuffle(x, 3)[:, 1:] ** 2)
+case("interpolate", (2, 3, 2, 3))(lambda x: F.interpolate(x, scale_factor=(2, 3)) ** 2)
+case("interpolate.1d", (2, 3, 4))(lambda x: F.interpolate(x, size=8) ** 2)
 
 case("div", A, V, make=_positive)(lambda x, y: x / y)
 case("div.scalars", A, make=_positive)(lambda x: 2.0 / x + x / 3)
@@ -283,6 +325,13 @@ case("conv2d", IMAGE, CONV, (4,))(lambda x, w, b: F.conv2d(x, w, b, padding=1))
 case("conv2d.stride", IMAGE, CONV)(lambda x, w: F.conv2d(x, w, stride=(2, 1), padding=(0, 1), dilation=(1, 2)))
 case("conv2d.same", IMAGE, (4, 3, 3, 5))(lambda x, w: F.conv2d(x, w, padding="same"))
 case("conv2d.single", (3, 6, 6), CONV, (4,))(F.conv2d)
+case("conv2d.groups", (2, 4, 5, 6), (6, 2, 3, 2), (6,))(lambda x, w, b: F.conv2d(x, w, b, 2, 1, groups=2))
+case("conv2d.depthwise", (2, 3, 5, 6), (3, 1, 3, 2), (3,))(
+    lambda x, w, b: F.conv2d(x, w, b, stride=(2, 1), padding=(1, 2), dilation=(1, 2), groups=3)
+)
+case("conv2d.depthwise.wider", (3, 5, 6), (6, 1, 2, 3))(lambda x, w: F.conv2d(x, w, groups=3))
+case("conv1d.groups", (2, 4, 7), (4, 2, 3))(lambda x, w: F.conv1d(x, w, stride=2, padding=1, groups=2))
+case("conv1d.depthwise", (2, 4, 7), (4, 1, 3))(lambda x, w: F.conv1d(x, w, padding=2, dilation=2, groups=4))
 case("conv1d", (2, 3, 7), (4, 3, 3), (4,))(lambda x, w, b: F.conv1d(x, w, b, stride=2, padding=1))
 case("attention", (1, 2, 3, 4), (1, 2, 5, 4), (1, 2, 5, 4))(F.scaled_dot_product_attention)
 case("attention.single", A, A, A)(F.scaled_dot_product_attention)
@@ -552,8 +601,8 @@ def _(x: Tensor) -> Tensor:
 
 @case("dead.unsupported", A)
 def _(x: Tensor) -> Tensor:
-    best = x.argmax(1)
-    x.cumsum(0).amax()
+    best = x.argsort(1)
+    x.cumsum(0).median()
     (best == 0).float().mean()
     h = x * 1
     h.cumprod(0)
@@ -621,15 +670,14 @@ def test_rule(c: Case) -> None:
 
 
 UNSUPPORTED: dict[str, tuple[Function, str]] = {
-    "amax": (lambda x: x.amax(1), "aten.amax"),
-    "max": (lambda x: x.max(1).values, "aten.max.dim"),
     "sort": (lambda x: x.sort().values, "aten.sort"),
     "cumprod": (lambda x: x.cumprod(0), "aten.cumprod"),
     "floor_divide": (lambda x: torch.div(x, 2, rounding_mode="floor"), "rounding_mode"),
-    "groups": (lambda x: F.conv2d(x.view(1, 2, 2, 3), x.view(2, 1, 2, 3)[..., :2], groups=2), "groups"),
+    "groups": (lambda x: F.conv1d(x[:2, None].expand(2, 34, 4), x[0].expand(34, 2, 4), groups=17), "17 groups"),
+    "nearest": (lambda x: F.interpolate(x.view(1, 1, 3, 4), (4, 6)), "no multiple"),
     "transposed": (lambda x: F.conv_transpose2d(x.view(1, 1, 3, 4), x.view(1, 1, 3, 4)), "transposed"),
     "adaptive": (lambda x: F.adaptive_avg_pool2d(x.view(1, 1, 3, 4), (2, 2)), "unequal"),
-    "norm.inf": (lambda x: x.norm(p=math.inf), "order inf"),
+    "norm.3": (lambda x: x.norm(p=3), "order 3"),
     "float32": (lambda x: x.float() * 2, "float32"),
     "complex": (lambda x: torch.view_as_real(torch.view_as_complex(x.view(3, 2, 2)) * 2), "view_as_complex"),
     "as_strided": (lambda x: x.as_strided((2, 2), (1, 1)) * 2, "as_strided"),

@@ -203,6 +203,23 @@ def test_a_number_set_between_calls(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("state", [None, 3, {"scale": 0.5, "none": [None]}], ids=str)
+def test_a_state_that_holds_no_tensor(backend: str, state: Any) -> None:
+    """It is a constant, as long as the rule gives it back as it was."""
+
+    def update(params: Params, grads: Params, state: Any, hyper: Any, *_: Any) -> Any:
+        scale = state["scale"] if isinstance(state, dict) else 1.0
+        return {n: p - scale * hyper["lr"] * grads[n] for n, p in params.items()}, state
+
+    task = entry_named("mlp_gelu").make()
+    rule = metafast.UpdateRule(lambda params, hyper: state, update, lr=0.1)
+    sgd = metafast.SGD(lr=0.05 if isinstance(state, dict) else 0.1)
+    got = inner_loop(task, require(backend), rule, steps=2).meta_gradient(task.support, task.query)[1]
+    want = inner_loop(task, "torch", sgd, steps=2).meta_gradient(task.support, task.query)[1]
+    assert_same({n: got[n] for n in task.adapted()}, {n: want[n] for n in task.adapted()})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_subclass(backend: str) -> None:
     """A rule as a class of one's own gives what the pair of functions gives."""
 

@@ -444,7 +444,7 @@ class Emitter:
             [[x.strides[d] for d in kept], [out.strides[names.index(d)] for d in kept]],
         )
         r_dims, (r_in,) = collapse(tuple(x.shape[d] for d in red), [[x.strides[d] for d in red]])
-        ints = [len(k_dims), len(r_dims), *k_dims, *r_dims, *k_in, *r_in, *k_out, mode, 0]
+        ints = [len(k_dims), len(r_dims), *k_dims, *r_dims, *k_in, *r_in, *k_out, mode, int(node.op == "amax")]
         self.emit(node, "reduce", [x, out], 1, ints, [1.0])
 
     # -- kernels that see (outer, reduce, inner)

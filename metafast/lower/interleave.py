@@ -20,7 +20,7 @@ from metafast.ops.pointwise import POINTWISE
 from metafast.sweep import Section, Store
 
 PER_TASK = ("support/", "query/", "fast/", "outputs/")  # leaves of the call with a task dimension
-_SAME_ATTRS = {"slice", "pad", "concat", "sum", "cumsum", "log_softmax"}
+_SAME_ATTRS = {"slice", "pad", "concat", "sum", "amax", "cumsum", "log_softmax"}
 _OF_ROWS = {"standardize", "project", "project_tangent"}  # their kernels see one block of reduced dims
 
 

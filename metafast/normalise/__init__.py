@@ -4,8 +4,8 @@
 values. `table` is the record of rules; each family of aten ops has its module of them.
 """
 
-from metafast.normalise import contract, losses, pointwise, pool, shape, statistics
+from metafast.normalise import contract, losses, maxima, pointwise, pool, shape, statistics
 from metafast.normalise.rewrite import normalise
 from metafast.normalise.table import RULES
 
-__all__ = ["RULES", "contract", "losses", "normalise", "pointwise", "pool", "shape", "statistics"]
+__all__ = ["RULES", "contract", "losses", "maxima", "normalise", "pointwise", "pool", "shape", "statistics"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -116,30 +117,72 @@ def _convolution(
 ) -> Value:
     if transposed:
         raise c.refuse("transposed convolution has no native form")
-    if groups != 1:
-        raise c.refuse(f"convolution in {groups} groups has no native form")
     rank = len(c.shape(weight)) - 2
     if rank == 1:
-        y = _conv1d(c, x, weight, stride[0], padding[0], dilation[0])
+        y = _conv1d(c, x, weight, stride[0], padding[0], dilation[0], groups)
     elif rank == 2:
-        y = c("conv2d", x, weight, stride=pair(stride), padding=pair(padding), dilation=pair(dilation))
+        y = _conv2d(c, x, weight, pair(stride), pair(padding), pair(dilation), groups)
     else:
         raise c.refuse(f"convolution over {rank} dims has no native form")
     return y if bias is None else c("add", y, c.reshape(bias, (c.shape(bias)[0],) + (1,) * rank))
 
 
-def _conv1d(c: Context, x: Any, weight: Any, stride: int, padding: int, dilation: int) -> Value:
+def _conv1d(c: Context, x: Any, weight: Any, stride: int, padding: int, dilation: int, groups: int) -> Value:
     """A convolution over pictures of height one."""
     (n, k, width), (o, kw, size) = c.shape(x), c.shape(weight)
-    y = c(
-        "conv2d",
-        c.reshape(x, (n, k, 1, width)),
-        c.reshape(weight, (o, kw, 1, size)),
-        stride=(1, stride),
-        padding=(0, padding),
-        dilation=(1, dilation),
-    )
+    picture, kernel = c.reshape(x, (n, k, 1, width)), c.reshape(weight, (o, kw, 1, size))
+    y = _conv2d(c, picture, kernel, (1, stride), (0, padding), (1, dilation), groups)
     return c.reshape(y, (y.shape[0], y.shape[1], y.shape[3]))
+
+
+Pair = tuple[int, int]
+
+
+def _conv2d(c: Context, x: Any, weight: Any, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> Value:
+    """Groups side by side; where each is one channel (depthwise), a weighted sum of shifted pictures."""
+    if groups > 1 and c.shape(weight)[1] == 1:
+        return _depthwise(c, x, weight, stride, padding, dilation)
+    if groups > _GROUPS:
+        raise c.refuse(f"convolution in {groups} groups of several channels has no native form")
+    wide, high = c.shape(x)[1] // groups, c.shape(weight)[0] // groups
+    parts = [
+        c(
+            "conv2d",
+            x if groups == 1 else c.piece(x, 1, g * wide, (g + 1) * wide),
+            weight if groups == 1 else c.piece(weight, 0, g * high, (g + 1) * high),
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+        )
+        for g in range(groups)
+    ]
+    return c.concat(parts, 1)
+
+
+_GROUPS = 16  # of more groups the program grows too long
+
+
+def _depthwise(c: Context, x: Any, weight: Any, stride: Pair, padding: Pair, dilation: Pair) -> Value:
+    (n, channels, *_), (o, _, *kernel), size = c.shape(x), c.shape(weight), c.out[0].shape[-2:]
+    if len(c.out[0].shape) == 3:
+        size = (1, c.out[0].shape[-1])
+    v = c.real(x)
+    for d, p in zip((2, 3), padding, strict=True):
+        if p:
+            zeros = c.spread(0.0, tuple(p if i == d else k for i, k in enumerate(v.shape)))
+            v = c.concat([zeros, v, zeros], d)
+    if o != channels:  # several filters a channel
+        v = c.reshape(v, (n, channels, 1, *v.shape[2:]))
+        v = c.reshape(c.spread(v, (n, channels, o // channels, *v.shape[3:])), (n, o, *v.shape[3:]))
+    total = c.real(0.0)
+    for at in itertools.product(*(range(k) for k in kernel)):
+        shifted, tap = v, weight
+        for d, i in zip((2, 3), at, strict=True):
+            first = i * dilation[d - 2]
+            shifted = c.piece(shifted, d, first, first + (size[d - 2] - 1) * stride[d - 2] + 1, stride[d - 2])
+            tap = c.piece(tap, d, i, i + 1)
+        total = c("add", total, c("mul", shifted, c.reshape(tap, (o, 1, 1))))
+    return total
 
 
 # ---- attention and distances ----------------------------------------------------------------------------------

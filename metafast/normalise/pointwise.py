@@ -80,6 +80,50 @@ def _ceil(c: Context, x: Any) -> Value:
     return c("neg", c("floor", c("neg", x)))
 
 
+@rule("round")
+def _round(c: Context, x: Any, *, decimals: int = 0) -> Value:
+    """To the nearest whole number, halves to the even one; x − ⌊x⌋ is exact."""
+    if decimals:
+        raise c.refuse("rounding to decimals has no native form")
+    below = c("floor", x)
+    rest = c("sub", x, below)
+    odd = c("ne", c("mul", c("floor", c("mul", below, 0.5)), 2.0), below)
+    return c("add", below, c("maximum", c("gt", rest, 0.5), c("mul", c("eq", rest, 0.5), odd)))
+
+
+@rule("trunc", "fix")
+def _trunc(c: Context, x: Any) -> Value:
+    return c("mul", c("sign", x), c("floor", c("abs", x)))
+
+
+@rule("frac")
+def _frac(c: Context, x: Any) -> Value:
+    return c("sub", x, _trunc(c, x))
+
+
+@rule("sinh")
+def _sinh(c: Context, x: Any) -> Value:
+    """½(e^x − e^−x) through expm1, exact near 0."""
+    return c("mul", c("sub", c("expm1", x), c("expm1", c("neg", x))), 0.5)
+
+
+@rule("cosh")
+def _cosh(c: Context, x: Any) -> Value:
+    return c("mul", c("add", c("exp", x), c("exp", c("neg", x))), 0.5)
+
+
+@rule("logaddexp")
+def _logaddexp(c: Context, x: Any, y: Any) -> Value:
+    return c("add", y, c("softplus", c("sub", x, y)))
+
+
+@rule("logit")
+def _logit(c: Context, x: Any, eps: float | None = None) -> Value:
+    if eps is not None:
+        raise c.refuse("logit with eps has no native form")
+    return c("sub", c("log", x), c("log1p", c("neg", x)))
+
+
 @rule("tan")
 def _tan(c: Context, x: Any) -> Value:
     return c("div", c("sin", x), c("cos", x))
@@ -264,6 +308,12 @@ def _relu6(c: Context, x: Any) -> Value:
 @rule("hardsigmoid")
 def _hardsigmoid(c: Context, x: Any) -> Value:
     return c("mul", _hardtanh(c, c("add", x, 3.0), 0, 6), 1.0 / 6.0)
+
+
+@rule("hardswish")
+def _hardswish(c: Context, x: Any) -> Value:
+    bend = c("mul", c("mul", x, c("add", x, 3.0)), 1.0 / 6.0)
+    return c("where", c("le", x, -3.0), 0.0, c("where", c("lt", x, 3.0), bend, x))
 
 
 @rule("leaky_relu")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -87,6 +88,38 @@ def _stack(c: Context, tensors: Sequence[Any], dim: int = 0) -> Value:
     d = dim % len(c.out[0].shape)
     shape = tuple(1 if i == d else n for i, n in enumerate(c.out[0].shape))
     return c.concat([c.reshape(c.real(t), shape) for t in tensors], d)
+
+
+@rule("unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk")
+def _split(c: Context, x: Any, _: Any, dim: int = 0) -> list[Value]:
+    d = dim % len(c.shape(x))
+    ends = list(accumulate(out.shape[d] for out in c.out))
+    return [c.piece(x, d, end - out.shape[d], end) for end, out in zip(ends, c.out, strict=True)]
+
+
+@rule("pixel_shuffle")
+def _pixel_shuffle(c: Context, x: Any, factor: int) -> Value:
+    *batch, channels, height, width = c.shape(x)
+    n = len(batch)
+    v = c.reshape(x, (*batch, channels // factor**2, factor, factor, height, width))
+    return c.reshape(c.permute(v, [*range(n), n, n + 3, n + 1, n + 4, n + 2]), c.out[0].shape)
+
+
+@rule("channel_shuffle", "native_channel_shuffle")
+def _channel_shuffle(c: Context, x: Any, groups: int) -> Value:
+    n, channels, *size = c.shape(x)
+    v = c.reshape(x, (n, groups, channels // groups, *size))
+    return c.reshape(c.permute(v, [0, 2, 1, *range(3, len(size) + 3)]), c.shape(x))
+
+
+@rule("upsample_nearest1d", "upsample_nearest2d")
+def _upsample_nearest(c: Context, x: Any, output_size: Any, *_: Any) -> Value:
+    """Each element many times, where the picture grows by whole factors."""
+    shape, out = c.shape(x), c.out[0].shape
+    if any(b % a for a, b in zip(shape, out, strict=True)):
+        raise c.refuse(f"interpolation from {shape[2:]} to {out[2:]}, no multiple of it, has no native form")
+    v = c.reshape(x, [n for a in shape for n in (a, 1)])
+    return c.reshape(c.spread(v, tuple(n for a, b in zip(shape, out, strict=True) for n in (a, b // a))), out)
 
 
 @rule("repeat")
@@ -322,11 +355,19 @@ def _std_mean(
 def _vector_norm(
     c: Context, x: Any, ord: float = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
 ) -> Value:
+    if abs(ord) == math.inf:
+        over, sign = c.dims(x, dim), math.copysign(1.0, ord)
+        return c.keep(c("mul", c("amax", c("mul", c("abs", x), sign), dims=over), sign), x, over, keepdim)
     if ord == 1:
         return c.total(c("abs", x), dim, keepdim)
     if ord != 2:
         raise c.refuse(f"the norm of order {ord} has no native form")
     return c.safe_sqrt(c.total(c("square", x), dim, keepdim))
+
+
+@rule("_foreach_norm")
+def _norms(c: Context, tensors: Sequence[Any], ord: float = 2, dtype: Any = None) -> list[Value]:
+    return [_vector_norm(c, x, ord) for x in tensors]
 
 
 @rule("norm")

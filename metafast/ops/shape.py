@@ -295,6 +295,38 @@ register(
 )
 
 
+def _winners(b: Builder, n: Node) -> Value:
+    """1 at each maximum of its row, shared evenly where there are several (as PyTorch shares the cotangent)."""
+    x, y = n.inputs[0], n.outputs[0]
+    kept = tuple(1 if d in n.attrs["dims"] else s for d, s in enumerate(x.shape))
+    hot = b.op("eq", x, b.op("reshape", y, shape=kept))
+    return b.op("div", hot, b.op("reshape", b.op("sum", hot, **n.attrs), shape=kept))
+
+
+def _amax_vjp(b: Builder, n: Node, ct: Value | None) -> list[Value | None]:
+    spread = _sum_vjp(b, n, ct)[0]
+    return [None if spread is None else b.op("mul", spread, _winners(b, n))]
+
+
+def _amax_jvp(b: Builder, n: Node, t: Value | None) -> list[Value | None]:
+    return [None if t is None else b.op("sum", b.op("mul", t, _winners(b, n)), **n.attrs)]
+
+
+register(
+    Op(
+        "amax",  # the greatest over dims; NaN where one is among them
+        _sum_infer,
+        lambda x, a: (x[0].amax(a["dims"]) if a["dims"] else x[0],),
+        "reduce",
+        vjp=_amax_vjp,
+        jvp=_amax_jvp,
+        simplify=lambda b, x, a: x[0] if not a["dims"] else None,
+        flops=lambda n: float(numel(n.inputs[0].shape)),
+        bound=0.0,
+    )
+)
+
+
 def _cumsum_eval(x: list[torch.Tensor], a: Attrs) -> tuple[torch.Tensor, ...]:
     d = a["dim"]
     return (x[0].flip(d).cumsum(d).flip(d) if a["reverse"] else x[0].cumsum(d),)
