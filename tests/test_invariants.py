@@ -131,6 +131,7 @@ class _Losses(Dataset[Tensor]):
 
 @BACKEND
 @pytest.mark.parametrize("name", ["mlp_gelu", "conv4_eval"])
+@pytest.mark.filterwarnings("ignore:os.fork.*multithreaded")  # what else is loaded may say so
 def test_forked_workers(name: str, backend: str) -> None:
     """A worker forked after the parent used its threads gets the parent's numbers; the parent goes on."""
     data = _Losses(name, require(backend))

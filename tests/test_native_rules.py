@@ -22,6 +22,7 @@ TASKS, LR = 1, 0.03125
 TARGETS = ("cross_entropy", "bce", "soft_margin", "hinge_embedding")  # PyTorch differentiates these in one argument
 # What PyTorch itself cannot answer.
 UNANSWERED = dict.fromkeys(["isnan", "isinf"], "no gradient at all")
+UNANSWERED |= dict.fromkeys(["max.nan", "min.nan"], "a loss that is NaN")
 UNANSWERED |= dict.fromkeys(["pow.at_zero", "std.zero", "norm.zero"], "PyTorch's second derivative is NaN here")
 UNANSWERED |= dict.fromkeys(["act.hardsigmoid", "cdist", "cdist.1"], "PyTorch has no second derivative")
 
