@@ -107,12 +107,13 @@ Outcome Replay::run() {
   }
   const int failed = failed_group_.load();
   if (failed < groups_) return outcomes_[failed];
-  if (call_.result == nullptr) return {};
-  auto* const result = static_cast<std::byte*>(call_.result);
-  if (groups_)
-    std::copy_n(sums_.root(), program_.sizes().accumulator, result);
-  else
-    std::fill_n(result, program_.sizes().accumulator, std::byte{0});
+  for (const Sum& sum : call_.sums) {
+    auto* const into = static_cast<std::byte*>(sum.into);
+    if (groups_)
+      std::copy_n(sums_.root() + sum.offset, sum.bytes, into);
+    else
+      std::fill_n(into, sum.bytes, std::byte{0});
+  }
   return {};
 }
 
@@ -255,6 +256,10 @@ void check_call(const Program& program, const Call& call) {
     if (call.steps_of[t] < 0 || call.steps_of[t] > call.steps)
       check(false, "steps of task " + std::to_string(t) + ": 0 to " + std::to_string(call.steps) +
                        " expected, got " + std::to_string(call.steps_of[t]));
+  for (const Sum& sum : call.sums)
+    check(sum.offset >= 0 && sum.bytes >= 0 && sum.offset <= program.sizes().accumulator - sum.bytes,
+          "sums: within the " + std::to_string(program.sizes().accumulator) + " bytes expected, got " +
+              std::to_string(sum.bytes) + " from " + std::to_string(sum.offset));
   for (int j = 0; j < program.n_external(); ++j) check_external(program, call, j);
 }
 

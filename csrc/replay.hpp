@@ -19,13 +19,18 @@ struct External {  // of task t, step k: pointer + t * task_stride + k * step_st
   int64_t pointer, task_stride, step_stride;
 };
 
+struct Sum {  // some of the accumulators, of all tasks, and where they are wanted
+  int64_t offset, bytes;
+  void* into;
+};
+
 struct Call {
   std::span<const External> externals;
   int64_t tasks = 0;
   int64_t steps = 0;                         // of every task, or the most any task makes
   const int64_t* steps_of = nullptr;         // (T,), each 0..steps; null: all make `steps`
   const void* weights = nullptr;             // (T * lanes,) of the program's dtype; null: all 1
-  void* result = nullptr;                    // accumulators out (accumulator_bytes); null: dropped
+  std::span<const Sum> sums;                 // written where the status is 0
   int threads = 1;                           // the calling thread included
   const volatile int32_t* cancel = nullptr;  // polled before every section; not 0 stops the replay
   bool (*interrupted)() noexcept =
@@ -42,7 +47,7 @@ struct Outcome {
   int section = -1, instruction = -1;
 };
 
-// Runs the program. `result` is written only where the status is 0. Throws, before anything has run,
+// Runs the program. Throws, before anything has run,
 // std::invalid_argument for a call that makes no sense and std::bad_alloc; allocates nothing once running.
 // Calls from several threads run one after the other; one made from within `interrupted` (a signal handler)
 // runs at once, on its thread alone. Subnormals count as zero while it runs.

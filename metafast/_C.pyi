@@ -4,7 +4,8 @@ Addresses are plain integers (`tensor.data_ptr()`); what they point to is borrow
 for the sections and spaces of a program, csrc/kernels/common/kernels.hpp for the kernels and their ints and floats.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,62 @@ class Program:
     ) -> None: ...
     def dump(self) -> str:
         """A listing, one line an instruction."""
+
+class Binding:
+    """A program for so many tasks and steps, and what its externals are: tensors that are given, and room that is made.
+
+    **Arguments:**
+    - `T`, `steps`: as for `run`.
+    - `strides`: (n_external, 2) int64: from task to task, from step to step, in bytes.
+    - `given`: (external, dtype) of each tensor that is read.
+    - `rooms`: (external, make, looked, summed) of each that is written: `make()` gives a new tensor; the first `looked`
+      of its elements are losses that are to be finite, the first `summed` make up the total.
+    - `sums`: (offset, bytes, make) of each part of the accumulators that is wanted.
+    - `total`: makes room for the total of the losses, or None.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        T: int,
+        steps: int,
+        strides: npt.NDArray[np.int64],
+        given: list[tuple[int, Any]],
+        rooms: list[tuple[int, Callable[[], Any], int, int]],
+        sums: list[tuple[int, int, Callable[[], Any]]],
+        total: Callable[[], Any] | None,
+    ) -> None: ...
+    def run(
+        self, tensors: list[Any], weights: Any | None, divisor: int, threads: int
+    ) -> int | tuple[tuple[int, int, int, str, int] | None, list[Any], list[Any], bool, Any | None]:
+        """Runs; (None, or what `run` returns where that failed; rooms; sums; whether losses are finite; their total,
+        summed in double and divided).
+
+        `tensors` has the tensors of `given`, `weights` is as for `run`. An int is the index of a tensor that cannot be
+        read where it lies (another dtype, strides, a pending sign): nothing has run. Raises as `run` does.
+        """
+
+    def profile(self, tensors: list[Any], weights: Any | None) -> int | list[tuple[str, int, str, int, float]]:
+        """Runs on one thread; as `profile`, or an int as from `run`."""
+
+class Places:
+    """Places that held certain objects, and containers that had certain lengths; keeps all of them alive.
+
+    `places` are (kind, owner, name, value): "item", `owner[name]`; "attribute", `getattr(owner, name)`; "type",
+    `type(owner)`; "cell", `owner.cell_contents`; "empty cell", that there is none (`name` is None in the last three).
+    `sizes` are (container, length).
+    """
+
+    def __init__(self, places: list[tuple[str, Any, Any, Any]], sizes: list[tuple[Any, int]]) -> None: ...
+    def hold(self) -> bool:
+        """Whether every place holds the very object that it held, and every container is as long as it was."""
+
+class Facts:
+    """What a plan depends on in tensors, values aside: class, shape, dtype, device, layout, requires_grad, nested."""
+
+    def __init__(self, tensors: list[Any]) -> None: ...
+    def hold(self, tensors: list[Any]) -> bool:
+        """Whether these have the same, in the same order, and none was made in inference mode."""
 
 def run(
     program: Program,
@@ -79,9 +136,6 @@ def profile(
     result_ptr: int = 0,
 ) -> list[tuple[str, int, str, int, float]]:
     """Runs on one thread; (section, instruction, kernel, calls, seconds in all) for every instruction."""
-
-def all_finite(pointer: int, count: int, dtype: str) -> bool:
-    """Whether `count` elements ("f32" or "f64") from `pointer` on are all finite."""
 
 def run_kernel(
     name: str,

@@ -155,10 +155,9 @@ class FusedCall(Call):
     """
 
     def __init__(
-        self, problem: Problem, backend: str, check: Check, *, ready: bool, reduction: str, weights: Weights
+        self, problem: Problem, backend: str, check: Check, *, ready: bool, weights: Weights
     ) -> None:
         super().__init__(problem, backend, check, ready=ready)
-        self.reduction = reduction
         self.weights = weights
         self.outputs_spec: pytree.TreeSpec | None = None
         self._outputs_like: list[Tensor] = []
@@ -170,18 +169,13 @@ class FusedCall(Call):
         else:
             outcome = backend.losses(problem, fold=True)
         self.check(outcome, problem)
-        assert outcome.losses is not None
-        results = [outcome.losses if self.reduction == "none" else self.reduced(outcome.losses)]
+        results = [outcome.reduced(problem.reduction)]
         if problem.return_outputs:
             outputs, self.outputs_spec = pytree.tree_flatten(outcome.outputs)
             self._outputs_like = outputs
             self.differentiable = 1 + len(outputs)
             results += outputs
         return results + (self.gradients(outcome) if self.ready else [])
-
-    def reduced(self, losses: Tensor) -> Tensor:
-        """The losses `(T,)` as one number."""
-        return losses.mean() if self.reduction == "mean" else losses.sum()
 
     def gradients(self, outcome: Outcome) -> list[Tensor]:
         """The gradients of an outcome in the order of `wrt`, zeros where nothing depends on a leaf."""
@@ -199,7 +193,7 @@ class FusedCall(Call):
 
     def fake(self, leaves: Sequence[Tensor]) -> list[Tensor]:
         like = leaves[0]
-        results = [like.new_empty((self.problem.tasks,) if self.reduction == "none" else ())]
+        results = [like.new_empty((self.problem.tasks,) if self.problem.reduction == "none" else ())]
         results += [like.new_empty(t.shape, dtype=t.dtype) for t in self._outputs_like]
         return results + ([t.new_empty(t.shape) for t in self.wanted(leaves)] if self.ready else [])
 

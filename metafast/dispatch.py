@@ -151,7 +151,7 @@ def _explain_plan(plan: Any, problem: Problem) -> list[str]:
     lines += [f"flops of the call: {total:.4g}"]
     state = (problem.steps + 1) * lowered.state_bytes
     memory = f"arena {lowered.arena_bytes} B and state {state} B a worker"
-    lines += [f"memory: {memory}, {lowered.result_elements} gradient elements"]
+    lines += [f"memory: {memory}, sums {lowered.sum_bytes} B a group"]
     return lines
 
 

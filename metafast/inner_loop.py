@@ -170,10 +170,8 @@ class InnerLoop(nn.Module):
         cotangents. Under `torch.no_grad()` only the forward runs.
         """
         problem, outline = self._problem(support, query, gradient=torch.is_grad_enabled())
-        reduction = self.reduction
-        ready = bool(problem.wrt) and reduction != "none" and not self.return_outputs
-        weights = functools.partial(outline.weights, reduction)
-        call = FusedCall(problem, self.backend, self._checked, ready=ready, reduction=reduction, weights=weights)
+        ready = bool(problem.wrt) and problem.reduction != "none" and not problem.return_outputs
+        call = FusedCall(problem, self.backend, self._checked, ready=ready, weights=outline.weights)
         results = self._guarded(launch, call, problem)
         if not self.return_outputs:
             return results[0]
@@ -199,9 +197,8 @@ class InnerLoop(nn.Module):
             raise TransformError(message(place, "a gradient that is a plain value", "one to differentiate", way_out))
         problem, outline = self._problem(support, query, gradient=True)
         outcome = self._guarded(functools.partial(self._with_gradient, outline), problem, problem)
-        losses = cast(Tensor, outcome.losses)
-        loss = losses if self.reduction == "none" else losses.mean() if self.reduction == "mean" else losses.sum()
-        return loss, outline.named(problem, cast("dict[str, Tensor | None]", outcome.gradients))
+        gradients = cast("dict[str, Tensor | None]", outcome.gradients)
+        return outcome.reduced(problem.reduction), outline.named(problem, gradients)
 
     @outside_compile
     def adapt(self, support: Any) -> FastWeights:
@@ -239,7 +236,7 @@ class InnerLoop(nn.Module):
         if repeats < 1:
             raise InputError(message("InnerLoop.profile(repeats=...)", repeats, "1 or more", "leave it at 5"))
         problem, outline = self._problem(support, query, gradient=True)
-        return dispatch.profile(problem, self.backend, outline.weights(self.reduction, problem), repeats)
+        return dispatch.profile(problem, self.backend, outline.weights(problem), repeats)
 
     # Running it
 
@@ -256,7 +253,7 @@ class InnerLoop(nn.Module):
 
     def _with_gradient(self, outline: Outline, problem: Problem) -> Outcome:
         backend = dispatch.choose(problem, self.backend)
-        outcome = backend.meta_gradient(problem, outline.weights(self.reduction, problem), fold=True)
+        outcome = backend.meta_gradient(problem, outline.weights(problem), fold=True)
         self._checked(outcome, problem)
         return outcome
 

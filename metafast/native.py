@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from metafast import _C
-from metafast.batchnorm import fold
+from metafast.binding import Call
 from metafast.capture import Trace, Unsupported, capture, capture_function
-from metafast.errors import LabelError, message, position
+from metafast.errors import LabelError, position
 from metafast.graph import Builder, Graph, copy_into
-from metafast.lower import NAMES, External, Lowered, NotInterleaved, best_lanes, lower
-from metafast.lower.arrays import EXTERNAL, Instruction
+from metafast.lower import Lowered, NotInterleaved, best_lanes, lower
 from metafast.normalise import normalise
 from metafast.ops import numel
 from metafast.problem import Objective, Outcome, Problem, hyper_tree
 from metafast.profile import Profile, Row
 from metafast.reference import located
-from metafast.sweep import SECTIONS, Loop, Section, Store, Sweep, gradient_section
+from metafast.sweep import Loop, Section, Store, Sweep, gradient_section
 from metafast.tasks import require_outputs
-
-LABEL_OUT_OF_RANGE = 1  # a kernel's error codes, csrc/kernels/common/kernels.hpp
 
 
 @dataclass(eq=False)
@@ -48,10 +43,14 @@ class Plan:
     programs: dict[tuple[str, int], Lowered] = field(default_factory=dict)
     sections: dict[str, dict[str, Section]] = field(default_factory=dict)
     _sweep: Sweep | None = None
+    _lanes: dict[int, int] = field(default_factory=dict)
 
     def lanes(self, tasks: int) -> int:
         """How many of so many tasks to do at once."""
-        return best_lanes(self.sweep().state, self.dtype.itemsize, tasks)
+        found = self._lanes.get(tasks)
+        if found is None:
+            found = self._lanes[tasks] = best_lanes(self.sweep().state, self.dtype.itemsize, tasks)
+        return found
 
     def program(self, mode: str, lanes: int = 1) -> Lowered:
         """The native program of one way to run: fused, outputs, forward, adapt or adapt_vjp; built at first use.
@@ -252,8 +251,7 @@ class Native:
         """The fused call instruction by instruction; of each the least time of so many runs."""
         lowered = self.plan.program("fused", self.plan.lanes(problem.tasks))
         call = Call(self.plan, lowered, problem, {})
-        arguments = call.arguments(weights)
-        runs = [_C.profile(lowered.program, call.table, **arguments) for _ in range(repeats)]
+        runs = [call.profile(weights) for _ in range(repeats)]
         rows = []
         for same in zip(*runs, strict=True):
             section, index, kernel, calls, _ = same[0]
@@ -273,12 +271,12 @@ class Native:
         extra: Mapping[str, Tensor] | None = None,
     ) -> Call:
         call = Call(self.plan, self.plan.program(mode, self.plan.lanes(problem.tasks)), problem, extra or {})
-        status = call.run(weights)
-        if status[0] and call.lowered.lanes > 1:  # which task of a block was it?
+        failed = call.run(weights)
+        if failed and call.lowered.lanes > 1:  # which task of a block was it?
             call = Call(self.plan, self.plan.program(mode), problem, extra or {})
-            status = call.run(weights)
-        if status[0]:
-            call.fail(*status)
+            failed = call.run(weights)
+        if failed:
+            call.fail(*failed)
         return call
 
     def _output_cotangents(self, problem: Problem, given: Sequence[Tensor | None]) -> dict[str, Tensor]:
@@ -292,139 +290,15 @@ class Native:
 
     def _outcome(self, problem: Problem, call: Call, fold: bool) -> Outcome:
         plan = self.plan
-        outcome = Outcome(losses=call.made.get(("loss", "loss")), step_losses=call.step_losses(), finite=call.finite())
-        if plan.output_keys and problem.return_outputs and ("output", "output/0") in _short(call.made):
+        losses, step_losses = call.made.get(("loss", "loss")), call.made.get(("step_loss", "loss"))
+        outcome = Outcome(losses=losses, step_losses=step_losses, finite=call.finite, total=call.total)
+        if plan.output_keys and problem.return_outputs and ("output", "0") in call.made:
             made = [call.made["output", k.removeprefix("output/")] for k in plan.output_keys]
             flat = [t.to(dtype) for t, dtype in zip(made, plan.output_dtypes, strict=True)]  # truth, counts, labels
             outcome.outputs = pytree.tree_unflatten(flat, plan.output_spec)
         if fold and (plan.support_stats or plan.query_stats):
             call.fold()
         return outcome
-
-
-def _short(made: Mapping[tuple[str, str], Tensor]) -> set[tuple[str, str]]:
-    return {(kind, f"output/{name}") for kind, name in made if kind == "output"}
-
-
-class Call:
-    """The tensors of one call, bound to a program's externals."""
-
-    def __init__(self, plan: Plan, lowered: Lowered, problem: Problem, extra: Mapping[str, Tensor]) -> None:
-        self.plan, self.lowered, self.problem = plan, lowered, problem
-        self.slots = lowered.blocks(problem.tasks) * lowered.lanes  # tasks that there is room for
-        self.kept: list[Tensor] = []  # alive while the addresses are in use
-        self.made: dict[tuple[str, str], Tensor] = {}
-        for e in lowered.externals:
-            self.kept.append(self._leaf(e, extra) if e.kind == "leaf" else self._allocate(e))
-        self.table = lowered.strides(self.slots).copy()
-        self.table[:, 0] = [t.data_ptr() for t in self.kept]
-
-    def _leaf(self, e: External, extra: Mapping[str, Tensor]) -> Tensor:
-        """The tensor of that key as the program reads it: contiguous, labels as int64, all else in its dtype."""
-        leaf = cotangent = extra.get(e.name) if extra else None
-        if leaf is None:
-            leaf = self.problem.leaves.get(e.name)
-        if leaf is None:
-            kind, _, name = e.name.partition("/")
-            leaf = self.problem.buffers[name] if kind == "buffer" else self.plan.externs[e.name]
-        dtype = torch.int64 if e.dtype == "int" else self.plan.dtype
-        if not (leaf.dtype is dtype and leaf.is_contiguous()) or leaf.is_neg():
-            leaf = leaf.detach().resolve_neg().to(dtype).contiguous()
-        if e.per_task and self.slots > self.problem.tasks:  # the last task fills its block, without a cotangent
-            more = leaf[-1:].detach() if cotangent is None else leaf.new_zeros(())
-            leaf = torch.cat([leaf.detach(), more.expand(self.slots - self.problem.tasks, *e.shape)])
-        return leaf
-
-    def _allocate(self, e: External) -> Tensor:
-        """Room for what the program writes; `made` shows it task by task."""
-        tasks, steps = self.problem.tasks, self.problem.steps
-        lead = (max(steps, 1), self.slots) if e.per_step else (self.slots,)  # an empty tensor has no address
-        make = torch.zeros if e.kind == "gradient" else torch.empty
-        room = make((*lead, *e.shape), dtype=self.plan.dtype)
-        shown = room[:steps].transpose(0, 1) if e.per_step else room
-        self.made[e.kind, e.name] = shown if tasks == self.slots else shown[:tasks]
-        return room
-
-    def run(self, weights: Tensor | None) -> tuple[int, int, int, str, int]:
-        """Replay; returns the status, and where it is not 0, task, step, section and instruction."""
-        return _C.run(self.lowered.program, self.table, threads=torch.get_num_threads(), **self.arguments(weights))
-
-    def arguments(self, weights: Tensor | None) -> dict[str, int]:
-        """What a run takes besides program and table: sizes, and the addresses of weights and result."""
-        elements = self.lowered.result_elements
-        self.result = torch.empty(elements, dtype=self.plan.dtype)
-        if weights is not None:
-            weights = weights.detach().to(self.plan.dtype).contiguous()
-            if self.slots > weights.numel():
-                weights = torch.cat([weights, weights.new_zeros(self.slots - weights.numel())])
-        self.weights = weights
-        return {
-            "T": self.lowered.blocks(self.problem.tasks),
-            "steps": self.problem.steps,
-            "weights_ptr": 0 if weights is None else weights.data_ptr(),
-            "result_ptr": self.result.data_ptr() if elements else 0,
-        }
-
-    def finite(self) -> bool:
-        """Whether every loss is."""
-        losses = (self.made.get(("loss", "loss")), self.made.get(("step_loss", "loss")))
-        whole = (t.as_strided((t.numel(),), (1,)) if self.slots == self.problem.tasks else t.contiguous()
-                 for t in losses if t is not None)
-        name = NAMES[self.plan.dtype]
-        return all([_C.all_finite(t.data_ptr(), t.numel(), name) for t in whole])
-
-    def fail(self, status: int, task: int, step: int, section: Any, instruction: int) -> None:
-        name = section if isinstance(section, str) else SECTIONS[section]
-        code = self.lowered.code[name][instruction]
-        if status == LABEL_OUT_OF_RANGE:
-            part = "query" if name == "query" else "support"
-            where = f"task {task}, {part} labels, {code.note.partition('  ')[2] or 'loss'}: label out of range"
-            way_out = "number the classes of each task from 0, or widen the model's output"
-            raise LabelError(message(where, self._wrong_label(code, task), f"0..{code.ints[1] - 1}", way_out))
-        raise RuntimeError(f"{position(task, step, self.problem.steps)}: kernel {code.kernel} failed with {status}")
-
-    def _wrong_label(self, code: Instruction, task: int) -> str:
-        """The label that a kernel refused, where it is one of the batch and not computed."""
-        space = code.operands[0].buffer.space
-        if space is not None and space >= EXTERNAL and self.lowered.externals[space - EXTERNAL].per_task:
-            labels = self.kept[space - EXTERNAL][task]
-            wrong = labels[((labels < 0) | (labels >= code.ints[1])) & (labels != code.ints[2])]
-            if len(wrong):
-                return f"label {int(wrong[0])}"
-        return "a computed label"
-
-    def step_losses(self) -> Tensor | None:
-        """(T, steps), where the program recorded them."""
-        return self.made.get(("step_loss", "loss"))
-
-    def fold(self) -> None:
-        """Fold the batch statistics of every BatchNorm pass into the running ones, in the order of the eager loop."""
-        passes: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        for part, stats in (("support", self.plan.support_stats), ("query", self.plan.query_stats)):
-            for path, calls in itertools.groupby(sorted(stats, key=lambda s: s.path), key=lambda s: s.path):
-                pairs = [self._unbiased(part, s) for s in calls]
-                if pairs[0] is not None:
-                    mean, var = (torch.stack(side, -2).flatten(1, -2) for side in zip(*pairs, strict=True))
-                    passes.setdefault(path, []).append((mean, var))
-        for path, parts in passes.items():
-            mean, var = (torch.cat(side, 1).flatten(0, 1) for side in zip(*parts, strict=True))
-            fold(cast(_NormBase, self.problem.model.get_submodule(path)), mean, var)
-
-    def _unbiased(self, part: str, stat: Any) -> tuple[Tensor, Tensor] | None:
-        """Mean and unbiased variance of one recorded pass, (T, steps, C) or (T, C); None where it did not run."""
-        mean = self.made.get((f"{part}_stat", f"{stat.output}/mean"))
-        if mean is None:
-            return None
-        scale = stat.count / (stat.count - 1) if stat.count > 1 else float("nan")
-        return mean, self.made[f"{part}_stat", f"{stat.output}/var"] * scale
-
-    def gradients(self, wanted: Sequence[str]) -> dict[str, Tensor | None]:
-        """The gradient of every wanted leaf; None where nothing depends on it."""
-        out: dict[str, Tensor | None] = dict.fromkeys(wanted)
-        for key, (offset, shape, strides) in self.lowered.accumulators.items():
-            out[key] = self.result.as_strided(shape, strides, offset)
-        out.update({name: t for (kind, name), t in self.made.items() if kind == "gradient"})
-        return out
 
 
 # ---- the first-use check --------------------------------------------------------------------------------------
@@ -447,8 +321,8 @@ def disagreement(plan: Plan, problem: Problem, traces: Sequence[Trace]) -> str |
         keys = tuple(trace.gradients)
         section = gradient_section(graph, keys)
         call = Call(plan, lower({}, {"query": section}, plan.dtype), replace(first, steps=0, wrt=keys), {})
-        if (status := call.run(None))[0]:
-            call.fail(*status)
+        if failed := call.run(None):
+            call.fail(*failed)
         if found := _loss_differs(trace, float(call.made["loss", "loss"][0]), tolerance):
             return found
         off, size = _distance(call.gradients(keys), trace.gradients)

@@ -103,12 +103,11 @@ class Outline:
     def problem(self, inner: InnerLoop, support: Any, query: Any, *, gradient: bool) -> Problem:
         """The problem that a call with these batches poses, validated; one like the last is not looked into again."""
         given = _Given(self, support, query)
-        form = given.form((inner.steps, inner.order, inner.return_outputs, gradient))
-        last = self._last
-        problem = last.again(given, form, self.reach()) if last is not None and form is not None else None
+        options = (inner.steps, inner.order, inner.return_outputs, inner.reduction, gradient)
+        problem = None if self._last is None else self._last.again(given, options, self.reach())
         if problem is None:
             problem = self._validated(inner, given, gradient)
-            self._last = _Last.of(problem, given, form)
+            self._last = _Last.of(problem, given, options)
         return problem
 
     def _validated(self, inner: InnerLoop, given: _Given, gradient: bool) -> Problem:
@@ -134,6 +133,7 @@ class Outline:
             tasks=count,
             wrt=(),
             return_outputs=inner.return_outputs and given.specs[1] is not None,
+            reduction=inner.reduction,
             buffers=dict(zip(structure.buffer_names, given.buffers, strict=True)),
             aliases=structure.aliases,
             reach=self.reach(),
@@ -181,12 +181,12 @@ class Outline:
         self._externs[key] = [weakref.ref(tensor) for tensor in fresh]
         return fresh
 
-    def weights(self, reduction: str, problem: Problem) -> Tensor:
+    def weights(self, problem: Problem) -> Tensor:
         """`(T,)`, the weights of the losses: 1/T for "mean", else 1."""
         like = problem.parameter
-        key = (problem.tasks, reduction, like.dtype, like.device)
+        key = (problem.tasks, problem.reduction, like.dtype, like.device)
         if key not in self._weights:
-            value = 1.0 / problem.tasks if reduction == "mean" else 1.0
+            value = 1.0 / problem.tasks if problem.reduction == "mean" else 1.0
             self._weights[key] = torch.full((problem.tasks,), value, dtype=like.dtype, device=like.device)
         return self._weights[key]
 
@@ -213,10 +213,6 @@ class Outline:
         if kind == "extern" and inner is not None:
             return next((n for n, p in inner.named_parameters() if p is leaf), key)
         return key
-
-
-#: What a problem, and so a plan, depends on in a tensor, its values aside.
-_facts = operator.attrgetter("__class__", "shape", "dtype", "device", "requires_grad", "layout", "is_nested")
 
 
 class _Given:
@@ -249,42 +245,39 @@ class _Given:
                 leaves[f"{place}/{index}"] = _taken(tensor)
         return leaves
 
-    def form(self, options: tuple[Any, ...]) -> Any:
-        """What tells this call from another, in comparable parts; None where that is not all (a transform)."""
-        if tracing() or any(map(Tensor.is_inference, self.tensors)):
-            return None
-        try:
-            return (options, self.specs, list(map(_facts, self.tensors)), list(map(_facts, self.buffers)))
-        except RuntimeError:  # a nested tensor has no shape
-            return None
-
 
 class _Last:
     """The problem of the last call without its tensors, and what must hold for the next to be like it."""
 
-    def __init__(self, problem: Problem, form: Any, externs: list[Tensor]) -> None:
-        self._problem, self._keys, self._form = problem.over({}, {}), tuple(problem.leaves), form
-        self._buffers = tuple(problem.buffers)
+    def __init__(self, problem: Problem, given: _Given, options: tuple[Any, ...], externs: list[Tensor]) -> None:
+        from . import _C
+
+        self._problem, self._keys, self._buffers = problem.over({}, {}), tuple(problem.leaves), tuple(problem.buffers)
+        self._options, self._specs = options, given.specs
         self._externs = [weakref.ref(tensor) for tensor in externs]
-        self._facts = list(map(_facts, externs))
+        self._facts = _C.Facts([*given.tensors, *externs, *given.buffers])
 
     @classmethod
-    def of(cls, problem: Problem, given: _Given, form: Any) -> _Last | None:
+    def of(cls, problem: Problem, given: _Given, options: tuple[Any, ...]) -> _Last | None:
         """None where the call is to be looked into each time: under a transform, or where a leaf is a copy."""
         leaves = list(problem.leaves.values())
-        if form is None or not all(map(operator.is_, leaves, given.tensors)):
+        if tracing() or not all(map(operator.is_, leaves, given.tensors)):
             return None
-        return cls(problem, form, leaves[len(given.tensors) :])
+        try:
+            return cls(problem, given, options, leaves[len(given.tensors) :])
+        except (ImportError, RuntimeError):  # no compiled module; a nested tensor has no shape
+            return None
 
-    def again(self, given: _Given, form: Any, reach: Reach) -> Problem | None:
+    def again(self, given: _Given, options: tuple[Any, ...], reach: Reach) -> Problem | None:
         """The problem over the tensors of this call, if it is like the last."""
-        if reach is not self._problem.reach or form != self._form:
+        if reach is not self._problem.reach or options != self._options or given.specs != self._specs or tracing():
             return None
         externs = [ref() for ref in self._externs]
-        if externs and (any(t is None for t in externs) or list(map(_facts, externs)) != self._facts):
+        leaves: list[Any] = [*given.tensors, *externs]
+        if not self._facts.hold([*leaves, *given.buffers]):
             return None
-        leaves: dict[str, Any] = dict(zip(self._keys, (*given.tensors, *externs), strict=True))
-        return self._problem.over(leaves, dict(zip(self._buffers, given.buffers, strict=True)))
+        buffers = dict(zip(self._buffers, given.buffers, strict=True))
+        return self._problem.over(dict(zip(self._keys, leaves, strict=True)), buffers)
 
 
 def _objectives(inner: InnerLoop) -> tuple[tuple[Objective, Objective], tuple[bool, bool]]:

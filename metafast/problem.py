@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -36,7 +36,8 @@ class Problem:
     """Everything one call means: model, losses, update rule, batches.
 
     `leaves` is ordered as the module docstring lists the kinds. `adapted` holds the names, without "param/", that the
-    inner loop adapts; `wrt` the keys whose gradient is wanted. `aliases` maps the first name of each parameter and
+    inner loop adapts; `wrt` the keys whose gradient is wanted; `reduction` what becomes of the losses ("mean", "sum",
+    "none"). `aliases` maps the first name of each parameter and
     buffer to all its names. `buffers` holds the values the losses read, usually the model's own tensors; a deferred
     replay is given a copy from before the first pass instead. `reach` knows what else model, objectives and update rule
     can read. `choices` is where `dispatch` notes what it settled for problems of this form; `replace` starts afresh.
@@ -55,6 +56,7 @@ class Problem:
     tasks: int
     wrt: tuple[str, ...]
     return_outputs: bool = False
+    reduction: str = "mean"
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     reach: Reach | None = None
@@ -104,7 +106,8 @@ class Outcome:
     `losses` is `(T,)`, `step_losses` `(T, steps)` the support losses before each update, `outputs` what the query
     objective returned beside the loss, stacked over tasks. `gradients` maps keys of `Problem.wrt` to tensors shaped
     like the leaf (`None` where nothing depends on it), `fast` names of adapted parameters to `(T, *shape)`. `finite` is
-    False where the backend knows that a loss is not finite, True where it knows that all are, None where nobody looked.
+    False where the backend knows that a loss is not finite, True where it knows that all are, None where nobody looked;
+    `total` the losses reduced to 0-dim as the problem says, where the backend did so.
     """
 
     losses: Tensor | None = None
@@ -113,6 +116,16 @@ class Outcome:
     gradients: dict[str, Tensor | None] | None = None
     fast: dict[str, Tensor] | None = None
     finite: bool | None = None
+    total: Tensor | None = None
+
+    def reduced(self, reduction: str) -> Tensor:
+        """The losses as `reduction` ("mean", "sum" or "none") wants them."""
+        losses = cast(Tensor, self.losses)
+        if reduction == "none":
+            return losses
+        if self.total is not None:
+            return self.total
+        return losses.mean() if reduction == "mean" else losses.sum()
 
 
 class Backend(Protocol):

@@ -36,6 +36,7 @@ _STORES = ("_parameters", "_buffers", "_modules")
 _INTERNAL = frozenset(nn.Module().__dict__) - {"training"}
 _HOOKS = tuple(name for name in nn.Module().__dict__ if name.endswith("_hooks"))
 _GLOBAL_HOOKS = tuple(name for name in vars(torch.nn.modules.module) if name.startswith("_global_") and "hooks" in name)
+_OF_A_FUNCTION = ("__code__", "__defaults__", "__kwdefaults__")
 _OF_A_RULE = frozenset({"_cache", "_changes"})
 _ENDS = frozenset({"torch", "metafast", "numpy", *sys.stdlib_module_names})  # code that reads its arguments only
 
@@ -58,25 +59,20 @@ class Reach:
                 break
             names = names | walk.names
         self.key = _Key(key)
-        self._stores, self._lengths = [store for store, _ in walk.sizes], [size for _, size in walk.sizes]
-        self._gets = [(store.get, name) for store, name, _ in walk.slots]
-        self._values = [value for _, _, value in walk.slots]
-        self._owners, self._classes = [owner for owner, _ in walk.types], [cls for _, cls in walk.types]
-        self._lists, self._cells, self._functions = walk.lists, walk.cells, walk.functions
+        self._places = _watched(walk)
+        self._lists = walk.lists
         self._tensors = [(t, _tensor_facts(t)) for t in walk.tensors]
         self._computed = walk.computed
         self._generators = walk.generators
         self._keep = walk.keep
 
     def same(self) -> bool:
-        """Whether every place holds the very object that it held."""
+        """Whether every place holds the very object that it held. False where the compiled module is missing: then
+        nobody keeps a plan."""
         return (
-            list(map(len, self._stores)) == self._lengths
-            and all(map(operator.is_, [get(name, _MISSING) for get, name in self._gets], self._values))
-            and all(map(operator.is_, map(type, self._owners), self._classes))
+            self._places is not None
+            and self._places.hold()
             and all([_same_items(items, before) for items, before in self._lists])
-            and all([_content(cell) is before for cell, before in self._cells])
-            and all([_same_function(*facts) for facts in self._functions])
             and all([_tensor_facts(tensor) == facts for tensor, facts in self._tensors])
             and all([read() == before for read, before in self._computed])
         )
@@ -136,12 +132,9 @@ class _Walk:
         self._wanted, self._sorted = names, sorted(names)
         self._any_name = bool(names & _BY_ANY_NAME)
         self.names: set[str] = set()
-        self.slots: list[tuple[Any, str, Any]] = []
+        self.places: list[tuple[str, Any, Any, Any]] = []
         self.sizes: list[tuple[Any, int]] = []
         self.lists: list[tuple[Any, Any]] = []
-        self.cells: list[tuple[Any, Any]] = []
-        self.functions: list[tuple[Any, Any, Any, Any]] = []
-        self.types: list[tuple[Any, type]] = []
         self.tensors: list[Tensor] = []
         self.computed: list[tuple[Callable[[], Any], Any]] = []
         self.generators: list[Callable[[], Any]] = []
@@ -201,7 +194,7 @@ class _Walk:
 
     def _slot(self, store: Any, name: str, depth: int) -> Any:
         value = store[name]
-        self.slots.append((store, name, value))
+        self.places.append(("item", store, name, value))
         return (name, self.visit(value, depth + 1))
 
     def _named(self, store: Any, depth: int, names: Iterable[str]) -> tuple[Any, ...]:
@@ -215,7 +208,7 @@ class _Walk:
             return (_Identity(value), len(value))
         if isinstance(value, dict):
             items = list(value.items())
-            self.slots += [(value, key, entry) for key, entry in items]
+            self.places += [("item", value, key, entry) for key, entry in items]
             return (type(value), tuple([(self.visit(k, depth + 1), self.visit(v, depth + 1)) for k, v in items]))
         before = value.copy() if isinstance(value, set) else tuple(value)
         if not isinstance(value, (tuple, frozenset)):
@@ -230,7 +223,7 @@ class _Walk:
             return _Identity(module)  # an InnerLoop
         hyper = own.get("_hyper_names", ())  # of an update rule: leaves of the call, or numbers that become some
         hidden = _INTERNAL.union(_OF_A_RULE, hyper) if hyper else _INTERNAL
-        self.types.append((module, type(module)))
+        self.places.append(("type", module, None, type(module)))
         self.sizes.append((own, len(own)))
         key = [self._class(type(module), depth)]
         key += [self._slot(own, name, depth) for name in list(own) if name not in hidden]
@@ -244,11 +237,11 @@ class _Walk:
             return (functools.partial, *[self.visit(part, depth + 1) for part in (f.func, f.args, f.keywords)])
         if isinstance(f, types.MethodType):
             return (types.MethodType, self.visit(f.__func__, depth + 1), self.visit(f.__self__, depth + 1))
-        self.functions.append((f, f.__code__, f.__defaults__, f.__kwdefaults__))
+        self.places += [("attribute", f, name, getattr(f, name)) for name in _OF_A_FUNCTION]
         key: list[Any] = [f.__code__, self.visit(f.__defaults__, depth + 1), self.visit(f.__kwdefaults__, depth + 1)]
         for cell in f.__closure__ or ():
             content = _content(cell)
-            self.cells.append((cell, content))
+            self.places.append(("cell" if content is not _MISSING else "empty cell", cell, None, content))
             key.append(None if content is _MISSING else self.visit(content, depth + 1))
         if _of_the_user(f.__globals__.get("__name__")):
             names = sorted(set(_names(f.__code__)))
@@ -265,7 +258,7 @@ class _Walk:
             own = vars(base)
             if not _of_the_user(base.__module__):
                 if base is not nn.Module and "forward" in own:
-                    self.slots.append((own, "forward", own["forward"]))
+                    self.places.append(("item", own, "forward", own["forward"]))
                     key.append(_Identity(own["forward"]))
             elif id(base) not in self._numbers:
                 self._number(base)
@@ -290,7 +283,7 @@ class _Walk:
         if owner is not None and not isinstance(owner, types.ModuleType):  # a method written in C
             return (getattr(value, "__name__", ""), self.visit(owner, depth + 1))
         key: list[Any] = [self.visit(type(value), depth + 1)]
-        self.types.append((value, type(value)))
+        self.places.append(("type", value, None, type(value)))
         store = getattr(value, "__dict__", None)
         slotted = [n for base in type(value).__mro__ for n in _slots_of(base) if hasattr(value, n)]
         if not isinstance(store, dict) and not slotted:
@@ -310,6 +303,15 @@ class _Walk:
         return (type(value), str(value.dtype), value.shape, value.tobytes())
 
 
+def _watched(walk: _Walk) -> Any:
+    """What looks at the places again; None where the compiled module is missing."""
+    try:
+        from metafast import _C
+    except ImportError:
+        return None
+    return _C.Places(walk.places, walk.sizes)
+
+
 def _code(root: Any) -> Any:
     """The code of a callable, without what it closes over."""
     for inside in ("loss", "func", "__func__"):  # a loss as an objective, a partial, a method
@@ -325,10 +327,6 @@ def _special(name: str, value: Any, made: bool) -> bool:
 
 def _tensor_facts(tensor: Tensor) -> tuple[Any, ...]:
     return (tensor.requires_grad, tensor.shape, tensor.dtype)
-
-
-def _same_function(f: Any, code: Any, defaults: Any, kwdefaults: Any) -> bool:
-    return f.__code__ is code and f.__defaults__ is defaults and f.__kwdefaults__ is kwdefaults
 
 
 def _same_items(items: Any, before: Any) -> bool:

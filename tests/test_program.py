@@ -523,8 +523,8 @@ def test_the_stub_says_what_the_module_has():
     names = {node.name for node in stub.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     names |= {n.target.id for n in stub.body if isinstance(n, ast.AnnAssign)}
     assert names == {name for name in dir(_C) if not name.startswith("_")}
-    (program,) = (node for node in stub.body if isinstance(node, ast.ClassDef))
-    for owner, functions in ((_C, stub.body), (_C.Program, program.body)):
+    classes = [node for node in stub.body if isinstance(node, ast.ClassDef)]
+    for owner, functions in ((_C, stub.body), *((getattr(_C, node.name), node.body) for node in classes)):
         for node in functions:
             if isinstance(node, ast.FunctionDef):
                 signature = getattr(owner, node.name).__doc__.splitlines()[0]

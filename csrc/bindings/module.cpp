@@ -3,46 +3,18 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#if defined(__GLIBCXX__)
-#include <cxxabi.h>
-#endif
-#include <chrono>
 #include <span>
-#include <thread>
 
+#include "binding.hpp"
+#include "places.hpp"
 #include "program.hpp"
+#include "python.hpp"
 #include "replay.hpp"
 #include "run_kernel.hpp"
 
-namespace py = pybind11;
 using namespace metafast;
 
 namespace {
-
-// Takes the GIL back. While the interpreter shuts down, Pythons before 3.14 end a daemon thread that asks for it, by
-// unwinding its stack: through frames that cannot be unwound, and releasing objects without the GIL. As in 3.14, such
-// a thread sleeps until the process is gone.
-void restore_thread(PyThreadState* state) {
-#if defined(__GLIBCXX__)
-  try {
-    PyEval_RestoreThread(state);
-  } catch (const abi::__forced_unwind&) {
-    for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
-  }
-#else
-  PyEval_RestoreThread(state);
-#endif
-}
-
-// What `work` gives, run without the GIL.
-template <class Work>
-auto unlocked(Work work) -> decltype(work()) {
-  struct Release {
-    PyThreadState* state = PyEval_SaveThread();
-    ~Release() noexcept(false) { restore_thread(state); }
-  } const release;
-  return work();
-}
 
 kernels::DType parse_dtype(const std::string& name) {
   if (name == "f32") return kernels::DType::f32;
@@ -121,26 +93,19 @@ std::shared_ptr<Program> make_program(const std::string& dtype, const py::dict& 
 
 using Externals = py::array_t<int64_t, py::array::c_style>;
 
-PyObject* main_thread = nullptr;  // threading.main_thread
+// All accumulators at one address, or dropped.
+class Result {
+ public:
+  Result(const Program& program, uintptr_t pointer)
+      : sum_{0, program.sizes().accumulator, reinterpret_cast<void*>(pointer)} {}
+  std::span<const Sum> sums() const { return {&sum_, sum_.into ? size_t{1} : size_t{0}}; }
 
-// Python handles signals on its main thread alone.
-bool on_main_thread() {
-  const py::object thread = py::handle(main_thread)();
-  return thread.attr("ident").cast<unsigned long>() == PyThread_get_thread_ident();
-}
-
-// Lets Python's signal handlers run; whether one of them raised. What it raised stays set for check_signals.
-bool signalled() noexcept {
-  const py::gil_scoped_acquire locked;
-  return PyErr_CheckSignals() != 0;
-}
-
-void check_signals() {
-  if (PyErr_Occurred()) throw py::error_already_set();
-}
+ private:
+  const Sum sum_;
+};
 
 Call make_call(const Externals& externals, int64_t tasks, int64_t steps, uintptr_t steps_ptr,
-               uintptr_t weights_ptr, uintptr_t result_ptr, int threads, uintptr_t cancel_ptr) {
+               uintptr_t weights_ptr, std::span<const Sum> sums, int threads, uintptr_t cancel_ptr) {
   if (externals.ndim() != 2 || externals.shape(1) != 3)
     throw py::value_error(
         "run: externals of shape (n_external, 3) expected: pointer, task stride, step stride");
@@ -151,56 +116,26 @@ Call make_call(const Externals& externals, int64_t tasks, int64_t steps, uintptr
           .steps = steps,
           .steps_of = reinterpret_cast<const int64_t*>(steps_ptr),
           .weights = reinterpret_cast<const void*>(weights_ptr),
-          .result = reinterpret_cast<void*>(result_ptr),
+          .sums = sums,
           .threads = threads,
           .cancel = reinterpret_cast<const volatile int32_t*>(cancel_ptr),
-          .interrupted = on_main_thread() ? &signalled : nullptr};
-}
-
-std::string_view section_name(int s) { return s < 0 ? std::string_view() : kSectionNames[s]; }
-
-py::tuple to_tuple(const Outcome& o) {
-  return py::make_tuple(o.status, o.task, o.step, section_name(o.section), o.instruction);
+          .interrupted = interruption()};
 }
 
 py::tuple run(const Program& program, const Externals& externals, int64_t tasks, int64_t steps,
               uintptr_t steps_ptr, uintptr_t weights_ptr, uintptr_t result_ptr, int threads,
               uint64_t /*seed*/, uintptr_t cancel_ptr) {
+  const Result result(program, result_ptr);
   const Call call =
-      make_call(externals, tasks, steps, steps_ptr, weights_ptr, result_ptr, threads, cancel_ptr);
-  const Outcome outcome = unlocked([&] { return replay(program, call); });
-  check_signals();
-  return to_tuple(outcome);
-}
-
-// The subnormal, the huge and the negative are finite; an exponent of all ones is not.
-template <class Bits, int kMantissa>
-bool all_finite_of(const void* values, int64_t count) {
-  constexpr Bits exponent = (~Bits{0} << kMantissa) & ~(Bits{1} << (8 * sizeof(Bits) - 1));
-  const auto* bits = static_cast<const Bits*>(values);
-  bool finite = true;
-  for (int64_t k = 0; k < count; ++k) finite &= (bits[k] & exponent) != exponent;
-  return finite;
-}
-
-bool all_finite(uintptr_t pointer, int64_t count, const std::string& dtype) {
-  const auto* values = reinterpret_cast<const void*>(pointer);
-  return parse_dtype(dtype) == kernels::DType::f32 ? all_finite_of<uint32_t, 23>(values, count)
-                                                   : all_finite_of<uint64_t, 52>(values, count);
+      make_call(externals, tasks, steps, steps_ptr, weights_ptr, result.sums(), threads, cancel_ptr);
+  return to_tuple(run_call(program, call));
 }
 
 py::list run_profile(const Program& program, const Externals& externals, int64_t tasks, int64_t steps,
                      uintptr_t steps_ptr, uintptr_t weights_ptr, uintptr_t result_ptr) {
-  const Call call = make_call(externals, tasks, steps, steps_ptr, weights_ptr, result_ptr, 1, 0);
-  std::array<std::vector<InstructionTime>, kSections> times;
-  unlocked([&] { return profile(program, call, times); });
-  check_signals();
-  py::list rows;
-  for (int s = 0; s < kSections; ++s)
-    for (size_t n = 0; n < times[s].size(); ++n)
-      rows.append(py::make_tuple(kSectionNames[s], n, program.section(s).info[n].kernel->name,
-                                 times[s][n].calls, times[s][n].seconds));
-  return rows;
+  const Result result(program, result_ptr);
+  return profile_call(program,
+                      make_call(externals, tasks, steps, steps_ptr, weights_ptr, result.sums(), 1, 0));
 }
 
 int run_one_kernel(const std::string& name, const std::string& dtype, const std::string& isa,
@@ -237,7 +172,6 @@ std::vector<std::string> pointwise_opcodes() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  main_thread = py::object(py::module_::import("threading").attr("main_thread")).release().ptr();
   m.doc() = "The native runtime of metafast: programs, their replay, and single kernels.";
 
   py::class_<Program, std::shared_ptr<Program>>(m, "Program")
@@ -248,6 +182,22 @@ PYBIND11_MODULE(_C, m) {
       .def("dump", &Program::dump)
       .def("__repr__", [](const Program& p) { return "<" + p.summary() + ">"; });
 
+  py::class_<Binding>(m, "Binding")
+      .def(py::init<std::shared_ptr<const Program>, int64_t, int64_t, const Strides&, const py::list&,
+                    const py::list&, const py::list&, py::object>(),
+           py::arg("program"), py::arg("T"), py::arg("steps"), py::arg("strides").noconvert(),
+           py::arg("given"), py::arg("rooms"), py::arg("sums"), py::arg("total"))
+      .def("run", &Binding::run, py::arg("tensors"), py::arg("weights"), py::arg("divisor"),
+           py::arg("threads"))
+      .def("profile", &Binding::profile, py::arg("tensors"), py::arg("weights"));
+
+  py::class_<Places>(m, "Places")
+      .def(py::init<const py::list&, const py::list&>(), py::arg("places"), py::arg("sizes"))
+      .def("hold", &Places::hold);
+  py::class_<Facts>(m, "Facts")
+      .def(py::init<const py::list&>(), py::arg("tensors"))
+      .def("hold", &Facts::hold, py::arg("tensors"));
+
   m.def("run", &run, py::arg("program"), py::arg("externals").noconvert(), py::arg("T"), py::arg("steps"),
         py::arg("steps_ptr") = 0, py::arg("weights_ptr") = 0, py::arg("result_ptr") = 0,
         py::arg("threads") = 1, py::arg("seed") = 0, py::arg("cancel_ptr") = 0);
@@ -255,7 +205,6 @@ PYBIND11_MODULE(_C, m) {
         py::arg("steps"), py::arg("steps_ptr") = 0, py::arg("weights_ptr") = 0, py::arg("result_ptr") = 0);
   m.def("run_kernel", &run_one_kernel, py::arg("name"), py::arg("dtype"), py::arg("isa"), py::arg("ptrs"),
         py::arg("ints"), py::arg("floats"), py::arg("parts") = 1);
-  m.def("all_finite", &all_finite, py::arg("pointer"), py::arg("count"), py::arg("dtype"));
   m.def("isas", &isas);
   m.def("vector_bytes", [] { return kernels::vector_bytes(kernels::best_isa()); });
   m.def("kernel_names", &kernel_names);

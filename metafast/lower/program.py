@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from metafast.graph import Input, Shape, Value
@@ -60,31 +58,19 @@ class Lowered:
 
     program: Any
     externals: list[External]
-    accumulators: dict[str, tuple[int, Shape, Shape]]  # shared gradient -> element offset in the result, shape, strides
-    result_elements: int
+    sums: dict[str, tuple[int, Shape]]  # gradient that tasks share -> byte offset among the accumulators, shape
+    sum_bytes: int
     code: dict[str, list[Instruction]]
     arena_bytes: int
     state_bytes: int
     itemsize: int
     lanes: int = 1  # tasks done at once
     constants: bytes = b""
-    _strides: dict[int, npt.NDArray[np.int64]] = field(default_factory=dict)
+    forms: dict[tuple[int, int], Any] = field(default_factory=dict)  # by tasks and steps, what calls bind
 
     def blocks(self, tasks: int) -> int:
         """How often the program runs for so many tasks: `lanes` at once, the last time perhaps for fewer."""
         return -(-tasks // self.lanes)
-
-    def strides(self, slots: int) -> npt.NDArray[np.int64]:
-        """The table of a call with room for so many tasks but for the pointers: 0, stride of a block of tasks, step
-        stride in bytes."""
-        table = self._strides.get(slots)
-        if table is None:
-            table = self._strides[slots] = np.zeros((len(self.externals), 3), dtype=np.int64)
-            for row, e in zip(table, self.externals, strict=True):
-                item = numel(e.shape) * ITEM.get(e.dtype, self.itemsize)
-                row[1] = item * self.lanes if e.per_task else 0
-                row[2] = item * slots if e.per_step else 0
-        return table
 
     def listing(self) -> str:
         """The program as text: section, kernel, operands with address and shape."""
@@ -260,13 +246,11 @@ def lower(
         n_external=len(lowering.externals),
         lanes=lanes,
     )
-    offsets = lowering.sums.offsets.items()
-    sums = {name: (offset // dtype.itemsize, shape, dense_strides(shape)) for name, (offset, shape) in offsets}
     return Lowered(
         program,
         lowering.externals,
-        sums,
-        lowering.sums.nbytes // dtype.itemsize,
+        lowering.sums.offsets,
+        lowering.sums.nbytes,
         code,
         lowering.arena,
         lowering.state.nbytes,

@@ -1,0 +1,197 @@
+#include "binding.hpp"
+
+#include <utility>
+
+namespace metafast {
+namespace {
+
+py::object attribute(const py::handle& object, PyObject* name) {
+  return checked(PyObject_GetAttr(object.ptr(), name));
+}
+
+py::object call_method(const py::handle& object, PyObject* name) {
+  return checked(PyObject_CallMethodNoArgs(object.ptr(), name));
+}
+
+// Whether a kernel may read the tensor where it lies.
+bool readable(const py::handle& tensor, const py::object& dtype) {
+  static PyObject* const of_dtype = interned("dtype");
+  static PyObject* const contiguous = interned("is_contiguous");
+  static PyObject* const negated = interned("is_neg");  // a sign that is not in memory
+  return attribute(tensor, of_dtype).is(dtype) && call_method(tensor, contiguous).ptr() == Py_True &&
+         call_method(tensor, negated).ptr() == Py_False;
+}
+
+int64_t address(const py::handle& tensor) {
+  static PyObject* const data_ptr = interned("data_ptr");
+  const auto found = static_cast<int64_t>(PyLong_AsUnsignedLongLong(call_method(tensor, data_ptr).ptr()));
+  if (PyErr_Occurred()) throw py::error_already_set();
+  return found;
+}
+
+// A new tensor, added to those that keep their memory.
+int64_t room(const py::object& make, py::list& made) {
+  const py::object tensor = checked(PyObject_CallNoArgs(make.ptr()));
+  made.append(tensor);
+  return address(tensor);
+}
+
+// The subnormal, the huge and the negative are finite; an exponent of all ones is not.
+template <class Bits, int kMantissa>
+bool all_finite(const void* values, int64_t count) {
+  constexpr Bits exponent = (~Bits{0} << kMantissa) & ~(Bits{1} << (8 * sizeof(Bits) - 1));
+  const auto* bits = static_cast<const Bits*>(values);
+  bool finite = true;
+  for (int64_t k = 0; k < count; ++k) finite &= (bits[k] & exponent) != exponent;
+  return finite;
+}
+
+bool all_finite(const void* values, int64_t count, kernels::DType dtype) {
+  return dtype == kernels::DType::f32 ? all_finite<uint32_t, 23>(values, count)
+                                      : all_finite<uint64_t, 52>(values, count);
+}
+
+double sum(const void* values, int64_t count, kernels::DType dtype) {
+  double total = 0;
+  if (dtype == kernels::DType::f64) {
+    for (int64_t k = 0; k < count; ++k) total += static_cast<const double*>(values)[k];
+    return total;
+  }
+  for (int64_t k = 0; k < count; ++k) total += static_cast<double>(static_cast<const float*>(values)[k]);
+  return total;
+}
+
+std::string_view section_name(int s) { return s < 0 ? std::string_view() : kSectionNames[s]; }
+
+}  // namespace
+
+Outcome run_call(const Program& program, const Call& call) {
+  const Outcome outcome = unlocked([&] { return replay(program, call); });
+  check_signals();
+  return outcome;
+}
+
+py::tuple to_tuple(const Outcome& o) {
+  return py::make_tuple(o.status, o.task, o.step, section_name(o.section), o.instruction);
+}
+
+py::list profile_call(const Program& program, const Call& call) {
+  std::array<std::vector<InstructionTime>, kSections> times;
+  unlocked([&] { return profile(program, call, times); });
+  check_signals();
+  py::list rows;
+  for (int s = 0; s < kSections; ++s)
+    for (size_t n = 0; n < times[s].size(); ++n)
+      rows.append(py::make_tuple(kSectionNames[s], n, program.section(s).info[n].kernel->name,
+                                 times[s][n].calls, times[s][n].seconds));
+  return rows;
+}
+
+struct Binding::Bound {
+  std::vector<External> externals;
+  std::vector<Sum> sums;
+  py::list rooms, results;
+  int64_t weights = 0;
+  int refused = -1;  // the tensor that no kernel may read where it lies
+};
+
+Binding::Binding(std::shared_ptr<const Program> program, int64_t tasks, int64_t steps, const Strides& strides,
+                 const py::list& given, const py::list& rooms, const py::list& sums, py::object total)
+    : program_(std::move(program)), tasks_(tasks), steps_(steps), total_(std::move(total)) {
+  if (strides.ndim() != 2 || strides.shape(0) != program_->n_external() || strides.shape(1) != 2)
+    throw py::value_error("Binding: strides of shape (n_external, 2) expected: of a task, of a step");
+  for (int j = 0; j < program_->n_external(); ++j)
+    externals_.push_back({0, strides.at(j, 0), strides.at(j, 1)});
+  for (const py::handle& row : given) {
+    auto [external, type] = row.cast<std::pair<int, py::object>>();
+    require_external(external);
+    given_.push_back({external, std::move(type)});
+  }
+  for (const py::handle& row : rooms) {
+    auto [external, make, looked, summed] = row.cast<std::tuple<int, py::object, int64_t, int64_t>>();
+    require_external(external);
+    rooms_.push_back({external, std::move(make), looked, summed});
+  }
+  for (const py::handle& row : sums) {
+    auto [offset, bytes, make] = row.cast<std::tuple<int64_t, int64_t, py::object>>();
+    wanted_.push_back({offset, bytes, std::move(make)});
+  }
+}
+
+void Binding::require_external(int external) const {
+  if (external < 0 || external >= program_->n_external())
+    throw py::value_error("Binding: externals 0 to " + std::to_string(program_->n_external() - 1) +
+                          " expected, got " + std::to_string(external));
+}
+
+Binding::Bound Binding::bind(const py::list& tensors, const py::object& weights) const {
+  if (tensors.size() != given_.size())
+    throw py::value_error("Binding: " + std::to_string(given_.size()) + " tensors expected, got " +
+                          std::to_string(tensors.size()));
+  Bound bound;
+  bound.externals = externals_;
+  for (size_t n = 0; n < given_.size(); ++n) {
+    const py::handle tensor = PyList_GET_ITEM(tensors.ptr(), static_cast<py::ssize_t>(n));
+    if (!readable(tensor, given_[n].dtype)) {
+      bound.refused = static_cast<int>(n);
+      return bound;
+    }
+    bound.externals[given_[n].external].pointer = address(tensor);
+  }
+  if (!weights.is_none()) bound.weights = address(weights);
+  for (const Room& wanted : rooms_) bound.externals[wanted.external].pointer = room(wanted.make, bound.rooms);
+  for (const Wanted& wanted : wanted_)
+    bound.sums.push_back(
+        {wanted.offset, wanted.bytes, reinterpret_cast<void*>(room(wanted.make, bound.results))});
+  return bound;
+}
+
+Call Binding::call(const Bound& bound, int threads) const {
+  return {.externals = bound.externals,
+          .tasks = tasks_,
+          .steps = steps_,
+          .weights = reinterpret_cast<const void*>(bound.weights),
+          .sums = bound.sums,
+          .threads = threads,
+          .interrupted = interruption()};
+}
+
+Binding::Losses Binding::look(const Bound& bound) const {
+  Losses losses{true, 0};
+  for (const Room& made : rooms_) {
+    const auto* values = reinterpret_cast<const void*>(bound.externals[made.external].pointer);
+    losses.finite &= all_finite(values, made.looked, program_->dtype());
+    losses.total += sum(values, made.summed, program_->dtype());
+  }
+  return losses;
+}
+
+py::object Binding::total(double value) const {
+  if (total_.is_none()) return py::none();
+  py::object made = checked(PyObject_CallNoArgs(total_.ptr()));
+  auto* const place = reinterpret_cast<void*>(address(made));
+  if (program_->dtype() == kernels::DType::f32)
+    *static_cast<float*>(place) = static_cast<float>(value);
+  else
+    *static_cast<double*>(place) = value;
+  return made;
+}
+
+py::object Binding::run(const py::list& tensors, const py::object& weights, int64_t divisor,
+                        int threads) const {
+  const Bound bound = bind(tensors, weights);
+  if (bound.refused >= 0) return py::int_(bound.refused);
+  const Outcome outcome = run_call(*program_, call(bound, threads));
+  if (outcome.status) return py::make_tuple(to_tuple(outcome), bound.rooms, bound.results, false, py::none());
+  const Losses losses = look(bound);
+  return py::make_tuple(py::none(), bound.rooms, bound.results, losses.finite,
+                        total(losses.total / static_cast<double>(divisor)));
+}
+
+py::object Binding::profile(const py::list& tensors, const py::object& weights) const {
+  const Bound bound = bind(tensors, weights);
+  if (bound.refused >= 0) return py::int_(bound.refused);
+  return profile_call(*program_, call(bound, 1));
+}
+
+}  // namespace metafast

@@ -1,0 +1,118 @@
+#include "places.hpp"
+
+#include <iterator>
+#include <string_view>
+#include <utility>
+
+namespace metafast {
+namespace {
+
+// Whether a new reference is to that object; where it could not be had, it is not.
+bool is(PyObject* reference, const py::object& value) {
+  if (reference == nullptr) PyErr_Clear();
+  const bool same = reference == value.ptr();
+  Py_XDECREF(reference);
+  return same;
+}
+
+bool equals(PyObject* reference, const py::object& value) {
+  const int equal = reference ? PyObject_RichCompareBool(reference, value.ptr(), Py_EQ) : -1;
+  if (equal < 0) PyErr_Clear();
+  Py_XDECREF(reference);
+  return equal == 1;
+}
+
+}  // namespace
+
+Places::Kind Places::parse_kind(const std::string& name) {
+  constexpr std::string_view kNames[] = {"item", "attribute", "type", "cell", "empty cell"};
+  for (int n = 0; n < static_cast<int>(std::size(kNames)); ++n)
+    if (name == kNames[n]) return static_cast<Kind>(n);
+  throw py::value_error("Places: one of the kinds in _C.pyi expected, got \"" + name + "\"");
+}
+
+Places::Places(const py::list& places, const py::list& sizes) {
+  for (const py::handle& row : places) {
+    auto [kind, owner, name, value] = row.cast<std::tuple<std::string, py::object, py::object, py::object>>();
+    const Kind parsed = parse_kind(kind);
+    if (parsed >= kCell && !PyCell_Check(owner.ptr())) throw py::type_error("Places: a cell expected");
+    places_.push_back({parsed, std::move(owner), std::move(name), std::move(value)});
+  }
+  for (const py::handle& row : sizes) {
+    auto [container, length] = row.cast<std::pair<py::object, py::ssize_t>>();
+    sizes_.push_back({std::move(container), length});
+  }
+}
+
+bool Places::holds(const Place& place) {
+  PyObject* const owner = place.owner.ptr();
+  switch (place.kind) {
+    case kItem:
+      if (!PyDict_CheckExact(owner)) return is(PyObject_GetItem(owner, place.name.ptr()), place.value);
+      if (PyObject* const found = PyDict_GetItemWithError(owner, place.name.ptr()))
+        return found == place.value.ptr();
+      PyErr_Clear();
+      return false;
+    case kAttribute:
+      return is(PyObject_GetAttr(owner, place.name.ptr()), place.value);
+    case kType:
+      return reinterpret_cast<PyObject*>(Py_TYPE(owner)) == place.value.ptr();
+    case kCell:
+      return PyCell_GET(owner) == place.value.ptr();
+    case kEmptyCell:
+      return PyCell_GET(owner) == nullptr;
+  }
+  return false;
+}
+
+bool Places::hold() const {
+  for (const Size& size : sizes_) {
+    const py::ssize_t length = PyObject_Size(size.container.ptr());
+    if (length < 0) PyErr_Clear();
+    if (length != size.length) return false;
+  }
+  for (const Place& place : places_)
+    if (!holds(place)) return false;
+  return true;
+}
+
+PyObject* const* Facts::single_names() {
+  static PyObject* const names[kSingle] = {interned("dtype"), interned("requires_grad"), interned("layout"),
+                                           interned("is_nested")};
+  return names;
+}
+
+PyObject* const* Facts::equal_names() {
+  static PyObject* const names[kEqual] = {interned("shape"), interned("device")};
+  return names;
+}
+
+Facts::Facts(const py::list& tensors) {
+  for (const py::handle& tensor : tensors) {
+    Tensor& known = tensors_.emplace_back();
+    known.type = py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr())));
+    for (int n = 0; n < kSingle; ++n)
+      known.single[n] = checked(PyObject_GetAttr(tensor.ptr(), single_names()[n]));
+    for (int n = 0; n < kEqual; ++n)
+      known.equal[n] = checked(PyObject_GetAttr(tensor.ptr(), equal_names()[n]));
+  }
+}
+
+bool Facts::same(const Tensor& known, PyObject* tensor) {
+  static PyObject* const is_inference = interned("is_inference");
+  if (reinterpret_cast<PyObject*>(Py_TYPE(tensor)) != known.type.ptr()) return false;
+  for (int n = 0; n < kSingle; ++n)
+    if (!is(PyObject_GetAttr(tensor, single_names()[n]), known.single[n])) return false;
+  for (int n = 0; n < kEqual; ++n)
+    if (!equals(PyObject_GetAttr(tensor, equal_names()[n]), known.equal[n])) return false;
+  return is(PyObject_CallMethodNoArgs(tensor, is_inference), py::bool_(false));
+}
+
+bool Facts::hold(const py::list& tensors) const {
+  if (tensors.size() != tensors_.size()) return false;
+  for (size_t n = 0; n < tensors_.size(); ++n)
+    if (!same(tensors_[n], PyList_GET_ITEM(tensors.ptr(), static_cast<py::ssize_t>(n)))) return false;
+  return true;
+}
+
+}  // namespace metafast

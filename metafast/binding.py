@@ -1,0 +1,211 @@
+"""One call of a native program: its tensors bound, run, and what it wrote."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
+
+from metafast import _C
+from metafast.batchnorm import fold
+from metafast.errors import LabelError, message, position
+from metafast.lower import External, Lowered
+from metafast.lower.arrays import EXTERNAL, Instruction, dense_strides
+from metafast.ops import numel
+from metafast.problem import Problem
+from metafast.sweep import SECTIONS
+
+if TYPE_CHECKING:
+    from metafast.native import Plan
+
+__all__ = ["Call", "Form"]
+
+LABEL_OUT_OF_RANGE = 1  # a kernel's error codes, csrc/kernels/common/kernels.hpp
+
+_MOST_FORMS = 64  # of a program
+_LOSSES = ("loss", "step_loss")
+
+
+class Form:
+    """A program for so many tasks and steps: where its tensors lie, and how room for what it writes is made."""
+
+    def __init__(self, lowered: Lowered, dtype: torch.dtype, tasks: int, steps: int) -> None:
+        self.lowered, self.dtype, self.tasks, self.steps = lowered, dtype, tasks, steps
+        blocks = lowered.blocks(tasks)
+        self.slots = blocks * lowered.lanes  # tasks that there is room for
+        externals = list(enumerate(lowered.externals))
+        read, written = ([(j, e) for j, e in externals if (e.kind == "leaf") is leaf] for leaf in (True, False))
+        self.leaves = [e for _, e in read]
+        self.padded = [n for n, e in enumerate(self.leaves) if e.per_task and self.slots > tasks]
+        self.rooms = [e for _, e in written]
+        self.made = [(e.kind, e.name) for e in self.rooms]
+        self.sums = tuple(lowered.sums)
+        self.binding = _C.Binding(
+            lowered.program,
+            blocks,
+            steps,
+            np.array([self._strides(e) for _, e in externals], dtype=np.int64).reshape(-1, 2),
+            [(j, self.read_as(e)) for j, e in read],
+            [(j, self._room(e), *self._looked(e)) for j, e in written],
+            [(offset, numel(shape) * dtype.itemsize, self._dense(shape)) for offset, shape in lowered.sums.values()],
+            self._dense(()) if any(kind == "loss" for kind, _ in self.made) else None,
+        )
+
+    @classmethod
+    def of(cls, lowered: Lowered, dtype: torch.dtype, tasks: int, steps: int) -> Form:
+        """The one kept with the program, which keeps the last few."""
+        found = lowered.forms.get((tasks, steps))
+        if found is None:
+            if len(lowered.forms) >= _MOST_FORMS:
+                del lowered.forms[next(iter(lowered.forms))]
+            found = lowered.forms[tasks, steps] = cls(lowered, dtype, tasks, steps)
+        return cast(Form, found)
+
+    def read_as(self, e: External) -> torch.dtype:
+        """The dtype in which the program reads a tensor."""
+        return torch.int64 if e.dtype == "int" else self.dtype
+
+    def _strides(self, e: External) -> tuple[int, int]:
+        """From one block of tasks to the next, from one step to the next, in bytes."""
+        size = numel(e.shape) * self.read_as(e).itemsize
+        return size * self.lowered.lanes if e.per_task else 0, size * self.slots if e.per_step else 0
+
+    def _looked(self, e: External) -> tuple[int, int]:
+        """How many numbers of a loss are to be finite; how many make up the sum over tasks."""
+        every = self.slots * (self.steps if e.per_step else 1)
+        return every if e.kind in _LOSSES else 0, self.tasks if e.kind == "loss" else 0
+
+    def _room(self, e: External) -> Callable[[], Tensor]:
+        """How a tensor is made that the program writes task by task; steps are outermost in memory."""
+        if e.kind == "gradient":
+            return functools.partial(torch.zeros, (self.slots, *e.shape), dtype=self.dtype)
+        if not e.per_step:
+            return self._dense((self.slots, *e.shape))
+        size = numel(e.shape)
+        shape = (self.slots, max(self.steps, 1), *e.shape)  # an empty tensor has no address
+        return self._strided(shape, (size, size * self.slots, *dense_strides(e.shape)))
+
+    def _dense(self, shape: tuple[int, ...]) -> Callable[[], Tensor]:
+        return self._strided(shape, dense_strides(shape))
+
+    def _strided(self, shape: tuple[int, ...], strides: tuple[int, ...]) -> Callable[[], Tensor]:
+        return functools.partial(torch.empty_strided, shape, strides, dtype=self.dtype)  # the quickest to make one
+
+    def shown(self, rooms: Sequence[Tensor]) -> dict[tuple[str, str], Tensor]:
+        """What was written, by kind and name: `(T, ...)`, or `(T, steps, ...)` where each step wrote."""
+        if self.slots > self.tasks:
+            rooms = [room[: self.tasks] for room in rooms]
+        if not self.steps:
+            rooms = [room[:, :0] if e.per_step else room for room, e in zip(rooms, self.rooms, strict=True)]
+        return dict(zip(self.made, rooms, strict=True))
+
+
+class Call:
+    """The tensors of one call, and what it made of them."""
+
+    def __init__(self, plan: Plan, lowered: Lowered, problem: Problem, extra: Mapping[str, Tensor]) -> None:
+        self.plan, self.lowered, self.problem = plan, lowered, problem
+        self.form = Form.of(lowered, plan.dtype, problem.tasks, problem.steps)
+        leaves = {**problem.leaves, **extra} if extra else problem.leaves
+        self.given = [leaves[e.name] if e.name in leaves else self._held(e.name) for e in self.form.leaves]
+        for n in self.form.padded:
+            self.given[n] = self._padded(n, cotangent=self.form.leaves[n].name in extra)
+        self.made: dict[tuple[str, str], Tensor] = {}
+        self.sums: list[Tensor] = []
+        self.finite, self.total = True, cast("Tensor | None", None)  # of the losses
+
+    def _held(self, name: str) -> Tensor:
+        """A buffer of the model, or a tensor that the plan found in a closure."""
+        kind, _, rest = name.partition("/")
+        return self.problem.buffers[rest] if kind == "buffer" else self.plan.externs[name]
+
+    def _padded(self, n: int, *, cotangent: bool) -> Tensor:
+        """The last task fills its block, without a cotangent."""
+        leaf, e = self.given[n].detach(), self.form.leaves[n]
+        more = leaf.new_zeros(()) if cotangent else leaf[-1:]
+        return torch.cat([leaf, more.expand(self.form.slots - self.form.tasks, *e.shape)])
+
+    def _readable(self, n: int) -> Tensor:
+        """A tensor as the program reads it: contiguous, labels as int64, all else in its dtype."""
+        leaf = self.given[n].detach().resolve_neg()
+        return leaf.to(self.form.read_as(self.form.leaves[n])).contiguous()
+
+    def _weights(self, weights: Tensor | None) -> Tensor | None:
+        """The weight of every task, none for those that fill a block."""
+        if weights is None or (weights.dtype is self.form.dtype and weights.is_contiguous() and not self.form.padded):
+            return weights
+        weights = weights.detach().to(self.form.dtype).contiguous()
+        more = self.form.slots - weights.numel()
+        return torch.cat([weights, weights.new_zeros(more)]) if more else weights
+
+    def run(self, weights: Tensor | None) -> tuple[int, int, int, str, int] | None:
+        """Replay. Returns None, or where it failed the status, task, step, section and instruction."""
+        weights, threads = self._weights(weights), torch.get_num_threads()
+        divisor = self.form.tasks if self.problem.reduction == "mean" else 1
+        while isinstance(found := self.form.binding.run(self.given, weights, divisor, threads), int):
+            self.given[found] = self._readable(found)
+        failed, rooms, self.sums, self.finite, self.total = found
+        self.made = self.form.shown(rooms)
+        return failed
+
+    def profile(self, weights: Tensor) -> list[tuple[str, int, str, int, float]]:
+        """Replay on one thread: section, index, kernel, calls and seconds of every instruction."""
+        given = self._weights(weights)
+        while isinstance(found := self.form.binding.profile(self.given, given), int):
+            self.given[found] = self._readable(found)
+        return found
+
+    def fail(self, status: int, task: int, step: int, section: Any, instruction: int) -> None:
+        name = section if isinstance(section, str) else SECTIONS[section]
+        code = self.lowered.code[name][instruction]
+        if status == LABEL_OUT_OF_RANGE:
+            part = "query" if name == "query" else "support"
+            where = f"task {task}, {part} labels, {code.note.partition('  ')[2] or 'loss'}: label out of range"
+            way_out = "number the classes of each task from 0, or widen the model's output"
+            raise LabelError(message(where, self._wrong_label(code, task), f"0..{code.ints[1] - 1}", way_out))
+        raise RuntimeError(f"{position(task, step, self.problem.steps)}: kernel {code.kernel} failed with {status}")
+
+    def _wrong_label(self, code: Instruction, task: int) -> str:
+        """The label that a kernel refused, where it is one of the batch and not computed."""
+        space = code.operands[0].buffer.space
+        e = self.lowered.externals[space - EXTERNAL] if space is not None and space >= EXTERNAL else None
+        if e is not None and e.per_task:
+            labels = self.given[self.form.leaves.index(e)][task]
+            wrong = labels[((labels < 0) | (labels >= code.ints[1])) & (labels != code.ints[2])]
+            if len(wrong):
+                return f"label {int(wrong[0])}"
+        return "a computed label"
+
+    def fold(self) -> None:
+        """Fold the batch statistics of every BatchNorm pass into the running ones, in the order of the eager loop."""
+        passes: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for part, stats in (("support", self.plan.support_stats), ("query", self.plan.query_stats)):
+            for path, calls in itertools.groupby(sorted(stats, key=lambda s: s.path), key=lambda s: s.path):
+                pairs = [self._unbiased(part, s) for s in calls]
+                if pairs[0] is not None:
+                    mean, var = (torch.stack(side, -2).flatten(1, -2) for side in zip(*pairs, strict=True))
+                    passes.setdefault(path, []).append((mean, var))
+        for path, parts in passes.items():
+            mean, var = (torch.cat(side, 1).flatten(0, 1) for side in zip(*parts, strict=True))
+            fold(cast(_NormBase, self.problem.model.get_submodule(path)), mean, var)
+
+    def _unbiased(self, part: str, stat: Any) -> tuple[Tensor, Tensor] | None:
+        """Mean and unbiased variance of one recorded pass, (T, steps, C) or (T, C); None where it did not run."""
+        mean = self.made.get((f"{part}_stat", f"{stat.output}/mean"))
+        if mean is None:
+            return None
+        scale = stat.count / (stat.count - 1) if stat.count > 1 else float("nan")
+        return mean, self.made[f"{part}_stat", f"{stat.output}/var"] * scale
+
+    def gradients(self, wanted: Sequence[str]) -> dict[str, Tensor | None]:
+        """The gradient of every wanted leaf; None where nothing depends on it."""
+        out: dict[str, Tensor | None] = dict.fromkeys(wanted)
+        out.update(zip(self.form.sums, self.sums, strict=True))
+        out.update({name: t for (kind, name), t in self.made.items() if kind == "gradient"})
+        return out
