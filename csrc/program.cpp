@@ -132,7 +132,7 @@ void Program::add_instruction(int s, const InstructionSpec& spec) {
   code.info.push_back({kernel, static_cast<int>(spec.operands.size()), static_cast<int>(spec.ints.size()),
                        static_cast<int>(spec.floats.size()), sig.nanoseconds});
   code.nanoseconds += sig.nanoseconds;
-  code.splits |= most_parts > 1;
+  if (most_parts > 1) code.split += sig.nanoseconds;
 }
 
 void Program::add_operand(int s, const OperandSpec& spec, const Access& access, size_t index) {
@@ -188,7 +188,7 @@ int64_t Program::bytes_of(int space) const {
 }
 
 bool Program::splits() const {
-  return std::ranges::any_of(sections_, [](const SectionCode& code) { return code.splits; });
+  return std::ranges::any_of(sections_, [](const SectionCode& code) { return code.split > 0; });
 }
 
 bool Program::rolls_state() const {
@@ -196,9 +196,16 @@ bool Program::rolls_state() const {
 }
 
 double Program::nanoseconds(int64_t tasks, int64_t steps) const {
-  const double once =
-      sections_[kPrologue].nanoseconds + sections_[kQuery].nanoseconds + sections_[kEpilogue].nanoseconds;
-  const double each = sections_[kInner].nanoseconds + sections_[kMeta].nanoseconds;
+  return guess(&SectionCode::nanoseconds, tasks, steps);
+}
+
+double Program::split_nanoseconds(int64_t tasks, int64_t steps) const {
+  return guess(&SectionCode::split, tasks, steps);
+}
+
+double Program::guess(double SectionCode::* part, int64_t tasks, int64_t steps) const {
+  const double once = sections_[kPrologue].*part + sections_[kQuery].*part + sections_[kEpilogue].*part;
+  const double each = sections_[kInner].*part + sections_[kMeta].*part;
   return static_cast<double>(tasks) * (once + static_cast<double>(steps) * each);
 }
 

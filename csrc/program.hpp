@@ -109,7 +109,7 @@ struct SectionCode {
   std::vector<Operand> moving;  // its operands in spaces that move
   std::vector<int> externals;   // the externals among them
   double nanoseconds = 0;       // guess for one pass on one thread
-  bool splits = false;          // some instruction is split
+  double split = 0;             // of it in instructions that may be split
 };
 
 struct ExternalUse {
@@ -141,12 +141,14 @@ class Program {
   bool splits() const;
   // Forward-only programs never come back to a state: two slots serve any number of steps.
   bool rolls_state() const;
-  double nanoseconds(int64_t tasks, int64_t steps) const;  // guess for one thread
+  double nanoseconds(int64_t tasks, int64_t steps) const;        // guess for one thread
+  double split_nanoseconds(int64_t tasks, int64_t steps) const;  // of it in instructions that may be split
 
   std::string dump() const;     // a listing, one line an instruction
   std::string summary() const;  // one line
 
  private:
+  double guess(double SectionCode::* part, int64_t tasks, int64_t steps) const;
   void add_section(int s, const std::vector<InstructionSpec>& specs);
   void add_instruction(int s, const InstructionSpec& spec);
   void add_operand(int s, const OperandSpec& spec, const Access& access, size_t index);

@@ -19,8 +19,8 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using Times = std::array<std::vector<InstructionTime>, kSections>;
 
-// Waking a sleeping thread costs some 10 µs: shorter jobs run on the calling thread.
-constexpr double kShortestJob = 15000;  // nanoseconds
+// Waking a sleeping thread costs its waker 10 µs, and it comes 15 µs later: what it could share is to be worth that.
+constexpr double kShortestJob = 60000;  // nanoseconds, a guess that is rather high
 
 // Whoever called waits at most this long to be asked whether the replay should stop. The clock is read once a guessed
 // millisecond, so that a call which takes less reads none.
@@ -78,7 +78,9 @@ class Replay final : GroupRunner {
 };
 
 int Replay::count_workers(const Program& program, const Call& call, int groups) {
-  if (program.nanoseconds(call.tasks, call.steps) < kShortestJob) return 1;
+  const double shared = groups > 1 ? program.nanoseconds(call.tasks, call.steps)
+                                   : program.split_nanoseconds(call.tasks, call.steps);
+  if (shared < kShortestJob) return 1;
   return program.splits() ? call.threads : std::clamp(groups, 1, call.threads);
 }
 

@@ -34,7 +34,7 @@ class Shares {
 };
 
 // Started when first needed, a thread lives as long as the process. Woken, it calls serve(context, worker);
-// after that it spins for up to 20 µs and then sleeps. Not safe for two callers at once: its owner locks. The
+// after that it spins for up to 20 µs, lets others run for up to 200 µs, and then sleeps. Not safe for two callers at once: its owner locks. The
 // threads do not exist in a forked child: it must build a new pool.
 class ThreadPool {
  public:
