@@ -38,8 +38,8 @@ def stages() -> dict[str, str]:
     inner, support, query = example()
     problem = inner._problem(support, query, gradient=True)[0]
     plan, (trace, _) = make_plan(problem)
-    lowered = plan.program("fused")
-    sections = plan.sections["fused"]
+    lowered = plan.program("fused", STEPS)
+    sections = plan.sections("fused", STEPS)
     graph, gradient = str(plan.loop.support), with_gradient(plan.loop.support, "loss", [("param", "0.weight")])
     return {
         "capture": str(trace),

@@ -138,9 +138,9 @@ def profile(problem: Problem, backend: str, weights: Tensor, repeats: int) -> Pr
 
 
 def _explain_plan(plan: Any, problem: Problem) -> list[str]:
-    lowered = plan.program("fused", plan.lanes(problem.tasks))
+    lowered = plan.best("fused", problem.tasks, problem.steps)
     lines = ["", "support loss:", str(plan.loop.support), "", "query loss:", str(plan.loop.query)]
-    for name, section in plan.sections["fused"].items():
+    for name, section in plan.sections("fused", problem.steps, lowered.lanes).items():
         lines += ["", f"section {name}: {len(section.graph.nodes)} nodes", str(section.graph)]
     lines += ["", "program:", lowered.listing(), ""]
     flops = lowered.flops()

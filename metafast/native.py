@@ -18,6 +18,7 @@ from metafast.binding import Call
 from metafast.capture import Trace, Unsupported, capture, capture_function
 from metafast.errors import LabelError, position
 from metafast.graph import Builder, Graph, copy_into
+from metafast.keep import keep
 from metafast.lower import Lowered, NotInterleaved, best_lanes, lower
 from metafast.normalise import normalise
 from metafast.ops import numel
@@ -26,6 +27,8 @@ from metafast.profile import Profile, Row
 from metafast.reference import located
 from metafast.sweep import Loop, Section, Store, Sweep, gradient_section
 from metafast.tasks import require_outputs
+
+MOST_KEPT_BYTES = 1 << 18  # half of a second-level cache
 
 
 @dataclass(eq=False)
@@ -40,36 +43,53 @@ class Plan:
     output_spec: Any = None
     output_keys: tuple[str, ...] = ()
     output_dtypes: tuple[torch.dtype, ...] = ()
-    programs: dict[tuple[str, int], Lowered] = field(default_factory=dict)
-    sections: dict[str, dict[str, Section]] = field(default_factory=dict)
+    programs: dict[tuple[str, int, bool], Lowered] = field(default_factory=dict)
     _sweep: Sweep | None = None
-    _lanes: dict[int, int] = field(default_factory=dict)
+    _written: dict[str, dict[str, Section]] = field(default_factory=dict)
+    _keeping: dict[str, tuple[dict[str, Section], int]] = field(default_factory=dict)  # and elements that a step keeps
+    _best: dict[tuple[str, int, int], Lowered] = field(default_factory=dict)
 
-    def lanes(self, tasks: int) -> int:
-        """How many of so many tasks to do at once."""
-        found = self._lanes.get(tasks)
+    def best(self, mode: str, tasks: int, steps: int) -> Lowered:
+        """The program that does so many tasks and steps best."""
+        found = self._best.get((mode, tasks, steps))
         if found is None:
-            found = self._lanes[tasks] = best_lanes(self.sweep().state, self.dtype.itemsize, tasks)
+            lanes = best_lanes(self.sweep().state, self.dtype.itemsize, tasks)
+            found = self._best[mode, tasks, steps] = self.program(mode, steps, lanes)
         return found
 
-    def program(self, mode: str, lanes: int = 1) -> Lowered:
+    def program(self, mode: str, steps: int, lanes: int = 1) -> Lowered:
         """The native program of one way to run: fused, outputs, forward, adapt or adapt_vjp; built at first use.
 
         One task after the other where `lanes` can't be done at once.
         """
-        found = self.programs.get((mode, lanes))
-        if found is None:
-            found = self.programs[mode, lanes] = self._lowered(mode, lanes)
-        return found
+        key = (mode, lanes, self.keeps(mode, steps, lanes))
+        if key not in self.programs:
+            try:
+                made = lower(self.sweep().state, self.sections(mode, steps, lanes), self.dtype, lanes)
+            except NotInterleaved:
+                made = self.program(mode, steps)
+            self.programs[key] = made
+        return self.programs[key]
 
-    def _lowered(self, mode: str, lanes: int) -> Lowered:
-        sweep = self.sweep()
-        if mode not in self.sections:
-            self.sections[mode] = sweep.fused(outputs=True) if mode == "outputs" else getattr(sweep, mode)()
-        try:
-            return lower(sweep.state, self.sections[mode], self.dtype, lanes)
-        except NotInterleaved:
-            return self.program(mode)
+    def sections(self, mode: str, steps: int, lanes: int = 1) -> dict[str, Section]:
+        """What that program runs."""
+        return self._kept(mode)[0] if self.keeps(mode, steps, lanes) else self._sections(mode)
+
+    def keeps(self, mode: str, steps: int, lanes: int) -> bool:
+        """Whether steps keep products for their way back: if those of all steps lie in the second-level cache."""
+        elements = self._kept(mode)[1] if steps else 0
+        return 0 < (steps + 1) * elements * lanes * self.dtype.itemsize <= MOST_KEPT_BYTES
+
+    def _sections(self, mode: str) -> dict[str, Section]:
+        if mode not in self._written:
+            sweep = self.sweep()
+            self._written[mode] = sweep.fused(outputs=True) if mode == "outputs" else getattr(sweep, mode)()
+        return self._written[mode]
+
+    def _kept(self, mode: str) -> tuple[dict[str, Section], int]:
+        if mode not in self._keeping:
+            self._keeping[mode] = keep(self._sections(mode))
+        return self._keeping[mode]
 
     def sweep(self) -> Sweep:
         """The writer of sections."""
@@ -249,7 +269,7 @@ class Native:
 
     def profile(self, problem: Problem, weights: Tensor, repeats: int) -> Profile:
         """The fused call instruction by instruction; of each the least time of so many runs."""
-        lowered = self.plan.program("fused", self.plan.lanes(problem.tasks))
+        lowered = self.plan.best("fused", problem.tasks, problem.steps)
         call = Call(self.plan, lowered, problem, {})
         runs = [call.profile(weights) for _ in range(repeats)]
         rows = []
@@ -270,10 +290,10 @@ class Native:
         weights: Tensor | None = None,
         extra: Mapping[str, Tensor] | None = None,
     ) -> Call:
-        call = Call(self.plan, self.plan.program(mode, self.plan.lanes(problem.tasks)), problem, extra or {})
+        call = Call(self.plan, self.plan.best(mode, problem.tasks, problem.steps), problem, extra or {})
         failed = call.run(weights)
         if failed and call.lowered.lanes > 1:  # which task of a block was it?
-            call = Call(self.plan, self.plan.program(mode), problem, extra or {})
+            call = Call(self.plan, self.plan.program(mode, problem.steps), problem, extra or {})
             failed = call.run(weights)
         if failed:
             call.fail(*failed)

@@ -16,6 +16,7 @@ A section is a Graph and a list of stores. Section inputs, by role:
     leaf <key>                        a tensor of the call (parameter, hyper-parameter, data, buffer, extern)
     call "k" | "weight"               scalars of the task and step
     hoisted <name>                    what the prologue stored       spill <name>   an adjoint accumulated for it
+    kept <name>                       in meta: what inner stored at the same step (keep.py)
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Store:
 
     Kinds: state (slot k), state_next (slot k+1), adjoint (current), adjoint_next, gradient (a leaf's gradient: added up
     over the group for a shared leaf, over steps for a task's), loss, step_loss, stat, output, fast (leaves of the
-    result), hoisted, spill.
+    result), hoisted, spill, kept.
     """
 
     output: str

@@ -63,6 +63,9 @@ class Constants:
         return Array(found.buffer, shape, dense_strides(shape), found.itemsize)
 
 
+HELD = ("hoisted", "kept")  # stores of values that later sections read where they were made
+
+
 class Emitter:
     """Lowers one section. `known` places its inputs, `target` its stores (None: keep the value where it is made)."""
 
@@ -83,7 +86,7 @@ class Emitter:
         self.item = constants.dtype.itemsize
         self.producer = self.graph.producers()
         self.code: list[Instruction] = []
-        self.kept: dict[str, Array] = {}
+        self.kept: dict[tuple[str, str], Array] = {}
         self.copies: dict[tuple[Array, tuple[int, ...] | None], Array] = {}
         self.uses = self._outside_uses()
 
@@ -268,7 +271,7 @@ class Emitter:
 
     def _needed(self, v: Value, unit: Unit) -> bool:
         """Whether anything outside the cluster reads the value (through views too), or the section keeps it."""
-        if any(s.kind == "hoisted" for value, s in unit.stores if value is v):
+        if any(s.kind in HELD for value, s in unit.stores if value is v):
             return True
         for n in self.uses.get(v, ()):
             if TABLE[n.op].kernel == "view":
@@ -297,8 +300,8 @@ class Emitter:
 
     def _keep(self, unit: Unit) -> None:
         for value, store in unit.stores:
-            if store.kind == "hoisted":
-                self.kept[store.name] = self.array(value)
+            if store.kind in HELD:
+                self.kept[store.kind, store.name] = self.array(value)
 
     def _emit_pointwise(
         self,

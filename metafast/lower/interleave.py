@@ -101,7 +101,7 @@ class _Interleaver:
 
     def _input(self, i: Input) -> Value:
         shape, dtype = i.value.shape, i.value.dtype
-        moves = i.role in ("state", "adjoint", "spill") or (i.role == "hoisted" and self.hoisted[i.name])
+        moves = i.role in ("state", "adjoint", "spill", "kept") or (i.role == "hoisted" and self.hoisted[i.name])
         moves |= i.role == "call" and i.name == "weight"
         if i.role == "leaf" and per_task(i.name):
             return self._leaf(i)

@@ -25,7 +25,7 @@ from metafast.lower.arrays import (
     dense_strides,
 )
 from metafast.lower.bundle import bundle
-from metafast.lower.emit import Constants, Emitter
+from metafast.lower.emit import HELD, Constants, Emitter
 from metafast.lower.interleave import interleave, interleaved_state, per_task
 from metafast.lower.memory import aligned, place
 from metafast.lower.spell import spell
@@ -130,6 +130,7 @@ class _Lowering:
         self.state = _Layout(self.item)
         for name, shape in state.items():
             self.state.add(name, shape)
+        self.adjoint_bytes = self.state.nbytes
         self.sums = _Layout(self.item)
         self.externals: list[External] = []
         self.where: dict[tuple[str, str], Array] = {}
@@ -147,9 +148,16 @@ class _Lowering:
         known = {i.value: self._input(i) for i in section.graph.inputs}
         emitter = Emitter(section, known, self._target, self.constants, self.opcodes)
         code = emitter.run()
-        for name, array in emitter.kept.items():
-            self.persistent["hoisted", name] = array
+        self.persistent.update(emitter.kept)
+        for (kind, _), array in emitter.kept.items():
+            if kind == "kept" and array.buffer.space is None:
+                self._keep_with_state(array.buffer)
         return bundle(code, {array.buffer for array in self.persistent.values()})
+
+    def _keep_with_state(self, buffer: Buffer) -> None:
+        """What a step keeps for its way back lies behind the state it leads to."""
+        buffer.space, buffer.offset = STATE_NEXT, self.state.nbytes
+        self.state.nbytes += aligned(max(buffer.nbytes, 1))
 
     def _keep_hoisted(self, code: Mapping[str, list[Instruction]]) -> None:
         """What crosses sections lies at the arena's bottom and stays."""
@@ -168,7 +176,7 @@ class _Lowering:
         if i.role == "call":
             buffer = Buffer(numel(shape) * self.item, CALL, CALL_RECORD.index(i.name) * self.item)
             return Array(buffer, shape, dense_strides(shape), self.item)
-        if i.role in ("hoisted", "spill"):
+        if i.role in ("hoisted", "spill", "kept"):
             return self.persistent[i.role, i.name]
         return self._external("leaf", i.name, shape, dtype, per_task(i.name))
 
@@ -176,7 +184,7 @@ class _Lowering:
         kind, name, shape = store.kind, store.name, value.shape
         if kind in SLOTS:
             return self.state.array(SLOTS[kind], name)
-        if kind == "hoisted":
+        if kind in HELD:
             return None
         if kind == "spill":
             return self._spill(name, shape)
@@ -240,7 +248,7 @@ def lower(
         {name: _native(c) for name, c in code.items()},
         arena_bytes=lowering.arena,
         state_bytes=lowering.state.nbytes,
-        adjoint_bytes=lowering.state.nbytes,
+        adjoint_bytes=lowering.adjoint_bytes,
         accumulator_bytes=lowering.sums.nbytes,
         constants=constants,
         n_external=len(lowering.externals),
