@@ -357,8 +357,11 @@ class Sweep:
             if (g := got.get(f"grad/{n}")) is not None
         }
         keys = [k for k in self._step_gradient.outputs if k.startswith("grad/")]
+        alone = all(k.removeprefix("grad/") in self.state for k in keys)
+        scale, gammas = common_factor(w.b, gammas) if alone else (None, gammas)
         moved = push(w.b, gammas, [env[self._step_gradient.outputs[k]] for k in keys])
-        return {k: t for k, t in zip(keys, moved, strict=True) if t is not None}
+        found = {k: t for k, t in zip(keys, moved, strict=True) if t is not None}
+        return found if scale is None else {k: w.b.op("mul", scale, t) for k, t in found.items()}
 
     def _store_adjoint(self, w: _Writer, name: str, direct: Value | None, second: Value | None) -> None:
         parts = [p for p in (direct, second) if p is not None]
@@ -433,6 +436,35 @@ class Sweep:
             sections["query"] = writers["query"].finish()
         sections["prologue"] = prologue.finish()
         return {name: sections[name] for name in SECTIONS if name in sections}
+
+
+def common_factor(b: Builder, values: Mapping[Value, Value]) -> tuple[Value | None, dict[Value, Value]]:
+    """A 0-dim factor of all the values, and these without it: a tangent along s·λ is s times that along λ, and the
+    product with s is one of many in the pass that follows. (None, values) where there is none."""
+    split = {key: _factors(b, v) for key, v in values.items()}
+    factors = {tuple(found) for found, _ in split.values()}
+    if len(factors) != 1 or not (first := factors.pop()):
+        return None, dict(values)
+    scale = first[0]
+    for s in first[1:]:
+        scale = b.op("mul", scale, s)
+    return scale, {key: rest for key, (_, rest) in split.items()}
+
+
+def _factors(b: Builder, value: Value) -> tuple[list[Value], Value]:
+    """The 0-dim factors of a value, -1 among them, and what they multiply."""
+    found: list[Value] = []
+    while (node := b.producer(value)) is not None and value.shape:
+        scalars = [v for v in node.inputs if not v.shape]
+        if node.op == "neg":
+            found.append(b.const(-1.0))
+            value = node.inputs[0]
+        elif node.op == "mul" and len(scalars) == 1:
+            found += scalars
+            (value,) = (v for v in node.inputs if v.shape)
+        else:
+            break
+    return found, value
 
 
 def gradient_section(graph: Graph, keys: Sequence[str]) -> Section:

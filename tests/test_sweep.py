@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from interpret import interpret
 from torch import Tensor
 
-from metafast.graph import Builder, Graph, Value
+from metafast.graph import Builder, Graph, Value, evaluate
 from metafast.ops.contract import transpose
-from metafast.sweep import Loop, Sweep
+from metafast.sweep import Loop, Sweep, common_factor
 
 SHAPES = {"w1": (4, 3), "b1": (4,), "w2": (2, 4)}
 TASKS, SUPPORT, QUERY = 3, 5, 7
@@ -123,3 +123,19 @@ def test_what_does_not_adapt_is_computed_once() -> None:
     sections = Sweep(loop).fused()
     count = {name: sum(n.op == "tanh" for n in s.graph.nodes) for name, s in sections.items()}
     assert count == {"prologue": 1, "inner": 0, "query": 1, "meta": 0, "epilogue": 0}
+
+
+def test_a_common_factor_is_taken_out() -> None:
+    b = Builder()
+    x, y, s = b.input("adjoint", "x", (3,)), b.input("adjoint", "y", (2, 2)), b.input("leaf", "hyper/lr", ())
+    scale, rest = common_factor(b, {x: b.op("neg", b.op("mul", x, s)), y: b.op("neg", b.op("mul", s, y))})
+    assert rest == {x: x, y: y}
+    graph = b.finish({"scale": scale})
+    torch.testing.assert_close(evaluate(graph, {("leaf", "hyper/lr"): torch.tensor(0.5)})["scale"], torch.tensor(-0.5))
+
+
+def test_factors_that_differ_stay() -> None:
+    b = Builder()
+    x, y, s = b.input("adjoint", "x", (3,)), b.input("adjoint", "y", (3,)), b.input("leaf", "hyper/lr", ())
+    for values in ({x: b.op("mul", x, s), y: b.op("neg", b.op("mul", y, s))}, {x: x, y: y}, {x: b.op("mul", x, y)}, {}):
+        assert common_factor(b, values) == (None, values)
