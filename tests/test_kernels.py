@@ -211,6 +211,8 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], list[tuple[int, ...] | None]]] = {
     "bias": ((10, 40), [None, (0, 1)]),
     "bias of images": ((3, 6, 5, 64), [None, (0, 0, 0, 1)]),
     "odd bias": ((333, 7), [None, (0, 1), (1, 0)]),
+    "outer product": ((60, 45), [(1, 0), (0, 1), (48, 1), (2, 0), None]),
+    "outer product of images": ((3, 6, 5, 64), [(0, 0, 0, 1), (30, 5, 1, 0), (2, 0, 0, 0), (0, 0, 66, 1), None]),
     "long rows": ((3, 1500), [None, (1, 0), (0, 1)]),
     "long rows, loose": ((3, 1500), [(1501, 1), (3000, 2), (1, 3)]),
     "transposed": ((37, 41), [None, (1, 37)]),
