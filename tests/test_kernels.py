@@ -116,6 +116,7 @@ EXACT: dict[str, Callable[..., Tensor]] = {
     "eq": lambda a, b: (a == b).to(a.dtype),
     "ne": lambda a, b: (a != b).to(a.dtype),
     "where": lambda a, b, c: torch.where(a != 0, b, c),
+    "where_positive": lambda a, b, c: torch.where(a > 0, b, c),
     "fma": lambda a, b, c: a * b + c,
     "square": torch.square,
     "floor": torch.floor,
@@ -396,7 +397,7 @@ def test_opcode(name: str, dtype: str, isa: str) -> None:
 
 def function_arity(name: str) -> int:
     two = ("add", "sub", "mul", "div", "maximum", "minimum", "pow", "gt", "ge", "lt", "le", "eq", "ne")
-    return 2 if name in two else 3 if name in ("where", "fma") else 1
+    return 2 if name in two else 3 if name in ("where", "where_positive", "fma") else 1
 
 
 @EACH_ISA

@@ -82,6 +82,8 @@ METAFAST_INLINE Vec<T> apply(Vec<T> a, Vec<T> b, Vec<T> c) {
       return a != b ? one : zero;
     case Opcode::where:
       return a != zero ? b : c;
+    case Opcode::where_positive:
+      return a > zero ? b : c;
     case Opcode::softplus:
       return softplus_v(a);
     case Opcode::expm1:
