@@ -116,6 +116,7 @@ EXACT: dict[str, Callable[..., Tensor]] = {
     "eq": lambda a, b: (a == b).to(a.dtype),
     "ne": lambda a, b: (a != b).to(a.dtype),
     "where": lambda a, b, c: torch.where(a != 0, b, c),
+    "where_positive": lambda a, b, c: torch.where(a > 0, b, c),
     "fma": lambda a, b, c: a * b + c,
     "square": torch.square,
     "floor": torch.floor,
@@ -211,6 +212,8 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], list[tuple[int, ...] | None]]] = {
     "bias": ((10, 40), [None, (0, 1)]),
     "bias of images": ((3, 6, 5, 64), [None, (0, 0, 0, 1)]),
     "odd bias": ((333, 7), [None, (0, 1), (1, 0)]),
+    "outer product": ((60, 45), [(1, 0), (0, 1), (48, 1), (2, 0), None]),
+    "outer product of images": ((3, 6, 5, 64), [(0, 0, 0, 1), (30, 5, 1, 0), (2, 0, 0, 0), (0, 0, 66, 1), None]),
     "long rows": ((3, 1500), [None, (1, 0), (0, 1)]),
     "long rows, loose": ((3, 1500), [(1501, 1), (3000, 2), (1, 3)]),
     "transposed": ((37, 41), [None, (1, 37)]),
@@ -394,7 +397,7 @@ def test_opcode(name: str, dtype: str, isa: str) -> None:
 
 def function_arity(name: str) -> int:
     two = ("add", "sub", "mul", "div", "maximum", "minimum", "pow", "gt", "ge", "lt", "le", "eq", "ne")
-    return 2 if name in two else 3 if name in ("where", "fma") else 1
+    return 2 if name in two else 3 if name in ("where", "where_positive", "fma") else 1
 
 
 @EACH_ISA

@@ -612,25 +612,34 @@ class _Registers:
 
     def allocate(self, unit: Unit, read_at_end: Sequence[Value]) -> None:
         """Write the operations; what is stored, needed outside or in `read_at_end` keeps its register."""
-        last: dict[Value, int] = {}
-        for k, n in enumerate(unit.nodes):
-            for v in n.inputs:
-                last[self._alias(v)] = k
-        free: list[int] = []
         kept = {self._alias(v) for v in (*(v for v, _ in unit.stores), *read_at_end)}
         kept |= {v for v in self.inside if self.emitter._needed(v, unit)}
-        for k, n in enumerate(unit.nodes):
-            args = [self._alias(v) for v in n.inputs]
+        operations = self._operations(unit, kept)
+        last = {v: k for k, (_, _, args) in enumerate(operations) for v in args}
+        free: list[int] = []
+        for k, (op, out, args) in enumerate(operations):
             sources = [self.where[v] for v in args]
             dst = free.pop() if free else self.count
             self.count = max(self.count, dst + 1)
-            self.where[n.outputs[0]] = dst
-            self.ops += [self.emitter.opcodes[n.op], dst, *(sources + [0, 0])[:3]]
+            self.where[out] = dst
+            self.ops += [self.emitter.opcodes[op], dst, *(sources + [0, 0])[:3]]
             for v in set(args):
                 if v in self.inside and last[v] == k and v not in kept:
                     free.append(self.where[v])
-            if n.outputs[0] not in last and n.outputs[0] not in kept:
+            if out not in last and out not in kept:
                 free.append(dst)
+
+    def _operations(self, unit: Unit, kept: set[Value]) -> list[tuple[str, Value, list[Value]]]:
+        """Opcode, result and sources of each; a choice by `step(x)` reads x, and the mask is made if others read it."""
+        masks = {n.outputs[0]: self._alias(n.inputs[0]) for n in unit.nodes if n.op == "step"}
+        found = []
+        for n in unit.nodes:
+            op, args = n.op, [self._alias(v) for v in n.inputs]
+            if op == "where" and args[0] in masks:
+                op, args[0] = "where_positive", masks[args[0]]
+            found.append((op, n.outputs[0], args))
+        read = kept.union(*(args for _, _, args in found))
+        return [operation for operation in found if operation[1] in read or operation[1] not in masks]
 
     def register(self, v: Value) -> int:
         """The register that holds the value at the end; a constant gets one by a copy."""

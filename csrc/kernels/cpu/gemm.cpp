@@ -11,29 +11,11 @@ namespace {
 // k a tile runs before C is touched: keeps a strip of B in cache and the chains of roundings short.
 constexpr int64_t kDepth = 192;
 
-template <class T>
-struct Matrix {
-  T* p;
-  int64_t bs, rs, cs;
-  Matrix batch(int64_t b) const { return {p + b * bs, bs, rs, cs}; }
-  Matrix transposed() const { return {p, bs, cs, rs}; }
-  Matrix at(int64_t r, int64_t c) const { return {p + r * rs + c * cs, bs, rs, cs}; }
-};
-
-// One product, after the operands are turned so that n lies together in C wherever that can be had.
-template <class T>
-struct Product {
-  int64_t M, N, K;
-  Matrix<const T> A, B;
-  Matrix<T> C;
-  const T* bias;
-  bool bias_by_row;
-  bool add;
-};
-
+// What a call is, after the operands are turned so that n lies together in C wherever that can be had.
 struct Sizes {
-  int64_t batch, M, N, K, a_rs, a_cs, b_rs, b_cs, c_rs, c_cs;
-  bool turned;      // computes the transposed product
+  int64_t batch, M, N, K, a_bs, a_rs, a_cs, b_bs, b_rs, b_cs, c_bs, c_rs, c_cs;
+  bool add, has_bias;
+  bool turned;      // computes the transposed product, whose bias goes with the rows
   bool stage;       // C has no unit stride: through scratch
   bool dots;        // element by element, vectors along k, which lies together in A and B
   bool pack;        // B is copied into strips
@@ -43,28 +25,17 @@ struct Sizes {
 
   template <class T>
   static Sizes of(const int64_t* i) {
-    Sizes s{i[0],
-            i[1],
-            i[2],
-            i[3],
-            i[5],
-            i[6],
-            i[8],
-            i[9],
-            i[11],
-            i[12],
-            false,
-            false,
-            false,
-            false,
-            0,
-            0,
-            lie_in_lanes<T>(i)};
+    Sizes s{};
+    s.batch = i[0], s.M = i[1], s.N = i[2], s.K = i[3];
+    s.a_bs = i[4], s.a_rs = i[5], s.a_cs = i[6], s.b_bs = i[7], s.b_rs = i[8], s.b_cs = i[9];
+    s.c_bs = i[10], s.c_rs = i[11], s.c_cs = i[12];
+    s.add = i[13] != 0, s.has_bias = i[14] != 0;
+    s.lanes = lie_in_lanes<T>(i);
     if (s.lanes) return s;
     const bool column = s.N == 1 && s.M > 1;
     s.turned = s.c_rs == 1 && (column ? s.a_rs == 1 : s.c_cs != 1) && s.M > 1;
     if (s.turned) {
-      swap(s.M, s.N), swap(s.a_rs, s.b_cs), swap(s.a_cs, s.b_rs), swap(s.c_rs, s.c_cs);
+      swap(s.M, s.N), swap(s.a_bs, s.b_bs), swap(s.a_rs, s.b_cs), swap(s.a_cs, s.b_rs), swap(s.c_rs, s.c_cs);
     }
     s.dots = s.a_cs == 1 && s.b_rs == 1 && few_elements<T>(s.M, s.N, s.K);
     s.stage = s.c_cs != 1 && s.N > 1 && !s.dots;
@@ -110,33 +81,43 @@ struct Sizes {
   int64_t staged_elements() const { return stage ? M * N : 0; }
 };
 
+// One product, or a part of one: M × N of it. The strides are those of Sizes.
+template <class T>
+struct Product {
+  int64_t M, N;
+  const T *a, *b;
+  T* c;
+  const T* bias;  // of these columns (rows where turned), or null
+};
+
 template <class T>
 void pack_strips(const Product<T>& p, const Sizes& s, int64_t k, int64_t depth, T* packed) {
   const int64_t width = s.width;
   for (int64_t n = 0; n < p.N; n += width, packed += width * depth)
-    pack_rows<T>(p.B.at(k, n).p, p.B.rs, p.B.cs, depth, min64(width, p.N - n), width,
+    pack_rows<T>(p.b + k * s.b_rs + n * s.b_cs, s.b_rs, s.b_cs, depth, min64(width, p.N - n), width,
                  [packed, width](int64_t row) { return packed + row * width; });
 }
 
-// Rows [m.begin, m.end) and the columns of p; n lies together in C.
+// c (+)= the product, where n lies together in c.
 template <class T>
-void multiply(const Product<T>& p, const Sizes& s, T* packed) {
+void multiply(const Product<T>& p, const Sizes& s, T* c, int64_t c_rs, bool add, T* packed) {
   constexpr int L = kLanes<T>;
   const int64_t zero = 0;
-  for (int64_t k = 0; k < p.K; k += kDepth) {
-    const int64_t depth = min64(kDepth, p.K - k);
-    const bool last_depth = k + depth == p.K;
+  TileCall<T> call{};
+  call.a_rs = s.a_rs, call.a_cs = s.a_cs;
+  call.segment = &zero, call.segments = 1;
+  call.b_rs = s.pack ? s.width : s.b_rs;
+  call.c_rs = c_rs;
+  for (int64_t k = 0; k < s.K; k += kDepth) {
+    const int64_t depth = min64(kDepth, s.K - k);
+    const bool last_depth = k + depth == s.K;
     if (s.pack) pack_strips(p, s, k, depth, packed);
+    call.a = p.a + k * s.a_cs, call.length = depth, call.add = add || k > 0;
     for (int64_t n = 0; n < p.N; n += s.width) {
       const int64_t columns = min64(s.width, p.N - n), vectors = (columns + L - 1) / L;
-      TileCall<T> call{};
-      call.a = p.A.at(0, k).p, call.a_rs = p.A.rs, call.a_cs = p.A.cs;
-      call.segment = &zero, call.segments = 1, call.length = depth;
-      call.b = s.pack ? packed + n * depth : p.B.at(k, n).p;
-      call.b_rs = s.pack ? s.width : p.B.rs;
-      call.c = p.C.at(0, n).p, call.c_rs = p.C.rs;
-      call.bias = last_depth && p.bias && !p.bias_by_row ? p.bias + n : nullptr;
-      call.add = p.add || k > 0;
+      call.b = s.pack ? packed + n * depth : p.b + k * s.b_rs + n * s.b_cs;
+      call.c = c + n;
+      call.bias = last_depth && p.bias && !s.turned ? p.bias + n : nullptr;
       call.last = columns - (vectors - 1) * L;
       run_strip<T>(call, p.M, vectors);
     }
@@ -145,11 +126,11 @@ void multiply(const Product<T>& p, const Sizes& s, T* packed) {
 
 // Columns n..n+columns of rows m.. of p, as many rows as make a vector of elements.
 template <class T, int columns>
-void dot_block(const Product<T>& p, int64_t m, int64_t n) {
+void dot_block(const Product<T>& p, const Sizes& s, int64_t m, int64_t n) {
   constexpr int L = kLanes<T>, rows = L / columns;
   const T *a[rows], *b[columns];
-  METAFAST_UNROLL for (int r = 0; r < rows; ++r) a[r] = p.A.p + min64(m + r, p.M - 1) * p.A.rs;
-  METAFAST_UNROLL for (int c = 0; c < columns; ++c) b[c] = p.B.p + (n + c) * p.B.cs;
+  METAFAST_UNROLL for (int r = 0; r < rows; ++r) a[r] = p.a + min64(m + r, p.M - 1) * s.a_rs;
+  METAFAST_UNROLL for (int c = 0; c < columns; ++c) b[c] = p.b + (n + c) * s.b_cs;
   Vec<T> acc[L];
   METAFAST_UNROLL for (int e = 0; e < L; ++e) acc[e] = Vec<T>{};
   auto step = [&](auto get) {
@@ -162,29 +143,29 @@ void dot_block(const Product<T>& p, int64_t m, int64_t n) {
     }
   };
   int64_t k = 0;
-  for (; k + L <= p.K; k += L) step([&](const T* x) { return load(x + k); });
-  if (k < p.K) {
-    const Mask<T> rest(p.K - k);
+  for (; k + L <= s.K; k += L) step([&](const T* x) { return load(x + k); });
+  if (k < s.K) {
+    const Mask<T> rest(s.K - k);
     step([&](const T* x) { return load(x + k, rest); });
   }
   T sums[L];
   store(sums, join_lanes<T, Add<T>>(acc));
   for (int r = 0; r < rows && m + r < p.M; ++r)
     for (int c = 0; c < columns; ++c) {
-      T& y = *p.C.at(m + r, n + c).p;
-      const T sum = sums[r * columns + c] + (p.bias && !p.bias_by_row ? p.bias[n + c] : T(0));
-      y = p.add ? y + sum : sum;
+      T& y = p.c[(m + r) * s.c_rs + (n + c) * s.c_cs];
+      const T sum = sums[r * columns + c] + (p.bias && !s.turned ? p.bias[n + c] : T(0));
+      y = s.add ? y + sum : sum;
     }
 }
 
 template <class T, int columns>
-void dot_columns(const Product<T>& p, int64_t n) {
+void dot_columns(const Product<T>& p, const Sizes& s, int64_t n) {
   if constexpr (columns <= kLanes<T>)
-    for (int64_t m = 0; m < p.M; m += kLanes<T> / columns) dot_block<T, columns>(p, m, n);
+    for (int64_t m = 0; m < p.M; m += kLanes<T> / columns) dot_block<T, columns>(p, s, m, n);
 }
 
 template <class T>
-void multiply_by_dots(const Product<T>& p) {
+void multiply_by_dots(const Product<T>& p, const Sizes& s) {
   if (p.M == 0 || p.N == 0) return;
   constexpr int64_t most = kLanes<T> < 5 ? kLanes<T> : 5;
   const int64_t width = p.M == 1 ? most : (p.N + (p.N + most - 1) / most - 1) / ((p.N + most - 1) / most);
@@ -192,69 +173,68 @@ void multiply_by_dots(const Product<T>& p) {
     const int64_t columns = min64(width, p.N - n);
     switch (columns) {
       case 1:
-        dot_columns<T, 1>(p, n);
+        dot_columns<T, 1>(p, s, n);
         break;
       case 2:
-        dot_columns<T, 2>(p, n);
+        dot_columns<T, 2>(p, s, n);
         break;
       case 3:
-        dot_columns<T, 3>(p, n);
+        dot_columns<T, 3>(p, s, n);
         break;
       case 4:
-        dot_columns<T, 4>(p, n);
+        dot_columns<T, 4>(p, s, n);
         break;
       default:
-        dot_columns<T, 5>(p, n);
+        dot_columns<T, 5>(p, s, n);
     }
     n += columns;
   }
 }
 
 template <class T>
-void without_depth(const Product<T>& p) {
+void without_depth(const Product<T>& p, const Sizes& s) {
   for (int64_t m = 0; m < p.M; ++m)
     for (int64_t n = 0; n < p.N; ++n) {
-      T& c = *p.C.at(m, n).p;
-      const T value = p.bias ? p.bias[p.bias_by_row ? m : n] : T(0);
-      c = p.add ? c + value : value;
+      T& c = p.c[m * s.c_rs + n * s.c_cs];
+      const T value = p.bias ? p.bias[s.turned ? m : n] : T(0);
+      c = s.add ? c + value : value;
     }
 }
 
 template <class T>
-void run_product(Product<T> p, const Sizes& s, T* scratch) {
-  if (p.K == 0) return without_depth(p);
-  T* packed = scratch + s.staged_elements();
-  if (s.dots) {
-    multiply_by_dots(p);
-  } else if (s.stage) {
-    Product<T> staged = p;
-    staged.C = {scratch, 0, p.N, 1}, staged.add = false;
-    multiply(staged, s, packed);
-    for (int64_t m = 0; m < p.M; ++m)
-      for (int64_t n = 0; n < p.N; ++n) {
-        T& c = *p.C.at(m, n).p;
-        c = p.add ? c + scratch[m * p.N + n] : scratch[m * p.N + n];
-      }
-  } else {
-    multiply(p, s, packed);
-  }
-  if (p.bias && p.bias_by_row)
-    for (int64_t m = 0; m < p.M; ++m)
-      for (int64_t n = 0; n < p.N; ++n) *p.C.at(m, n).p += p.bias[m];
+void multiply_staged(const Product<T>& p, const Sizes& s, T* staged, T* packed) {
+  multiply(p, s, staged, p.N, false, packed);
+  for (int64_t m = 0; m < p.M; ++m)
+    for (int64_t n = 0; n < p.N; ++n) {
+      T& c = p.c[m * s.c_rs + n * s.c_cs];
+      c = s.add ? c + staged[m * p.N + n] : staged[m * p.N + n];
+    }
 }
 
 template <class T>
-Product<T> part_of(Product<T> p, const Sizes& s, int part, int parts) {
+void run_product(const Product<T>& p, const Sizes& s, T* scratch) {
+  if (s.K == 0) return without_depth(p, s);
+  T* packed = scratch + s.staged_elements();
+  if (s.dots)
+    multiply_by_dots(p, s);
+  else if (s.stage)
+    multiply_staged(p, s, scratch, packed);
+  else
+    multiply(p, s, p.c, s.c_rs, s.add, packed);
+  if (p.bias && s.turned)
+    for (int64_t m = 0; m < p.M; ++m)
+      for (int64_t n = 0; n < p.N; ++n) p.c[m * s.c_rs + n * s.c_cs] += p.bias[m];
+}
+
+template <class T>
+void take_part(Product<T>& p, const Sizes& s, int part, int parts) {
   const bool by_columns = p.N >= p.M;
   const Range r = by_columns ? share(p.N, part, parts, s.width) : share(p.M, part, parts);
-  if (by_columns) {
-    p.B = p.B.at(0, r.begin), p.C = p.C.at(0, r.begin), p.N = r.end - r.begin;
-    if (p.bias && !p.bias_by_row) p.bias += r.begin;
-  } else {
-    p.A = p.A.at(r.begin, 0), p.C = p.C.at(r.begin, 0), p.M = r.end - r.begin;
-    if (p.bias && p.bias_by_row) p.bias += r.begin;
-  }
-  return p;
+  if (by_columns)
+    p.b += r.begin * s.b_cs, p.c += r.begin * s.c_cs, p.N = r.end - r.begin;
+  else
+    p.a += r.begin * s.a_rs, p.c += r.begin * s.c_rs, p.M = r.end - r.begin;
+  if (p.bias && by_columns != s.turned) p.bias += r.begin;
 }
 
 // The share of a product whose batch lies in lanes: rows of every vector of it.
@@ -291,24 +271,19 @@ void gemm_prepare(const int64_t* ints, const double*, std::byte* place) noexcept
 }
 
 template <class T>
-int gemm(const Args& a) noexcept {
-  const Sizes& s = *reinterpret_cast<const Sizes*>(a.prepared);
-  const int64_t* i = a.i;
-  Matrix<const T> A{static_cast<const T*>(a.ptr[0]), i[4], i[5], i[6]};
-  Matrix<const T> B{static_cast<const T*>(a.ptr[1]), i[7], i[8], i[9]};
-  Matrix<T> C{static_cast<T*>(a.ptr[2]), i[10], i[11], i[12]};
-  const T* bias = i[14] ? static_cast<const T*>(a.ptr[3]) : nullptr;
+int gemm(const Args& args) noexcept {
+  const Sizes& s = *reinterpret_cast<const Sizes*>(args.prepared);
   if (s.M == 0 || s.N == 0) return kOk;
-  if (s.lanes && s.K > 0) return run_lanes<T>(a, s), kOk;
-  const bool split_batch = s.batch >= a.parts;
-  const Range batches = split_batch ? share(s.batch, a.part, a.parts) : Range{0, s.batch};
-  for (int64_t b = batches.begin; b < batches.end; ++b) {
-    Product<T> p{s.M, s.N, s.K, A.batch(b), B.batch(b), C.batch(b), bias, s.turned, i[13] != 0};
-    if (s.turned) {
-      p.A = B.batch(b).transposed(), p.B = A.batch(b).transposed(), p.C = C.batch(b).transposed();
-    }
-    if (!split_batch) p = part_of(p, s, a.part, a.parts);
-    run_product(p, s, reinterpret_cast<T*>(a.scratch));
+  if (s.lanes && s.K > 0) return run_lanes<T>(args, s), kOk;
+  const T *a = static_cast<const T*>(args.ptr[s.turned]), *b = static_cast<const T*>(args.ptr[!s.turned]);
+  T* c = static_cast<T*>(args.ptr[2]);
+  const T* bias = s.has_bias ? static_cast<const T*>(args.ptr[3]) : nullptr;
+  const bool split_batch = s.batch >= args.parts;
+  const Range batches = split_batch ? share(s.batch, args.part, args.parts) : Range{0, s.batch};
+  for (int64_t n = batches.begin; n < batches.end; ++n) {
+    Product<T> p{s.M, s.N, a + n * s.a_bs, b + n * s.b_bs, c + n * s.c_bs, bias};
+    if (!split_batch) take_part(p, s, args.part, args.parts);
+    run_product(p, s, reinterpret_cast<T*>(args.scratch));
   }
   return kOk;
 }

@@ -65,9 +65,12 @@ METAFAST_INLINE void transpose_lanes(Vec<float>* v) {
 template <int lanes, class Row>
 METAFAST_INLINE void pack_lanes(const float* src, int64_t cs, int64_t K, Row row) {
   const int64_t cs3 = 3 * cs;
-  const float* p[4];
-  METAFAST_UNROLL for (int g = 0; g < lanes; ++g) p[g] = src + 4 * g * cs;
-  for (int64_t k = 0;;) {
+  const auto four = [&](int64_t k) {
+    const float* p[4];
+    METAFAST_UNROLL for (int g = 0; g < lanes; ++g) {
+      p[g] = src + 4 * g * cs + k;
+      asm("" : "+r"(p[g]));  // else the compiler keeps 16 pointers, on the stack
+    }
     Vec<float> v[4];
     METAFAST_UNROLL for (int i = 0; i < 4; ++i) {
       auto at = [&](int g) { return _mm_loadu_ps(p[g] + (i == 3 ? cs3 : i * cs)); };
@@ -84,14 +87,9 @@ METAFAST_INLINE void pack_lanes(const float* src, int64_t cs, int64_t K, Row row
     }
     transpose_lanes(v);
     METAFAST_UNROLL for (int i = 0; i < 4; ++i) store(row(k + i), v[i]);
-    if (k + 4 == K) return;
-    const int64_t step = min64(4, K - 4 - k);  // the last four again rather than a rest
-    k += step;
-    METAFAST_UNROLL for (int g = 0; g < lanes; ++g) {
-      p[g] += step;
-      asm("" : "+r"(p[g]));  // else the compiler keeps 16 pointers, on the stack
-    }
-  }
+  };
+  for (int64_t k = 0; k + 4 <= K; k += 4) four(k);
+  if (K & 3) four(K - 4);  // the last four again rather than a rest
 }
 
 // pack_rows of floats whose k lie together, K >= 4.

@@ -10,14 +10,16 @@ namespace {
 constexpr int kMaxRank = kPointwiseRank, kMaxOperands = kPointwiseOperands, kMaxRegs = kPointwiseRegisters,
               kMaxOps = kPointwiseOps;
 
-constexpr int64_t kSum = 2;           // bit of an output mode: add up over the dimensions of stride 0
-constexpr int64_t kFlushBlocks = 64;  // partial sums of so many blocks go into the total at once
+constexpr int64_t kSum = 2;            // bit of an output mode: add up over the dimensions of stride 0
+constexpr int64_t kFlushBlocks = 64;   // partial sums of so many blocks go into the total at once
+constexpr int64_t kWalkedVectors = 2;  // shorter rows of inputs are gathered rather than walked
 
-// A run of vectors in memory, or one vector again and again (step 0).
+// Rows of vectors in memory: `step` elements from vector to vector, 0 for one vector again and again, and
+// `pitch` from row to row.
 template <class T>
 struct View {
   T* p;
-  int64_t step;
+  int64_t step, pitch;
 };
 
 template <class T, Opcode op>
@@ -80,6 +82,8 @@ METAFAST_INLINE Vec<T> apply(Vec<T> a, Vec<T> b, Vec<T> c) {
       return a != b ? one : zero;
     case Opcode::where:
       return a != zero ? b : c;
+    case Opcode::where_positive:
+      return a > zero ? b : c;
     case Opcode::softplus:
       return softplus_v(a);
     case Opcode::expm1:
@@ -104,24 +108,31 @@ METAFAST_INLINE Vec<T> apply(Vec<T> a, Vec<T> b, Vec<T> c) {
   return a;
 }
 
+// One operation on `rows` rows of n elements; those of dst lie one after the other.
 template <class T>
-using Loop = void (*)(T* dst, View<T> a, View<T> b, View<T> c, int64_t n) noexcept;
+using Loop = void (*)(T* dst, const View<T>& a, const View<T>& b, const View<T>& c, int64_t n,
+                      int64_t rows) noexcept;
 
-template <class T, Opcode op, int arity>
-void loop(T* dst, View<T> a, View<T> b, View<T> c, int64_t n) noexcept {
+// Bit j of `fixed`: operand j is one vector all along a row.
+template <class T, Opcode op, int arity, int fixed>
+void loop(T* dst, const View<T>& a, const View<T>& b, const View<T>& c, int64_t n, int64_t rows) noexcept {
   constexpr int L = kLanes<T>;
   const Vec<T> none{};
+  const int64_t rest = n & (L - 1), whole = n - rest;
+  const Mask<T> last(rest);
+  View<T> x = a, y = b, z = c;  // else the compiler reads these anew after every store
+  for (; rows > 0; --rows, dst += n, x.p += x.pitch, y.p += y.pitch, z.p += z.pitch) {
+    const Vec<T> x0 = fixed & 1 ? load(x.p) : none, y0 = fixed & 2 ? load(y.p) : none,
+                 z0 = fixed & 4 ? load(z.p) : none;
+    const auto run = [&](int64_t at, auto lanes) {
+      const Vec<T> xs = fixed & 1 ? x0 : load(x.p + at, lanes);
+      const Vec<T> ys = fixed & 2 || arity < 2 ? y0 : load(y.p + at, lanes);
+      const Vec<T> zs = fixed & 4 || arity < 3 ? z0 : load(z.p + at, lanes);
+      store(dst + at, apply<T, op>(xs, ys, zs), lanes);
+    };
 #pragma GCC unroll 4
-  for (int64_t k = n / L; k > 0; --k) {
-    store(dst, apply<T, op>(load(a.p), arity > 1 ? load(b.p) : none, arity > 2 ? load(c.p) : none));
-    dst += L, a.p += a.step;
-    if constexpr (arity > 1) b.p += b.step;
-    if constexpr (arity > 2) c.p += c.step;
-  }
-  if (const int64_t rest = n % L) {
-    const Mask<T> m(rest);
-    store(dst, apply<T, op>(load(a.p, m), arity > 1 ? load(b.p, m) : none, arity > 2 ? load(c.p, m) : none),
-          m);
+    for (int64_t at = 0; at < whole; at += L) run(at, Whole{});
+    if (rest) run(whole, last);
   }
 }
 
@@ -135,12 +146,23 @@ struct OpcodeArity {
 
 template <class T>
 struct Loops {
-  static constexpr Loop<T> of[] = {
-#define X(name, operands) loop<T, Opcode::name, operands>,
+  template <Opcode op, int arity, int fixed>
+  static constexpr Loop<T> entry = loop<T, op, arity, fixed & ((1 << arity) - 1)>;
+  static constexpr Loop<T> of[][8] = {
+#define X(name, n)                                                                  \
+  {entry<Opcode::name, n, 0>, entry<Opcode::name, n, 1>, entry<Opcode::name, n, 2>, \
+   entry<Opcode::name, n, 3>, entry<Opcode::name, n, 4>, entry<Opcode::name, n, 5>, \
+   entry<Opcode::name, n, 6>, entry<Opcode::name, n, 7>},
       METAFAST_POINTWISE_OPCODES(X)
 #undef X
   };
+  static Loop<T> find(Opcode op, int fixed) { return of[static_cast<int>(op)][fixed]; }
 };
+
+template <class T>
+void copy(T* dst, const View<T>& from, int64_t n) {
+  Loops<T>::find(Opcode::copy, from.step == 0)(dst, from, from, from, n, 1);
+}
 
 // The ints of a call, by name.
 struct Program {
@@ -261,11 +283,13 @@ struct Space {
 
 enum class Source : int32_t {
   direct,     // the operand's own memory
-  splat,      // one element for all
-  row_splat,  // one element a row
-  vector,     // one vector a row, again and again
+  pitched,    // the same, its rows a pitch apart (0: the same in every row)
   rows,       // gathered for every block
-  repeated    // gathered once: the same in every row
+  repeated,   // gathered once: the same in every row
+  splat,      // one element for all; from here on a vector that is the same all along a row
+  row_splat,  // one element a row
+  vectors,    // one element a row, of the several rows of a block
+  vector      // one vector a row, again and again
 };
 
 // What a call is, decoded: read by every call, written once. The arrays lie behind it, in this order.
@@ -274,10 +298,11 @@ struct alignas(64) Plan {
   struct Op {
     Loop<T> run;
     int32_t dst, a, b, c;  // views: the registers, then the immediates
+    bool by_rows;          // reads an input whose rows do not lie one after the other
   };
   struct Input {
     Source source;
-    int64_t inner_stride;
+    int64_t inner_stride, pitch;  // pitch: between rows, where it is the same for all
     const int64_t* strides;
   };
   struct Output {
@@ -334,9 +359,10 @@ struct alignas(64) Plan {
     for (int d = 0; d < s.rank; ++d) dims[d] = s.dims[d];
     for (int o = 0; o < s.operands; ++o)
       for (int d = 0; d < s.rank; ++d) strides[o * s.rank + d] = s.strides[o][d];
-    for (int64_t k = 0; k < p.n_ops; ++k) ops[k] = decode(p, p.ops + 5 * k);
     for (int o = 0; o < plan.n_in; ++o)
-      inputs[o] = {source(s, o, plan.by_rows), s.strides[o][s.rank - 1], strides + o * s.rank};
+      inputs[o] = {source(p, s, o, plan.by_rows), s.strides[o][s.rank - 1], pitch(s, o),
+                   strides + o * s.rank};
+    for (int64_t k = 0; k < p.n_ops; ++k) ops[k] = decode(p, p.ops + 5 * k, inputs);
     for (int o = 0; o < plan.n_out; ++o) outputs[o] = output(p, s, o, plan.by_rows, strides);
   }
 
@@ -358,15 +384,40 @@ struct alignas(64) Plan {
     return taken;
   }
 
-  static Op decode(const Program& p, const int64_t* op) {
+  static Op decode(const Program& p, const int64_t* op, const Input* inputs) {
     const int arity = OpcodeArity::of[op[0]];
-    auto view = [&](int j) {
-      return j < arity ? static_cast<int32_t>(op[2 + j] >= 0 ? op[2 + j] : p.n_regs - 1 - op[2 + j]) : 0;
-    };
-    return {Loops<T>::of[op[0]], static_cast<int32_t>(op[1]), view(0), view(1), view(2)};
+    bool by_rows = false;
+    int fixed = 0;
+    int32_t views[3] = {0, 0, 0};
+    for (int j = 0; j < arity; ++j) {
+      const int64_t r = op[2 + j];
+      views[j] = static_cast<int32_t>(r >= 0 ? r : p.n_regs - 1 - r);
+      if (r < 0) fixed |= 1 << j;
+      if (r < 0 || r >= p.n_in) continue;
+      if (inputs[r].source >= Source::splat) fixed |= 1 << j;
+      by_rows |= inputs[r].source == Source::pitched || inputs[r].source == Source::vectors;
+    }
+    const Loop<T> run = Loops<T>::find(static_cast<Opcode>(op[0]), fixed);
+    return {run, static_cast<int32_t>(op[1]), views[0], views[1], views[2], by_rows};
   }
 
-  static Source source(const Space& s, int o, bool by_rows) {
+  // From row to row, or -1 where that differs.
+  static int64_t pitch(const Space& s, int o) {
+    if (s.rank < 2) return 0;
+    for (int d = 0; d + 2 < s.rank; ++d)
+      if (s.strides[o][d] != s.strides[o][d + 1] * s.dims[d + 1]) return -1;
+    return s.strides[o][s.rank - 2];
+  }
+
+  // Whether loops walk the rows of an input where they are: rows long enough, and only operations read them.
+  static bool walked(const Program& p, const Space& s, int o) {
+    if (s.inner() < kWalkedVectors * kLanes<T> || pitch(s, o) < 0) return false;
+    for (int out = 0; out < p.n_out; ++out)
+      if (p.out_reg[out] == o) return false;
+    return true;
+  }
+
+  static Source source(const Program& p, const Space& s, int o, bool by_rows) {
     bool outer_zero = true;
     for (int d = 0; d + 1 < s.rank; ++d) outer_zero &= s.strides[o][d] == 0;
     const int64_t inner_stride = s.strides[o][s.rank - 1];
@@ -374,6 +425,8 @@ struct alignas(64) Plan {
     if (inner_stride == 0 && outer_zero) return Source::splat;
     if (by_rows ? s.dense(o) : inner_stride == 1) return Source::direct;
     if (!by_rows && inner_stride == 0) return Source::row_splat;
+    if (by_rows && (inner_stride == 0 || inner_stride == 1) && walked(p, s, o))
+      return inner_stride == 1 ? Source::pitched : Source::vectors;
     return by_rows && outer_zero ? Source::repeated : Source::rows;
   }
 
@@ -460,8 +513,9 @@ struct Interpreter {
   bool flushed = false;
 
   Interpreter(const Plan<T>& plan, const Args& a) : p(plan), args(a) {
-    for (int k = 0; k < p.n_immediates; ++k) views[p.n_regs + k] = {const_cast<T*>(p.immediates) + k * L, 0};
-    for (int r = p.n_in; r < p.n_regs; ++r) views[r] = {buffer(r), L};
+    for (int k = 0; k < p.n_immediates; ++k)
+      views[p.n_regs + k] = {const_cast<T*>(p.immediates) + k * L, 0, 0};
+    for (int r = p.n_in; r < p.n_regs; ++r) views[r] = {buffer(r), L, p.inner};
     for (int o = 0; o < p.n_in; ++o) prepare_input(o);
     for (int o = 0; o < p.n_out; ++o) in_place[o] = p.outputs[o].in_place && !overwrites(o);
     if (p.adds_up) clear_sums();
@@ -475,22 +529,26 @@ struct Interpreter {
     const auto& in = p.inputs[o];
     switch (in.source) {
       case Source::direct:
-        views[o].step = L;
+      case Source::pitched:
+        views[o] = {nullptr, L, in.source == Source::direct ? p.inner : in.pitch};
         break;
       case Source::vector:
-        views[o].step = 0;
+        views[o] = {nullptr, 0, 0};
+        break;
+      case Source::vectors:
+        views[o] = {buffer(o), 0, L};
         break;
       case Source::splat:
         store(buffer(o), splat(*pointer(o)));
         [[fallthrough]];
       case Source::row_splat:
-        views[o] = {buffer(o), 0};
+        views[o] = {buffer(o), 0, 0};
         break;
       case Source::repeated:
         gather_rows<T>(buffer(o), pointer(o), p, in, 0, min64(p.block / p.inner, p.rows));
         [[fallthrough]];
       case Source::rows:
-        views[o] = {buffer(o), L};
+        views[o] = {buffer(o), L, p.inner};
         break;
     }
   }
@@ -526,6 +584,10 @@ struct Interpreter {
         views[o].p = address(pointer(o), in.strides);
       } else if (in.source == Source::vector) {
         views[o].p = pointer(o) + p.row_offset(in.strides, row);
+      } else if (in.source == Source::pitched) {
+        views[o].p = pointer(o) + row * in.pitch;
+      } else if (in.source == Source::vectors) {
+        for (int64_t r = 0; r < rows; ++r) store(buffer(o) + r * L, splat(pointer(o)[(row + r) * in.pitch]));
       } else if (in.source == Source::row_splat) {
         store(buffer(o), splat(pointer(o)[p.row_offset(in.strides, row)]));
       } else if (in.source == Source::rows) {
@@ -539,7 +601,8 @@ struct Interpreter {
       if (in_place[o]) views[p.outputs[o].reg].p = address(out_pointer(o), p.outputs[o].strides);
     for (int k = 0; k < p.n_ops; ++k) {
       const auto& op = p.ops[k];
-      op.run(views[op.dst].p, views[op.a], views[op.b], views[op.c], n);
+      op.run(views[op.dst].p, views[op.a], views[op.b], views[op.c], op.by_rows ? p.inner : n,
+             op.by_rows ? rows : 1);
     }
     for (int o = 0; o < p.n_out; ++o) {
       if (p.outputs[o].mode & kSum)
@@ -563,7 +626,7 @@ struct Interpreter {
     }
     const T* src = value.p;
     if (value.step == 0) {
-      loop<T, Opcode::copy, 1>(buffer(p.n_regs), value, {}, {}, n);
+      copy(buffer(p.n_regs), value, n);
       src = buffer(p.n_regs);
     }
     const int64_t width = p.by_rows ? p.inner : n;
@@ -618,15 +681,15 @@ struct Interpreter {
     if (out.contiguous) {
       T* dst = out_pointer(o) + (p.by_rows ? row * p.inner : p.row_offset(out.strides, row) + at);
       if (add)
-        loop<T, Opcode::add, 2>(dst, {dst, L}, value, {}, n);
+        Loops<T>::find(Opcode::add, value.step == 0 ? 2 : 0)(dst, {dst, L, 0}, value, value, n, 1);
       else
-        loop<T, Opcode::copy, 1>(dst, value, {}, {}, n);
+        copy(dst, value, n);
       return;
     }
     const T* src = value.p;
     if (value.step == 0 || out.reg < p.n_in) {  // scatter reads element by element
       T* plain = buffer(p.n_regs);
-      loop<T, Opcode::copy, 1>(plain, value, {}, {}, n);
+      copy(plain, value, n);
       src = plain;
     }
     if (p.by_rows) return scatter_rows<T>(out_pointer(o), src, p, out, row, rows, add);

@@ -39,13 +39,18 @@ void tile(const TileCall<T>& t) noexcept {
     }
   T* const out = t.c;  // else the compiler reads these anew after every store
   const int64_t c_rs = t.c_rs;
-  const bool add = t.add;
+  if (t.add) {
+    METAFAST_UNROLL for (int r = 0; r < rows; ++r) METAFAST_UNROLL for (int v = 0; v < vectors; ++v) {
+      const T* c = out + r * c_rs + v * L;
+      acc[r][v] += masked && v == vectors - 1 ? load(c, mask) : load(c);
+    }
+  }
   METAFAST_UNROLL for (int r = 0; r < rows; ++r) METAFAST_UNROLL for (int v = 0; v < vectors; ++v) {
     T* c = out + r * c_rs + v * L;
     if (v < vectors - 1 || !masked)
-      store(c, add ? acc[r][v] + load(c) : acc[r][v]);
+      store(c, acc[r][v]);
     else
-      store(c, add ? acc[r][v] + load(c, mask) : acc[r][v], mask);
+      store(c, acc[r][v], mask);
   }
 }
 

@@ -55,9 +55,11 @@ extern template Tile<double> find_tile<double>(int64_t, int64_t) noexcept;
 template <class T>
 METAFAST_INLINE void run_strip(TileCall<T> call, int64_t m_rows, int64_t vectors) {
   const int64_t most = max_tile_rows(static_cast<int>(vectors));
-  while (m_rows > 0) {
-    const int64_t rows = next_tile_rows(m_rows, most);
-    find_tile<T>(rows, vectors)(call);
+  Tile<T> tile = nullptr;
+  for (int64_t rows = 0; m_rows > 0;) {
+    const int64_t next = next_tile_rows(m_rows, most);
+    if (next != rows) rows = next, tile = find_tile<T>(rows, vectors);
+    tile(call);
     call.a += rows * call.a_rs, call.c += rows * call.c_rs, m_rows -= rows;
   }
 }
