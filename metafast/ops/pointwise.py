@@ -71,7 +71,7 @@ def _row(
 
     def folded(b: Builder, inputs: tuple[Value, ...], attrs: dict[str, object]) -> Value | None:
         numbers = [b.constant_of(v) for v in inputs]
-        if all(c is not None for c in numbers):
+        if None not in numbers:
             x = [torch.tensor(c, dtype=torch.float64) for c in numbers]
             return b.const(float(f(*x)))
         simpler = simplify(b, inputs, attrs) if simplify is not None else None
