@@ -92,12 +92,15 @@ class Emitter:
 
     def run(self) -> list[Instruction]:
         """All instructions, in order."""
-        self.plan = units(self.section)
+        plan = units(self.section)
         self.homes: dict[Node, list[Unit]] = {}
-        for unit in self.plan:
+        self.storing: dict[Value, list[Unit]] = {}
+        for unit in plan:
             for n in unit.nodes:
                 self.homes.setdefault(n, []).append(unit)
-        for unit in self.plan:
+            for v, _ in unit.stores:
+                self.storing.setdefault(v, []).append(unit)
+        for unit in plan:
             if unit.kind == "pointwise":
                 self._cluster(unit)
             elif unit.kind == "sum":
@@ -201,8 +204,9 @@ class Emitter:
         sums = self._adding(unit, order, arrays)
         for n in unit.sums:
             self.homes[n] = [unit] if n in sums else [Unit("node")]  # made by another instruction
-        code.allocate(unit, [n.inputs[0] for n in sums])
-        results = self._results(unit, inside, code, order) + [self._summed(n, code) for n in sums]
+        needed = [v for v in inside if self._needed(v, unit)]
+        code.allocate(unit, [*needed, *(n.inputs[0] for n in sums)])
+        results = self._results(unit, needed, code, order) + [self._summed(n, code) for n in sums]
         self._emit_pointwise(
             arrays, results, code.ops, code.count, code.floats, unit.shape, order, self._note(unit), len(unit.nodes)
         )
@@ -212,6 +216,8 @@ class Emitter:
 
     def _adding(self, unit: Unit, order: Sequence[int], arrays: Sequence[Array]) -> list[Node]:
         """Which of its sums the cluster can make: the kernel walks all operands as one set of merged dims."""
+        if not unit.sums:
+            return []
         stored = [where for value, store in unit.stores if (where := self.target(store, value)) is not None]
         if not all(lies_in(a, order) for a in stored):
             return []
@@ -251,7 +257,7 @@ class Emitter:
                 return order
         return plain
 
-    def _results(self, unit: Unit, inside: Sequence[Value], code: _Registers, order: Sequence[int]) -> list[Result]:
+    def _results(self, unit: Unit, needed: Sequence[Value], code: _Registers, order: Sequence[int]) -> list[Result]:
         """The cluster's outputs: array, register, mode. First what is kept here, then what is stored elsewhere."""
         stored: list[Result] = []
         for value, store in unit.stores:
@@ -259,11 +265,11 @@ class Emitter:
             if where is None:
                 continue
             stored.append((where, code.register(value), int(store.add)))
-            if value in inside and not store.add:
+            if value in code.inside and not store.add:
                 self.env[value] = where
         made: list[Result] = []
-        for v in inside:
-            if v not in self.env and self._needed(v, unit):
+        for v in needed:
+            if v not in self.env:
                 self.env[v] = self.fresh(unit.shape, order)
                 made.append((self.env[v], code.register(v), 0))
         self._keep(unit)
@@ -296,7 +302,7 @@ class Emitter:
         return any(o is v for o in self.graph.outputs.values())
 
     def _stored_elsewhere(self, v: Value, unit: Unit) -> bool:
-        return any(value is v for u in self.plan if u is not unit for value, _ in u.stores)
+        return any(u is not unit and u.stores for u in self.storing.get(v, ()))
 
     def _keep(self, unit: Unit) -> None:
         for value, store in unit.stores:
@@ -361,7 +367,7 @@ class Emitter:
         """Where an accumulating kernel may write a section output itself, instead of a store copying it there."""
         if TABLE[node.op].kernel not in DIRECT:
             return None
-        for unit in self.plan:
+        for unit in self.storing.get(result, ()):
             if unit.nodes or not unit.stores or unit.stores[0][0] is not result:
                 continue
             store = unit.stores[0][1]
@@ -611,14 +617,13 @@ class _Registers:
             self.inputs.append(v)
 
     def allocate(self, unit: Unit, read_at_end: Sequence[Value]) -> None:
-        """Write the operations; what is stored, needed outside or in `read_at_end` keeps its register."""
+        """Write the operations; what is stored or in `read_at_end` keeps its register."""
         last: dict[Value, int] = {}
         for k, n in enumerate(unit.nodes):
             for v in n.inputs:
                 last[self._alias(v)] = k
         free: list[int] = []
         kept = {self._alias(v) for v in (*(v for v, _ in unit.stores), *read_at_end)}
-        kept |= {v for v in self.inside if self.emitter._needed(v, unit)}
         for k, n in enumerate(unit.nodes):
             args = [self._alias(v) for v in n.inputs]
             sources = [self.where[v] for v in args]
