@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
+from metafast import collector
 from metafast.errors import BackendError, FallbackWarning, MetafastError, message, warn
 from metafast.problem import Backend, Problem
 from metafast.reach import Reach
@@ -79,6 +80,7 @@ def _sought(problem: Problem, backend: str) -> Choice:
     return found
 
 
+@collector.waiting()
 def _settled(problem: Problem) -> tuple[Choice, tuple[Any, ...]]:
     """A choice and its key. What running the losses changes of what they read (a counter, a random generator) a plan
     would freeze; what they change once only (a cache that is filled) it holds as it is afterwards."""

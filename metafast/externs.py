@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from . import collector
 from .problem import Problem
 from .reference import Reference
 
 __all__ = ["find_externs"]
 
 
+@collector.waiting()
 def find_externs(problem: Problem) -> list[Tensor]:
     """The tensors that require grad and are read, but are not leaves of `problem`: in the order of first use.
 

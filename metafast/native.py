@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metafast import _C
+from metafast import _C, collector
 from metafast.binding import Call
 from metafast.capture import Trace, Unsupported, capture, capture_function
 from metafast.errors import LabelError, position
@@ -57,6 +57,7 @@ class Plan:
             found = self._best[mode, tasks, steps] = self.program(mode, steps, lanes)
         return found
 
+    @collector.waiting()
     def program(self, mode: str, steps: int, lanes: int = 1) -> Lowered:
         """The native program of one way to run: fused, outputs, forward, adapt or adapt_vjp; built at first use.
 
