@@ -51,7 +51,10 @@ def _choice(problem: Problem, backend: str) -> Choice:
     key = (backend, _settings())
     found = problem.choices.get(key)
     if found is None:
-        found = problem.choices[key] = _sought(problem, backend)
+        try:
+            found = problem.choices[key] = _sought(problem, backend)
+        finally:
+            problem.traces.clear()
     return cast(Choice, found)
 
 

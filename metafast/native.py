@@ -103,38 +103,42 @@ class Plan:
 
 
 def make_plan(problem: Problem) -> tuple[Plan, list[Trace]]:
-    """Capture the losses and the update rule of a problem. Raises Unsupported where something cannot go native.
+    """Capture the losses and the update rule of a problem, if that is still to do. Raises Unsupported where something
+    cannot go native.
 
     Returns the plan and the traces of the support and the query loss on the first task, with eager PyTorch's gradients.
     """
-    params = {n: p.detach() for n, p in problem.group("param").items()}
-    support = _trace(problem, "support", params)
+    traces = dict(problem.traces) or captured(problem)
+    support, query = traces["support"], traces.get("query")
     graph = normalise(support, outputs=False)
-    traces = [support]
-    query_graph = None
-    if problem.query_spec is not None:
-        traces.append(_trace(problem, "query", params))
-        query_graph = normalise(traces[1], outputs=problem.return_outputs)
-    init, update, rule_externs = _update_graphs(problem, params)
+    query_graph = normalise(query, outputs=problem.return_outputs) if query is not None else None
     loop = Loop(
         graph,
         query_graph,
-        update,
-        init,
+        normalise(traces["update"]),
+        normalise(traces["init"]),
         problem.adapted,
-        {n: tuple(p.shape) for n, p in params.items()},
+        {n: tuple(p.shape) for n, p in problem.group("param").items()},
         problem.wrt,
         problem.order,
     )
-    externs = rule_externs | {key: t for trace in traces for key, t in trace.externs}
-    plan = Plan(loop, problem.parameter.dtype, externs)
+    plan = Plan(loop, problem.parameter.dtype, {key: t for trace in traces.values() for key, t in trace.externs})
     plan.support_stats = support.stats
-    if query_graph is not None:
-        plan.query_stats = traces[1].stats
-        plan.output_spec = traces[1].output_spec
+    if query is not None and query_graph is not None:
+        plan.query_stats = query.stats
+        plan.output_spec = query.output_spec
         plan.output_keys = tuple(k for k in query_graph.outputs if k.startswith("output/"))
-        plan.output_dtypes = tuple(traces[1].tensors[traces[1].outputs[k].id].dtype for k in plan.output_keys)
-    return plan, traces
+        plan.output_dtypes = tuple(query.tensors[query.outputs[k].id].dtype for k in plan.output_keys)
+    return plan, [support] if query is None else [support, query]
+
+
+def captured(problem: Problem) -> dict[str, Trace]:
+    """What a plan is made of: the traces of support, query, init and update. Raises Unsupported."""
+    params = {n: p.detach() for n, p in problem.group("param").items()}
+    parts = ["support"] if problem.query_spec is None else ["support", "query"]
+    traces = {part: _trace(problem, part, params) for part in parts}
+    traces["init"], traces["update"] = _rule_traces(problem, params)
+    return traces
 
 
 def _trace(problem: Problem, part: str, params: Mapping[str, Tensor]) -> Trace:
@@ -165,8 +169,8 @@ def _externs(problem: Problem) -> dict[str, Tensor]:
     return {k: t for k, t in problem.leaves.items() if k.startswith("extern/")}
 
 
-def _update_graphs(problem: Problem, params: Mapping[str, Tensor]) -> tuple[Graph, Graph, dict[str, Tensor]]:
-    """The update rule's (init, update) pair as graphs, the tensors it closes over; its state becomes "state/<i>"."""
+def _rule_traces(problem: Problem, params: Mapping[str, Tensor]) -> tuple[Trace, Trace]:
+    """The traces of the update rule's init and update; its state becomes "state/<i>"."""
     rule, names = problem.update, problem.adapted
     given: dict[tuple[str, str], Tensor] = {("param", n): params[n] for n in names}
     given |= {("hyper", h): t.detach() for h, t in problem.group("hyper").items()}
@@ -189,7 +193,7 @@ def _update_graphs(problem: Problem, params: Mapping[str, Tensor]) -> tuple[Grap
         with rule.reading(hyper):
             made, after = rule.update(params, grads, state, hyper, values["step", "k"], params0)
         flat, nest = _apart(after)
-        if nest != spec[0] or set(made) != set(names):
+        if nest != spec[0] or set(made) != set(names) or not all(_alike(made[n], params[n]) for n in names):
             reason = "update returns another tree than it was given, or counts in a number that is no tensor"
             raise Unsupported("update", type(rule).__name__, reason)
         return {f"param/{n}": made[n] for n in names} | {f"state/{i}": s for i, s in enumerate(flat)}
@@ -204,8 +208,11 @@ def _update_graphs(problem: Problem, params: Mapping[str, Tensor]) -> tuple[Grap
         inputs["param0", n] = params[n].clone()
     inputs |= {("state", name.removeprefix("state/")): s.detach().clone() for name, s in state.items()}
     known = _externs(problem)
-    first, then = capture_function(init, given, known=known), capture_function(step, inputs, known=known)
-    return normalise(first), normalise(then), dict((*first.externs, *then.externs))
+    return capture_function(init, given, known=known), capture_function(step, inputs, known=known)
+
+
+def _alike(made: Any, given: Tensor) -> bool:
+    return isinstance(made, Tensor) and made.shape == given.shape and made.dtype == given.dtype
 
 
 _Nest = tuple[pytree.TreeSpec, tuple[Any, ...]]
