@@ -8,7 +8,7 @@ everything that leaves the section is contiguous. Where an operand lies otherwis
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -30,8 +30,9 @@ from metafast.lower.arrays import (
     permuted,
     reshaped,
     sliced,
+    viewed,
 )
-from metafast.lower.fuse import Unit, units
+from metafast.lower.fuse import Unit, aliases, units
 from metafast.ops import TABLE, numel
 from metafast.ops.shape import literal_tensor
 from metafast.sweep import Section, Store
@@ -87,6 +88,7 @@ class Emitter:
         self.producer = self.graph.producers()
         self.code: list[Instruction] = []
         self.kept: dict[tuple[str, str], Array] = {}
+        self.alias = aliases(self.graph, lambda node: node.op == "stop_gradient")
         self.copies: dict[tuple[Array, tuple[int, ...] | None], Array] = {}
         self.uses = self._outside_uses()
 
@@ -230,7 +232,7 @@ class Emitter:
     def _add_up(self, sums: Sequence[Node], order: Sequence[int], arrays: Sequence[Array]) -> bool:
         """Whether each adds over everything, or over all but what lies innermost and is walked as one."""
         shape = sums[0].inputs[0].shape
-        views = [_sum_view(n, Buffer(0), self.item) for n in sums]
+        views = [_sum_view(n, Array(Buffer(0), (), (), self.item)) for n in sums]
         strides = [[a.strides[d] for d in order] for a in (*arrays, *views)]
         strides.append([dense_strides(shape, order)[d] for d in order])
         _, collapsed = collapse(tuple(shape[d] for d in order), strides)
@@ -239,8 +241,7 @@ class Emitter:
 
     def _summed(self, node: Node, code: _Registers) -> Result:
         out, mode = self._result(node, self._direct(node, node.outputs[0]), None)
-        view = _sum_view(node, out.buffer, self.item)
-        return replace(view, offset=out.offset), code.register(node.inputs[0]), SUM + mode
+        return _sum_view(node, out), code.register(node.inputs[0]), SUM + mode
 
     @staticmethod
     def _note(unit: Unit) -> str:
@@ -289,9 +290,7 @@ class Emitter:
 
     def _made_once(self, v: Value, unit: Unit) -> bool:
         """A lazy node has a copy in every cluster that reads it, so none of them writes it down."""
-        maker = self.producer[v]
-        while maker.op == "stop_gradient":
-            maker = self.producer[maker.inputs[0]]
+        maker = self.producer[self.alias.get(v, v)]
         return len(self.homes[maker]) == 1 or any(s is v for s, _ in unit.stores)
 
     def _biases(self, n: Node) -> bool:
@@ -585,7 +584,7 @@ class _Registers:
     """Registers of one cluster: inputs first, then results, reused once nothing more reads them."""
 
     def __init__(self, emitter: Emitter, unit: Unit, inside: Sequence[Value]) -> None:
-        self.emitter, self.inside = emitter, set(inside)
+        self.emitter, self.alias, self.inside = emitter, emitter.alias, set(inside)
         self.inputs: list[Value] = []
         self.floats: list[float] = []
         self.ops: list[int] = []
@@ -597,13 +596,8 @@ class _Registers:
             self._outside(v)
         self.count = len(self.inputs)
 
-    def _alias(self, v: Value) -> Value:
-        while (n := self.emitter.producer.get(v)) is not None and n.op == "stop_gradient":
-            v = n.inputs[0]
-        return v
-
     def _outside(self, v: Value) -> None:
-        v = self._alias(v)
+        v = self.alias.get(v, v)
         if v in self.inside or v in self.where:
             return
         n = self.emitter.producer.get(v)
@@ -621,11 +615,11 @@ class _Registers:
         last: dict[Value, int] = {}
         for k, n in enumerate(unit.nodes):
             for v in n.inputs:
-                last[self._alias(v)] = k
+                last[self.alias.get(v, v)] = k
         free: list[int] = []
-        kept = {self._alias(v) for v in (*(v for v, _ in unit.stores), *read_at_end)}
+        kept = {self.alias.get(v, v) for v in (*(v for v, _ in unit.stores), *read_at_end)}
         for k, n in enumerate(unit.nodes):
-            args = [self._alias(v) for v in n.inputs]
+            args = [self.alias.get(v, v) for v in n.inputs]
             sources = [self.where[v] for v in args]
             dst = free.pop() if free else self.count
             self.count = max(self.count, dst + 1)
@@ -639,7 +633,7 @@ class _Registers:
 
     def register(self, v: Value) -> int:
         """The register that holds the value at the end; a constant gets one by a copy."""
-        v = self._alias(v)
+        v = self.alias.get(v, v)
         r = self.where[v]
         if r < 0:
             self.ops += [self.emitter.opcodes["copy"], self.count, r, 0, 0]
@@ -648,12 +642,12 @@ class _Registers:
         return r
 
 
-def _sum_view(node: Node, buffer: Buffer, itemsize: int) -> Array:
+def _sum_view(node: Node, out: Array) -> Array:
     """The result of a sum, seen with the shape of what is summed: stride 0 where it adds up."""
     shape, dims = node.inputs[0].shape, node.attrs["dims"]
     kept = iter(dense_strides(node.outputs[0].shape))
     strides = tuple(0 if d in dims else next(kept) for d in range(len(shape)))
-    return Array(buffer, shape, strides, itemsize)
+    return viewed(out, shape, strides)
 
 
 def _nhwc(shape: Shape) -> list[int]:

@@ -21,9 +21,9 @@ POINTWISE: set[str] = set()
 
 
 def _infer(inputs: Sequence[Value], attrs: Attrs) -> tuple[Spec, ...]:
-    if any(v.dtype != "real" for v in inputs):
+    if {v.dtype for v in inputs} != {"real"}:
         raise ValueError(f"a pointwise op takes real values, got {[v.dtype for v in inputs]}")
-    return ((broadcast(*(v.shape for v in inputs)), "real"),)
+    return ((broadcast(*{v.shape for v in inputs}), "real"),)
 
 
 def _vjp(partials: Sequence[Partial]) -> Rule:
