@@ -46,13 +46,15 @@ class Value:
 
 @dataclass(frozen=True, eq=False)
 class Node:
-    """`outputs = op(inputs; attrs)`; `origin` says which module and line of the user it came from."""
+    """`outputs = op(inputs; attrs)`; `origin` says which module and line of the user it came from. Nodes of one `key`
+    compute the same."""
 
     op: str
     inputs: tuple[Value, ...]
     attrs: Attrs
     outputs: tuple[Value, ...]
-    origin: str = ""
+    origin: str
+    key: Any
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,6 +167,13 @@ class Builder:
             raise GraphError(f"input {role} {name} is {value}, asked for {shape} {dtype}")
         return value
 
+    def same(self, role: str, name: str, value: Value) -> Value:
+        """The input of that role and name: the given value itself where it is declared now."""
+        if (role, name) not in self._named:
+            self._named[role, name] = value
+            self.inputs.append(Input(role, name, value))
+        return self.input(role, name, value.shape, value.dtype)
+
     def op(self, op: str, *inputs: Value, **attrs: Any) -> Value:
         """The first output of `op(inputs; attrs)`."""
         return self.ops(op, *inputs, **attrs)[0]
@@ -177,12 +186,25 @@ class Builder:
         key = (op, inputs, tuple(sorted(attrs.items())) if attrs else ())
         found = self._made.get(key)
         if found is None:
-            outputs = tuple(Value(s, d) for s, d in row.infer(inputs, attrs))
-            node = Node(op, inputs, attrs, outputs, self.origin)
-            self.nodes.append(node)
-            self._producer.update(dict.fromkeys(outputs, node))
-            found = self._made[key] = outputs
+            found = tuple([Value(s, d) for s, d in row.infer(inputs, attrs)])
+            self._write(Node(op, inputs, attrs, found, self.origin, key))
         return found
+
+    def again(self, node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...]:
+        """The outputs of a node of another graph on those inputs; where they are its own, the node goes as it is."""
+        if inputs != node.inputs:
+            self.origin = node.origin
+            return self.ops(node.op, *inputs, **node.attrs)
+        found = self._made.get(node.key)
+        if found is None:
+            self._write(node)
+        return node.outputs if found is None else found
+
+    def _write(self, node: Node) -> None:
+        self.nodes.append(node)
+        self._made[node.key] = node.outputs
+        for v in node.outputs:
+            self._producer[v] = node
 
     def const(self, value: float) -> Value:
         """A 0-dim constant."""
@@ -228,15 +250,17 @@ def copy_into(
     graph: Graph,
     bind: Callable[[Input], Value],
 ) -> dict[Value, Value]:
-    """Write the graph's nodes into `b`, each input replaced by `bind(input)`; returns old value → new value."""
+    """Write the graph's nodes into `b`, each input replaced by `bind(input)`; returns old value → new value.
+
+    Values are shared as far as `bind` gives back the inputs' own.
+    """
     env = {i.value: bind(i) for i in graph.inputs}
     for node in graph.nodes:
-        b.origin = node.origin
-        env.update(zip(node.outputs, b.ops(node.op, *(env[v] for v in node.inputs), **node.attrs), strict=True))
+        env.update(zip(node.outputs, b.again(node, tuple([env[v] for v in node.inputs])), strict=True))
     b.origin = ""
     return env
 
 
 def same_input(b: Builder) -> Callable[[Input], Value]:
     """A `bind` for `copy_into` that keeps role and name."""
-    return lambda i: b.input(i.role, i.name, i.value.shape, i.value.dtype)
+    return lambda i: b.same(i.role, i.name, i.value)

@@ -105,10 +105,10 @@ def _bind_loss(b: Builder, loop: Loop) -> object:
 
     def bind(i: Input) -> Value:
         if i.role == "param" and i.name in adapted:
-            return b.input("state", f"param/{i.name}", i.value.shape)
+            return b.same("state", f"param/{i.name}", i.value)
         if i.role == "hoisted":
-            return b.input("hoisted", i.name, i.value.shape, i.value.dtype)
-        return b.input("leaf", leaf_key(i), i.value.shape, i.value.dtype)
+            return b.same("hoisted", i.name, i.value)
+        return b.same("leaf", leaf_key(i), i.value)
 
     return bind
 
@@ -119,13 +119,13 @@ def _bind_update(b: Builder, loop: Loop, grads: Mapping[str, Value | None]) -> o
             g = grads.get(i.name)
             return g if g is not None else b.op("expand", b.const(0.0), shape=i.value.shape)
         if i.role == "cotangent":
-            return b.input("adjoint", i.name, i.value.shape)
+            return b.same("adjoint", i.name, i.value)
         if i.role == "step":
-            return b.input("call", "k", ())
+            return b.same("call", "k", i.value)
         if i.role in ("param", "state"):
-            return b.input("state", f"{i.role}/{i.name}", i.value.shape)
+            return b.same("state", f"{i.role}/{i.name}", i.value)
         role = "param" if i.role == "param0" else i.role
-        return b.input("leaf", f"{role}/{i.name}", i.value.shape, i.value.dtype)
+        return b.same("leaf", f"{role}/{i.name}", i.value)
 
     return bind
 
@@ -258,8 +258,8 @@ class Sweep:
     @staticmethod
     def _init_input(b: Builder, i: Input) -> Value:
         if i.role == "cotangent":
-            return b.input("adjoint", i.name, i.value.shape)
-        return b.input("leaf", f"{i.role}/{i.name}", i.value.shape, i.value.dtype)
+            return b.same("adjoint", i.name, i.value)
+        return b.same("leaf", f"{i.role}/{i.name}", i.value)
 
     def _inner(self) -> _Writer:
         w = _Writer()
@@ -428,7 +428,7 @@ def gradient_section(graph: Graph, keys: Sequence[str]) -> Section:
 
     def bind(i: Input) -> Value:
         key = leaf_key(i)
-        leaves[key] = w.b.input("leaf", key, i.value.shape, i.value.dtype)
+        leaves[key] = w.b.same("leaf", key, i.value)
         return leaves[key]
 
     env = copy_into(w.b, graph, bind)
@@ -453,7 +453,7 @@ def _hoist_section(section: Section, prologue: _Writer, prefix: str) -> Section:
     def bind(i: Input) -> Value:
         if i.role == "hoisted":
             return by_name[i.name]
-        return prologue.b.input(i.role, i.name, i.value.shape, i.value.dtype)
+        return prologue.b.same(i.role, i.name, i.value)
 
     names: dict[Value, str] = {}
     env = copy_into(prologue.b, closed(graph.inputs, graph.nodes, {str(k): v for k, v in enumerate(cut)}), bind)
