@@ -102,7 +102,7 @@ class Plan:
 # ---- making a plan --------------------------------------------------------------------------------------------
 
 
-def make_plan(problem: Problem) -> tuple[Plan, list[Trace]]:
+def make_plan(problem: Problem) -> tuple[Plan, dict[str, Trace]]:
     """Capture the losses and the update rule of a problem, if that is still to do. Raises Unsupported where something
     cannot go native.
 
@@ -129,7 +129,7 @@ def make_plan(problem: Problem) -> tuple[Plan, list[Trace]]:
         plan.output_spec = query.output_spec
         plan.output_keys = tuple(k for k in query_graph.outputs if k.startswith("output/"))
         plan.output_dtypes = tuple(query.tensors[query.outputs[k].id].dtype for k in plan.output_keys)
-    return plan, [support] if query is None else [support, query]
+    return plan, {part: trace for part, trace in traces.items() if part in ("support", "query")}
 
 
 def captured(problem: Problem) -> dict[str, Trace]:
@@ -332,8 +332,8 @@ class Native:
 # ---- the first-use check --------------------------------------------------------------------------------------
 
 
-def disagreement(plan: Plan, problem: Problem, traces: Sequence[Trace]) -> str | None:
-    """Run loss and gradient of the first task natively and compare with what eager autograd gave at capture.
+def disagreement(plan: Plan, problem: Problem, traces: Mapping[str, Trace]) -> str | None:
+    """Run losses and gradients of the first task natively and compare with what eager autograd gave at capture.
 
     Returns None where they agree, else what differs. Capture cannot see everything a forward does (a custom backward, a
     hook); this can. float32 is compared loosely: BatchNorm over few samples and kinks move single entries by per cents.
@@ -343,9 +343,9 @@ def disagreement(plan: Plan, problem: Problem, traces: Sequence[Trace]) -> str |
     first = _first_task(problem)
     tolerance = 1e-6 if plan.dtype == torch.float64 else 5e-2
     graphs = {"support": plan.loop.support, "query": plan.loop.query}
-    for (part, graph), trace in zip(graphs.items(), traces, strict=False):
-        if graph is None:
-            continue
+    for part, trace in traces.items():
+        graph = graphs[part]
+        assert graph is not None
         keys = tuple(trace.gradients)
         section = gradient_section(graph, keys)
         call = Call(plan, lower({}, {"query": section}, plan.dtype), replace(first, steps=0, wrt=keys), {})

@@ -324,6 +324,28 @@ def test_each_loss_runs_once_for_a_plan(monkeypatch: pytest.MonkeyPatch) -> None
     assert runs == [["support/0", "support/1"], ["query/0", "query/1"]]
 
 
+def test_a_support_half_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another query shape checks the query alone; another support shape, or another net, both."""
+    from metafast import native
+
+    checked = []
+    section = native.gradient_section
+    monkeypatch.setattr(native, "gradient_section", lambda *args: checked.append(args) or section(*args))
+    net, (support, query) = Net().double(), tasks()
+    rows = lambda batch, n: tuple(t[:, :n] for t in batch)  # noqa: E731
+    for batch, sections in [
+        ((support, query), 2),
+        ((support, rows(query, 3)), 3),
+        ((rows(support, 3), query), 5),
+        ((rows(support, 3), rows(query, 3)), 6),
+    ]:
+        agree(net, batch=batch)
+        assert len(checked) == sections
+    set_kind(net)
+    agree(net, batch=(support, rows(query, 2)))
+    assert len(checked) == 8
+
+
 def test_plans_are_capped() -> None:
     net = Net().double()
     inner = metafast.InnerLoop(net, F.mse_loss, update=metafast.SGD(lr=0.1), steps=0, backend="native")
