@@ -37,12 +37,12 @@ def stages() -> dict[str, str]:
     """The text of each stage, by name."""
     inner, support, query = example()
     problem = inner._problem(support, query, gradient=True)[0]
-    plan, (trace, _) = make_plan(problem)
+    plan, traces = make_plan(problem)
     lowered = plan.program("fused", STEPS)
     sections = plan.sections("fused", STEPS)
     graph, gradient = str(plan.loop.support), with_gradient(plan.loop.support, "loss", [("param", "0.weight")])
     return {
-        "capture": str(trace),
+        "capture": str(traces["support"]),
         "normalise": graph,
         "differentiate": _added(str(gradient), graph),
         "sweep": "\n".join(_interface(name, section) for name, section in sections.items()),

@@ -57,6 +57,8 @@ def capture(
     for a loss that is no scalar; the model's own errors pass through.
     """
     _refuse_setting(model)
+    if learned := [name for name, buffer in buffers.items() if buffer.requires_grad]:
+        raise Unsupported(learned[0], "", "a buffer that requires grad")
     dtype = _float_dtype([*params.values(), *(t for t in pytree.tree_leaves(batch) if isinstance(t, Tensor))])
     recorder = Recorder(model, known=known)
     result, leaves = _run_model(recorder, model, objective, params, buffers, batch, batch_keys)

@@ -16,7 +16,7 @@ def depends_on(nodes: Iterable[Node], sources: Iterable[Value]) -> set[Value]:
     """The sources and every value computed from one of them."""
     reached = set(sources)
     for node in nodes:
-        if any(v in reached for v in node.inputs):
+        if not reached.isdisjoint(node.inputs):
             reached.update(node.outputs)
     return reached
 
@@ -28,7 +28,7 @@ def pull(b: Builder, cotangents: Mapping[Value, Value], wrt: Sequence[Value]) ->
     cts: dict[Value, Value] = dict(cotangents)
     for node in reversed(nodes):
         outs = [cts.get(v) for v in node.outputs]
-        if all(ct is None for ct in outs) or not any(v in active for v in node.inputs):
+        if all(ct is None for ct in outs) or active.isdisjoint(node.inputs):
             continue
         rule = TABLE[node.op].vjp
         if rule is None:

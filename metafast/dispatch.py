@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
+from metafast import collector
 from metafast.errors import BackendError, FallbackWarning, MetafastError, message, warn
 from metafast.problem import Backend, Problem
 from metafast.reach import Reach
@@ -32,6 +33,7 @@ class Choice:
     reason: str
     native: bool
     restless: bool = False  # the forward changes its module: at the next call it is another one
+    support: Any = None  # what the support half of the plan is keyed by
 
 
 _plans: WeakKeyDictionary[nn.Module, dict[Any, Choice]] = WeakKeyDictionary()
@@ -50,7 +52,10 @@ def _choice(problem: Problem, backend: str) -> Choice:
     key = (backend, _settings())
     found = problem.choices.get(key)
     if found is None:
-        found = problem.choices[key] = _sought(problem, backend)
+        try:
+            found = problem.choices[key] = _sought(problem, backend)
+        finally:
+            problem.traces.clear()
     return cast(Choice, found)
 
 
@@ -79,6 +84,7 @@ def _sought(problem: Problem, backend: str) -> Choice:
     return found
 
 
+@collector.waiting()
 def _settled(problem: Problem) -> tuple[Choice, tuple[Any, ...]]:
     """A choice and its key. What running the losses changes of what they read (a counter, a random generator) a plan
     would freeze; what they change once only (a cache that is filled) it holds as it is afterwards."""
@@ -104,8 +110,12 @@ def _plan(problem: Problem) -> Choice:
     from metafast.capture import Unsupported
     from metafast.native import Native, disagreement, make_plan
 
+    support = plan_key(_support_half(problem))
+    checked = any(c.native and c.support == support for c in _plans.get(problem.model, {}).values())
     try:
         plan, traces = make_plan(problem)
+        if checked:
+            del traces["support"]
         differs = disagreement(plan, problem, traces)
     except Unsupported as error:
         return Choice(Reference(), str(error), False, restless=error.op == "attribute")
@@ -115,7 +125,8 @@ def _plan(problem: Problem) -> Choice:
         return Choice(Reference(), f"making the plan failed ({type(error).__name__}: {error}); please report it", False)
     if differs is not None:
         return Choice(Reference(), f"capture lost something of the forward: {differs}", False)
-    return Choice(Native(plan), "every op has a native kernel; the first task agrees with PyTorch's autograd", True)
+    reason = "every op has a native kernel; the first task agrees with PyTorch's autograd"
+    return Choice(Native(plan), reason, True, support=support)
 
 
 def explain(problem: Problem, backend: str) -> str:
@@ -180,6 +191,12 @@ def plan_key(problem: Problem) -> tuple[Any, ...]:
         reach.code,
         reach.key,
     )
+
+
+def _support_half(problem: Problem) -> Problem:
+    """The problem without its query: what one plan has checked of that holds for every other."""
+    leaves = {key: leaf for key, leaf in problem.leaves.items() if not key.startswith("query/")}
+    return replace(problem, leaves=leaves, query_spec=None, return_outputs=False)
 
 
 def _reach(problem: Problem) -> Reach:

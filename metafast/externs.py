@@ -1,31 +1,73 @@
 """Tensors that the losses read from outside: closures, attributes, globals.
 
-Those that require grad receive a meta-gradient. They are found by running one task under a dispatch mode that looks at
-the arguments of every operation; the result is kept while what the losses can read holds the same objects.
+Those that require grad receive a meta-gradient. Where the losses go native the capture finds them, and the plan is made
+of what it wrote down; else one task runs under a dispatch mode that looks at the arguments of every operation. The
+result is kept while what the losses can read holds the same objects.
 """
 
 from __future__ import annotations
 
 import weakref
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from . import collector
 from .problem import Problem
 from .reference import Reference
+
+if TYPE_CHECKING:
+    from .capture import Trace
 
 __all__ = ["find_externs"]
 
 
+@collector.waiting()
 def find_externs(problem: Problem) -> list[Tensor]:
     """The tensors that require grad and are read, but are not leaves of `problem`: in the order of first use.
 
-    Runs the first task through one inner step and the query loss; buffers and random state are as before afterwards.
+    Runs the first task, once if it can be captured; buffers and random state are as before afterwards.
     A parameter that a closure reads directly, past the model, counts too: there it stands for its initial value.
     """
+    traces = _captured(problem)
+    return _seen(problem) if traces is None else _met(problem, traces)
+
+
+def _captured(problem: Problem) -> dict[str, Trace] | None:
+    """What a native plan would be made of; kept for it, unless the run has changed what the losses can read."""
+    if problem.parameter.device.type != "cpu":
+        return None
+    try:
+        from .native import captured
+    except ImportError:  # there is no compiled module
+        return None
+    reach = problem.reach
+    draws = reach.draws() if reach is not None else []
+    try:
+        traces = captured(problem)
+    except Exception:  # the run below raises what is the user's, the plan's maker says why it is none
+        return None
+    if reach is not None and reach.same() and draws == reach.draws():
+        problem.traces.update(traces)
+    return traces
+
+
+def _met(problem: Problem, traces: dict[str, Trace]) -> list[Tensor]:
+    """The tensors among the externs of those traces, which from now on have the keys of leaves."""
+    parts = ("init", "support", "update", "query") if problem.steps else ("query",)
+    met = [t for part in parts if part in traces for _, t in traces[part].externs if t.requires_grad]
+    found = list({id(t): t for t in met}.values())
+    keys = {id(t): f"extern/{index}" for index, t in enumerate(found)}
+    for trace in traces.values():
+        trace.rename({key: keys[id(t)] for key, t in trace.externs if id(t) in keys})
+    return found
+
+
+def _seen(problem: Problem) -> list[Tensor]:
+    """The same by one inner step and the query loss of the reference."""
     seen = _Seen()
     one = replace(
         problem,

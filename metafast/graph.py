@@ -11,16 +11,21 @@ Values are compared by identity and assigned once; nodes stand in an order in wh
 used. Truth values are real 0 and 1. A pass reads one graph and writes another through `Builder`, whose `op` infers
 shapes, folds constants, applies the row's identities and returns the value that already exists for an equal node, so
 that common subexpressions and algebraic noise never enter a graph. Every pass ends in `Builder.finish`, which drops
-dead nodes and verifies.
+dead nodes and verifies their order; that shapes are right holds by construction.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from metafast.ops.table import Op
+
+TABLE: dict[str, Op] = {}  # what ops exist; metafast.ops writes the rows
 
 Shape = tuple[int, ...]
 Attrs = Mapping[str, Any]
@@ -41,13 +46,15 @@ class Value:
 
 @dataclass(frozen=True, eq=False)
 class Node:
-    """`outputs = op(inputs; attrs)`; `origin` says which module and line of the user it came from."""
+    """`outputs = op(inputs; attrs)`; `origin` says which module and line of the user it came from. Nodes of one `key`
+    compute the same."""
 
     op: str
     inputs: tuple[Value, ...]
     attrs: Attrs
     outputs: tuple[Value, ...]
-    origin: str = ""
+    origin: str
+    key: Any
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,23 +91,15 @@ class GraphError(AssertionError):
 
 
 def verify(graph: Graph) -> Graph:
-    """Check that every value is defined once and before use, and that shapes are what the op table infers."""
-    from metafast.ops import TABLE
-
+    """Check that every value is defined once and before use. Shapes need no second look: a node comes to be in
+    `Builder.ops` alone, which gives its outputs what the op table infers."""
     defined = {i.value for i in graph.inputs}
     if len(defined) != len(graph.inputs):
         raise GraphError("an input value is declared twice")
     for k, node in enumerate(graph.nodes):
-        row = TABLE.get(node.op)
-        if row is None:
-            raise GraphError(f"node {k}: unknown op {node.op!r}")
-        if any(v not in defined for v in node.inputs):
+        if not defined.issuperset(node.inputs):
             raise GraphError(f"node {k} ({node.op}): reads a value that is not defined before it")
-        expected = row.infer(node.inputs, node.attrs)
-        got = tuple((v.shape, v.dtype) for v in node.outputs)
-        if got != expected:
-            raise GraphError(f"node {k} ({node.op}): outputs are {got}, the table infers {expected}")
-        if any(v in defined for v in node.outputs):
+        if not defined.isdisjoint(node.outputs):
             raise GraphError(f"node {k} ({node.op}): assigns a value twice")
         defined.update(node.outputs)
     if missing := [name for name, v in graph.outputs.items() if v not in defined]:
@@ -139,8 +138,6 @@ def evaluate(graph: Graph, values: Mapping[tuple[str, str], torch.Tensor]) -> di
 
     **Arguments:** `values` maps (role, name) to a tensor of the declared shape. **Returns** the outputs by name.
     """
-    from metafast.ops import TABLE
-
     env: dict[Value, torch.Tensor] = {i.value: values[i.role, i.name] for i in graph.inputs}
     real = next((t.dtype for t in env.values() if t.is_floating_point()), torch.float64)
     for node in graph.nodes:
@@ -170,26 +167,44 @@ class Builder:
             raise GraphError(f"input {role} {name} is {value}, asked for {shape} {dtype}")
         return value
 
+    def same(self, role: str, name: str, value: Value) -> Value:
+        """The input of that role and name: the given value itself where it is declared now."""
+        if (role, name) not in self._named:
+            self._named[role, name] = value
+            self.inputs.append(Input(role, name, value))
+        return self.input(role, name, value.shape, value.dtype)
+
     def op(self, op: str, *inputs: Value, **attrs: Any) -> Value:
         """The first output of `op(inputs; attrs)`."""
         return self.ops(op, *inputs, **attrs)[0]
 
     def ops(self, op: str, *inputs: Value, **attrs: Any) -> tuple[Value, ...]:
         """All outputs of `op(inputs; attrs)`: simplified, or found, or new."""
-        from metafast.ops import TABLE
-
         row = TABLE[op]
         if row.simplify is not None and (simpler := row.simplify(self, inputs, attrs)) is not None:
             return (simpler,)
-        key = (op, inputs, tuple(sorted(attrs.items())))
+        key = (op, inputs, tuple(sorted(attrs.items())) if attrs else ())
         found = self._made.get(key)
         if found is None:
-            outputs = tuple(Value(s, d) for s, d in row.infer(inputs, attrs))
-            node = Node(op, inputs, attrs, outputs, self.origin)
-            self.nodes.append(node)
-            self._producer.update(dict.fromkeys(outputs, node))
-            found = self._made[key] = outputs
+            found = tuple([Value(s, d) for s, d in row.infer(inputs, attrs)])
+            self._write(Node(op, inputs, attrs, found, self.origin, key))
         return found
+
+    def again(self, node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...]:
+        """The outputs of a node of another graph on those inputs; where they are its own, the node goes as it is."""
+        if inputs != node.inputs:
+            self.origin = node.origin
+            return self.ops(node.op, *inputs, **node.attrs)
+        found = self._made.get(node.key)
+        if found is None:
+            self._write(node)
+        return node.outputs if found is None else found
+
+    def _write(self, node: Node) -> None:
+        self.nodes.append(node)
+        self._made[node.key] = node.outputs
+        for v in node.outputs:
+            self._producer[v] = node
 
     def const(self, value: float) -> Value:
         """A 0-dim constant."""
@@ -205,11 +220,17 @@ class Builder:
         return node.attrs["value"] if node is not None and node.op == "const" else None
 
     def finish(self, outputs: Mapping[str, Value], *, keep_inputs: bool = False) -> Graph:
-        """Drop what no output needs, verify, return."""
-        nodes = live_nodes(self.nodes, outputs.values())
-        read = {v for n in nodes for v in n.inputs} | set(outputs.values())
-        inputs = [i for i in self.inputs if keep_inputs or i.value in read]
-        return verify(Graph(tuple(inputs), tuple(nodes), dict(outputs)))
+        """The graph of what the outputs need."""
+        return closed(self.inputs, self.nodes, outputs, keep_inputs=keep_inputs)
+
+
+def closed(
+    inputs: Sequence[Input], nodes: Sequence[Node], outputs: Mapping[str, Value], *, keep_inputs: bool = False
+) -> Graph:
+    """A verified graph of those inputs and nodes that the outputs need."""
+    nodes = live_nodes(nodes, outputs.values())
+    read = {v for n in nodes for v in n.inputs}.union(outputs.values())
+    return verify(Graph(tuple(i for i in inputs if keep_inputs or i.value in read), tuple(nodes), dict(outputs)))
 
 
 def live_nodes(nodes: Sequence[Node], outputs: Iterable[Value]) -> list[Node]:
@@ -217,7 +238,7 @@ def live_nodes(nodes: Sequence[Node], outputs: Iterable[Value]) -> list[Node]:
     wanted = set(outputs)
     kept: list[Node] = []
     for node in reversed(nodes):
-        if any(v in wanted for v in node.outputs):
+        if not wanted.isdisjoint(node.outputs):
             wanted.update(node.inputs)
             kept.append(node)
     kept.reverse()
@@ -229,15 +250,17 @@ def copy_into(
     graph: Graph,
     bind: Callable[[Input], Value],
 ) -> dict[Value, Value]:
-    """Write the graph's nodes into `b`, each input replaced by `bind(input)`; returns old value → new value."""
+    """Write the graph's nodes into `b`, each input replaced by `bind(input)`; returns old value → new value.
+
+    Values are shared as far as `bind` gives back the inputs' own.
+    """
     env = {i.value: bind(i) for i in graph.inputs}
     for node in graph.nodes:
-        b.origin = node.origin
-        env.update(zip(node.outputs, b.ops(node.op, *(env[v] for v in node.inputs), **node.attrs), strict=True))
+        env.update(zip(node.outputs, b.again(node, tuple([env[v] for v in node.inputs])), strict=True))
     b.origin = ""
     return env
 
 
 def same_input(b: Builder) -> Callable[[Input], Value]:
     """A `bind` for `copy_into` that keeps role and name."""
-    return lambda i: b.input(i.role, i.name, i.value.shape, i.value.dtype)
+    return lambda i: b.same(i.role, i.name, i.value)

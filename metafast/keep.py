@@ -76,10 +76,9 @@ def _read(graph: Graph, given: set[Value]) -> list[Value]:
 def _reading(graph: Graph, kept: Iterable[Value]) -> Graph:
     """The graph with those values as inputs."""
     b = Builder()
-    env = {i.value: b.input(i.role, i.name, i.value.shape, i.value.dtype) for i in graph.inputs}
+    env = {i.value: b.same(i.role, i.name, i.value) for i in graph.inputs}
     given = {v: b.input("kept", str(n), v.shape, v.dtype) for n, v in enumerate(kept)}
     for node in graph.nodes:
-        b.origin = node.origin
-        outs = b.ops(node.op, *(env[v] for v in node.inputs), **node.attrs)
+        outs = b.again(node, tuple([env[v] for v in node.inputs]))
         env.update((v, given.get(v, out)) for v, out in zip(node.outputs, outs, strict=True))
     return b.finish({name: env[v] for name, v in graph.outputs.items()})

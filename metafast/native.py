@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metafast import _C
+from metafast import _C, collector
 from metafast.binding import Call
 from metafast.capture import Trace, Unsupported, capture, capture_function
 from metafast.errors import LabelError, position
@@ -57,6 +57,7 @@ class Plan:
             found = self._best[mode, tasks, steps] = self.program(mode, steps, lanes)
         return found
 
+    @collector.waiting()
     def program(self, mode: str, steps: int, lanes: int = 1) -> Lowered:
         """The native program of one way to run: fused, outputs, forward, adapt or adapt_vjp; built at first use.
 
@@ -101,39 +102,43 @@ class Plan:
 # ---- making a plan --------------------------------------------------------------------------------------------
 
 
-def make_plan(problem: Problem) -> tuple[Plan, list[Trace]]:
-    """Capture the losses and the update rule of a problem. Raises Unsupported where something cannot go native.
+def make_plan(problem: Problem) -> tuple[Plan, dict[str, Trace]]:
+    """Capture the losses and the update rule of a problem, if that is still to do. Raises Unsupported where something
+    cannot go native.
 
     Returns the plan and the traces of the support and the query loss on the first task, with eager PyTorch's gradients.
     """
-    params = {n: p.detach() for n, p in problem.group("param").items()}
-    support = _trace(problem, "support", params)
+    traces = dict(problem.traces) or captured(problem)
+    support, query = traces["support"], traces.get("query")
     graph = normalise(support, outputs=False)
-    traces = [support]
-    query_graph = None
-    if problem.query_spec is not None:
-        traces.append(_trace(problem, "query", params))
-        query_graph = normalise(traces[1], outputs=problem.return_outputs)
-    init, update, rule_externs = _update_graphs(problem, params)
+    query_graph = normalise(query, outputs=problem.return_outputs) if query is not None else None
     loop = Loop(
         graph,
         query_graph,
-        update,
-        init,
+        normalise(traces["update"]),
+        normalise(traces["init"]),
         problem.adapted,
-        {n: tuple(p.shape) for n, p in params.items()},
+        {n: tuple(p.shape) for n, p in problem.group("param").items()},
         problem.wrt,
         problem.order,
     )
-    externs = rule_externs | {key: t for trace in traces for key, t in trace.externs}
-    plan = Plan(loop, problem.parameter.dtype, externs)
+    plan = Plan(loop, problem.parameter.dtype, {key: t for trace in traces.values() for key, t in trace.externs})
     plan.support_stats = support.stats
-    if query_graph is not None:
-        plan.query_stats = traces[1].stats
-        plan.output_spec = traces[1].output_spec
+    if query is not None and query_graph is not None:
+        plan.query_stats = query.stats
+        plan.output_spec = query.output_spec
         plan.output_keys = tuple(k for k in query_graph.outputs if k.startswith("output/"))
-        plan.output_dtypes = tuple(traces[1].tensors[traces[1].outputs[k].id].dtype for k in plan.output_keys)
-    return plan, traces
+        plan.output_dtypes = tuple(query.tensors[query.outputs[k].id].dtype for k in plan.output_keys)
+    return plan, {part: trace for part, trace in traces.items() if part in ("support", "query")}
+
+
+def captured(problem: Problem) -> dict[str, Trace]:
+    """What a plan is made of: the traces of support, query, init and update. Raises Unsupported."""
+    params = {n: p.detach() for n, p in problem.group("param").items()}
+    parts = ["support"] if problem.query_spec is None else ["support", "query"]
+    traces = {part: _trace(problem, part, params) for part in parts}
+    traces["init"], traces["update"] = _rule_traces(problem, params)
+    return traces
 
 
 def _trace(problem: Problem, part: str, params: Mapping[str, Tensor]) -> Trace:
@@ -164,8 +169,8 @@ def _externs(problem: Problem) -> dict[str, Tensor]:
     return {k: t for k, t in problem.leaves.items() if k.startswith("extern/")}
 
 
-def _update_graphs(problem: Problem, params: Mapping[str, Tensor]) -> tuple[Graph, Graph, dict[str, Tensor]]:
-    """The update rule's (init, update) pair as graphs, the tensors it closes over; its state becomes "state/<i>"."""
+def _rule_traces(problem: Problem, params: Mapping[str, Tensor]) -> tuple[Trace, Trace]:
+    """The traces of the update rule's init and update; its state becomes "state/<i>"."""
     rule, names = problem.update, problem.adapted
     given: dict[tuple[str, str], Tensor] = {("param", n): params[n] for n in names}
     given |= {("hyper", h): t.detach() for h, t in problem.group("hyper").items()}
@@ -188,7 +193,7 @@ def _update_graphs(problem: Problem, params: Mapping[str, Tensor]) -> tuple[Grap
         with rule.reading(hyper):
             made, after = rule.update(params, grads, state, hyper, values["step", "k"], params0)
         flat, nest = _apart(after)
-        if nest != spec[0] or set(made) != set(names):
+        if nest != spec[0] or set(made) != set(names) or not all(_alike(made[n], params[n]) for n in names):
             reason = "update returns another tree than it was given, or counts in a number that is no tensor"
             raise Unsupported("update", type(rule).__name__, reason)
         return {f"param/{n}": made[n] for n in names} | {f"state/{i}": s for i, s in enumerate(flat)}
@@ -203,8 +208,11 @@ def _update_graphs(problem: Problem, params: Mapping[str, Tensor]) -> tuple[Grap
         inputs["param0", n] = params[n].clone()
     inputs |= {("state", name.removeprefix("state/")): s.detach().clone() for name, s in state.items()}
     known = _externs(problem)
-    first, then = capture_function(init, given, known=known), capture_function(step, inputs, known=known)
-    return normalise(first), normalise(then), dict((*first.externs, *then.externs))
+    return capture_function(init, given, known=known), capture_function(step, inputs, known=known)
+
+
+def _alike(made: Any, given: Tensor) -> bool:
+    return isinstance(made, Tensor) and made.shape == given.shape and made.dtype == given.dtype
 
 
 _Nest = tuple[pytree.TreeSpec, tuple[Any, ...]]
@@ -324,8 +332,8 @@ class Native:
 # ---- the first-use check --------------------------------------------------------------------------------------
 
 
-def disagreement(plan: Plan, problem: Problem, traces: Sequence[Trace]) -> str | None:
-    """Run loss and gradient of the first task natively and compare with what eager autograd gave at capture.
+def disagreement(plan: Plan, problem: Problem, traces: Mapping[str, Trace]) -> str | None:
+    """Run losses and gradients of the first task natively and compare with what eager autograd gave at capture.
 
     Returns None where they agree, else what differs. Capture cannot see everything a forward does (a custom backward, a
     hook); this can. float32 is compared loosely: BatchNorm over few samples and kinks move single entries by per cents.
@@ -335,9 +343,9 @@ def disagreement(plan: Plan, problem: Problem, traces: Sequence[Trace]) -> str |
     first = _first_task(problem)
     tolerance = 1e-6 if plan.dtype == torch.float64 else 5e-2
     graphs = {"support": plan.loop.support, "query": plan.loop.query}
-    for (part, graph), trace in zip(graphs.items(), traces, strict=False):
-        if graph is None:
-            continue
+    for part, trace in traces.items():
+        graph = graphs[part]
+        assert graph is not None
         keys = tuple(trace.gradients)
         section = gradient_section(graph, keys)
         call = Call(plan, lower({}, {"query": section}, plan.dtype), replace(first, steps=0, wrt=keys), {})

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 if TYPE_CHECKING:
+    from .capture import Trace
     from .reach import Reach
     from .updates import UpdateRule
 
@@ -40,7 +41,8 @@ class Problem:
     "none"). `aliases` maps the first name of each parameter and
     buffer to all its names. `buffers` holds the values the losses read, usually the model's own tensors; a deferred
     replay is given a copy from before the first pass instead. `reach` knows what else model, objectives and update rule
-    can read. `choices` is where `dispatch` notes what it settled for problems of this form; `replace` starts afresh.
+    can read. `choices` is where `dispatch` notes what it settled for problems of this form, `traces` what a capture of
+    its losses has written down on the way there; `replace` starts both afresh.
     """
 
     model: nn.Module
@@ -61,6 +63,7 @@ class Problem:
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     reach: Reach | None = None
     choices: dict[Any, Any] = field(init=False, default_factory=dict, compare=False, repr=False)
+    traces: dict[str, Trace] = field(init=False, default_factory=dict, compare=False, repr=False)
 
     def over(self, leaves: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Problem:
         """The same problem over other leaves and buffers of the same form: what was settled for one holds for both."""

@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from metafast.differentiate import depends_on, pull, push, vjp_graph, with_gradient
-from metafast.graph import Builder, Graph, Input, Shape, Value, copy_into
+from metafast.graph import Builder, Graph, Input, Node, Shape, Value, closed, copy_into
 from metafast.ops import TABLE
 
 SECTIONS = ("prologue", "inner", "query", "meta", "epilogue")
@@ -105,10 +105,10 @@ def _bind_loss(b: Builder, loop: Loop) -> object:
 
     def bind(i: Input) -> Value:
         if i.role == "param" and i.name in adapted:
-            return b.input("state", f"param/{i.name}", i.value.shape)
+            return b.same("state", f"param/{i.name}", i.value)
         if i.role == "hoisted":
-            return b.input("hoisted", i.name, i.value.shape, i.value.dtype)
-        return b.input("leaf", leaf_key(i), i.value.shape, i.value.dtype)
+            return b.same("hoisted", i.name, i.value)
+        return b.same("leaf", leaf_key(i), i.value)
 
     return bind
 
@@ -119,13 +119,13 @@ def _bind_update(b: Builder, loop: Loop, grads: Mapping[str, Value | None]) -> o
             g = grads.get(i.name)
             return g if g is not None else b.op("expand", b.const(0.0), shape=i.value.shape)
         if i.role == "cotangent":
-            return b.input("adjoint", i.name, i.value.shape)
+            return b.same("adjoint", i.name, i.value)
         if i.role == "step":
-            return b.input("call", "k", ())
+            return b.same("call", "k", i.value)
         if i.role in ("param", "state"):
-            return b.input("state", f"{i.role}/{i.name}", i.value.shape)
+            return b.same("state", f"{i.role}/{i.name}", i.value)
         role = "param" if i.role == "param0" else i.role
-        return b.input("leaf", f"{role}/{i.name}", i.value.shape, i.value.dtype)
+        return b.same("leaf", f"{role}/{i.name}", i.value)
 
     return bind
 
@@ -137,47 +137,30 @@ def _free(op: str) -> bool:
     return TABLE[op].kernel in ("view", "constant")
 
 
-def split(graph: Graph, moving: Sequence[Value], prefix: str) -> tuple[Graph, Graph]:
-    """Cut a graph into (before, after): `before` computes what `after` reads of values that no `moving` input reaches.
+def split(graph: Graph, moving: Sequence[Value]) -> tuple[list[Value], list[Node]]:
+    """Cut a graph behind what no `moving` input reaches: (the values that cross, the nodes that come after).
 
-    The cut values are outputs "<prefix>/<i>" of `before` and ("hoisted", "<prefix>/<i>") inputs of `after`. Views and
-    constants are never cut: `after` makes them again for nothing.
+    Views and constants are never cut: what comes after makes them again for nothing.
     """
     reached = depends_on(graph.nodes, moving)
-    producer = graph.producers()
-    early, late = Builder(), Builder()
-    env_early = {i.value: early.input(i.role, i.name, i.value.shape, i.value.dtype) for i in graph.inputs}
-    env_late: dict[Value, Value] = {}
-    cut: dict[str, Value] = {}
-
-    def fetch(v: Value) -> Value:
-        if v in env_late:
-            return env_late[v]
-        node = producer.get(v)
-        if node is None:
-            i = next(i for i in graph.inputs if i.value is v)
-            env_late[v] = late.input(i.role, i.name, v.shape, v.dtype)
-        elif v not in reached and not _free(node.op):
-            name = f"{prefix}/{len(cut)}"
-            cut[name] = env_early[v]
-            env_late[v] = late.input("hoisted", name, v.shape, v.dtype)
+    wanted = set(graph.outputs.values())
+    cut: list[Value] = []
+    after: list[Node] = []
+    for node in reversed(graph.nodes):
+        if wanted.isdisjoint(node.outputs):
+            continue
+        if node.outputs[0] in reached or _free(node.op):
+            wanted.update(node.inputs)
+            after.append(node)
         else:
-            late.origin = node.origin
-            outs = late.ops(node.op, *(fetch(x) for x in node.inputs), **node.attrs)
-            env_late.update(zip(node.outputs, outs, strict=True))
-        return env_late[v]
+            cut += [v for v in reversed(node.outputs) if v in wanted]
+    return cut[::-1], after[::-1]
 
-    for node in graph.nodes:
-        if node.outputs[0] in reached:
-            for v in node.inputs:
-                fetch(v)
-            fetch(node.outputs[0])
-        else:
-            early.origin = node.origin
-            outs = early.ops(node.op, *(env_early[v] for v in node.inputs), **node.attrs)
-            env_early.update(zip(node.outputs, outs, strict=True))
-    outputs = {name: fetch(v) for name, v in graph.outputs.items()}
-    return early.finish(cut), late.finish(outputs)
+
+def _joined(graph: Graph, nodes: Sequence[Node], cut: Mapping[Value, str]) -> Graph:
+    """What comes after a cut, which reads the values that cross as ("hoisted", name) inputs."""
+    crossing = [Input("hoisted", name, v) for v, name in cut.items()]
+    return closed([*graph.inputs, *crossing], nodes, graph.outputs)
 
 
 # ---- the sections ---------------------------------------------------------------------------------------------
@@ -189,7 +172,10 @@ class Sweep:
     def __init__(self, loop: Loop) -> None:
         self.loop = loop
         moving = [v for n in loop.adapted if (v := loop.support.input("param", n)) is not None]
-        self.before, self.step = split(loop.support, moving, "support")
+        cut, after = split(loop.support, moving)
+        names = {v: f"support/{k}" for k, v in enumerate(cut)}
+        self.before = closed(loop.support.inputs, loop.support.nodes, {name: v for v, name in names.items()})
+        self.step = _joined(loop.support, after, names)
         self.wanted = set(loop.wrt)
         self.state = {f"param/{n}": loop.shapes[n] for n in loop.adapted}
         self.state |= {name: v.shape for name, v in loop.init.outputs.items()}
@@ -272,8 +258,8 @@ class Sweep:
     @staticmethod
     def _init_input(b: Builder, i: Input) -> Value:
         if i.role == "cotangent":
-            return b.input("adjoint", i.name, i.value.shape)
-        return b.input("leaf", f"{i.role}/{i.name}", i.value.shape, i.value.dtype)
+            return b.same("adjoint", i.name, i.value)
+        return b.same("leaf", f"{i.role}/{i.name}", i.value)
 
     def _inner(self) -> _Writer:
         w = _Writer()
@@ -474,7 +460,7 @@ def gradient_section(graph: Graph, keys: Sequence[str]) -> Section:
 
     def bind(i: Input) -> Value:
         key = leaf_key(i)
-        leaves[key] = w.b.input("leaf", key, i.value.shape, i.value.dtype)
+        leaves[key] = w.b.same("leaf", key, i.value)
         return leaves[key]
 
     env = copy_into(w.b, graph, bind)
@@ -490,30 +476,22 @@ def gradient_section(graph: Graph, keys: Sequence[str]) -> Section:
 def _hoist_section(section: Section, prologue: _Writer, prefix: str) -> Section:
     graph = section.graph
     moving = [i.value for i in graph.inputs if i.role not in ("leaf", "hoisted")]
-    early, late = split(graph, moving, prefix)
-    if not early.outputs:
+    cut, after = split(graph, moving)
+    if not cut:
         return section
     stored = {v: k.removeprefix("hoisted:") for k, v in prologue.outputs.items() if k.startswith("hoisted:")}
     by_name = {name: v for v, name in stored.items()}
 
-    def bind_early(i: Input) -> Value:
+    def bind(i: Input) -> Value:
         if i.role == "hoisted":
             return by_name[i.name]
-        return prologue.b.input(i.role, i.name, i.value.shape, i.value.dtype)
+        return prologue.b.same(i.role, i.name, i.value)
 
-    env = copy_into(prologue.b, early, bind_early)
-    renamed: dict[str, str] = {}
-    for name, v in early.outputs.items():
-        value = env[v]
-        if value not in stored:
-            stored[value] = name
-            prologue.store(value, "hoisted", name)
-        renamed[name] = stored[value]
-    b = Builder()
-
-    def bind_late(i: Input) -> Value:
-        name = renamed.get(i.name, i.name) if i.role == "hoisted" else i.name
-        return b.input(i.role, name, i.value.shape, i.value.dtype)
-
-    made = copy_into(b, late, bind_late)
-    return Section(b.finish({k: made[v] for k, v in late.outputs.items()}), section.stores)
+    names: dict[Value, str] = {}
+    env = copy_into(prologue.b, closed(graph.inputs, graph.nodes, {str(k): v for k, v in enumerate(cut)}), bind)
+    for k, v in enumerate(cut):
+        if env[v] not in stored:
+            stored[env[v]] = f"{prefix}/{k}"
+            prologue.store(env[v], "hoisted", stored[env[v]])
+        names[v] = stored[env[v]]
+    return Section(_joined(graph, after, names), section.stores)

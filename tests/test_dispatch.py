@@ -295,6 +295,57 @@ def test_custom_gradients_fall_back_and_are_right(function: Any) -> None:
         torch.testing.assert_close(got, want)
 
 
+def test_a_buffer_that_requires_grad_falls_back_and_gets_its_gradient() -> None:
+    net = nn.Linear(3, 2).double()
+    net.register_buffer("scale", torch.ones(2, dtype=torch.float64, requires_grad=True))
+    batches = tasks()
+
+    def gradient(backend: str) -> Tensor:
+        objective = lambda model, batch: F.mse_loss(model(batch[0]) * model.scale, batch[1])  # noqa: E731
+        inner = metafast.InnerLoop(net, objective=objective, update=metafast.SGD(lr=0.1), steps=1, backend=backend)
+        return inner.meta_gradient(*batches)[1]["extern/0"]
+
+    with pytest.warns(metafast.FallbackWarning, match="a buffer that requires grad"):
+        ours = gradient("auto")
+    assert ours.abs().min() > 0
+    torch.testing.assert_close(ours, gradient("torch"))
+
+
+def test_each_loss_runs_once_for_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run that finds tensors in closures is the run that the plan is made of."""
+    from metafast import capture, externs
+
+    runs = []
+    run_model = capture._run_model
+    monkeypatch.setattr(capture, "_run_model", lambda *args: runs.append(args[-1]) or run_model(*args))
+    monkeypatch.setattr(externs, "Reference", None)
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+    gradients(nn.Linear(3, 2).double(), "native", lambda out, y: F.mse_loss(out * scale, y))
+    assert runs == [["support/0", "support/1"], ["query/0", "query/1"]]
+
+
+def test_a_support_half_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another query shape checks the query alone; another support shape, or another net, both."""
+    from metafast import native
+
+    checked = []
+    section = native.gradient_section
+    monkeypatch.setattr(native, "gradient_section", lambda *args: checked.append(args) or section(*args))
+    net, (support, query) = Net().double(), tasks()
+    rows = lambda batch, n: tuple(t[:, :n] for t in batch)  # noqa: E731
+    for batch, sections in [
+        ((support, query), 2),
+        ((support, rows(query, 3)), 3),
+        ((rows(support, 3), query), 5),
+        ((rows(support, 3), rows(query, 3)), 6),
+    ]:
+        agree(net, batch=batch)
+        assert len(checked) == sections
+    set_kind(net)
+    agree(net, batch=(support, rows(query, 2)))
+    assert len(checked) == 8
+
+
 def test_plans_are_capped() -> None:
     net = Net().double()
     inner = metafast.InnerLoop(net, F.mse_loss, update=metafast.SGD(lr=0.1), steps=0, backend="native")

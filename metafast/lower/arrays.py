@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from metafast.graph import Attrs, Shape
 from metafast.ops import numel
@@ -79,14 +79,18 @@ def lies_in(a: Array, order: Sequence[int]) -> bool:
 # ---- views ----------------------------------------------------------------------------------------------------
 
 
+def viewed(a: Array, shape: Shape, strides: tuple[int, ...], start: int = 0) -> Array:
+    """The same memory under another shape, from element `start` on."""
+    return Array(a.buffer, shape, strides, a.itemsize, a.offset + start)
+
+
 def permuted(a: Array, dims: Sequence[int]) -> Array:
-    return replace(a, shape=tuple(a.shape[d] for d in dims), strides=tuple(a.strides[d] for d in dims))
+    return viewed(a, tuple([a.shape[d] for d in dims]), tuple([a.strides[d] for d in dims]))
 
 
 def broadcast_to(a: Array, shape: Shape) -> Array:
     lead = len(shape) - len(a.shape)
-    strides = [0] * lead + [0 if n == 1 else s for n, s in zip(a.shape, a.strides, strict=True)]
-    return replace(a, shape=shape, strides=tuple(strides))
+    return viewed(a, shape, (0,) * lead + tuple([0 if n == 1 else s for n, s in zip(a.shape, a.strides, strict=True)]))
 
 
 def sliced(a: Array, attrs: Attrs) -> Array:
@@ -94,7 +98,7 @@ def sliced(a: Array, attrs: Attrs) -> Array:
     size = len(range(attrs["start"], attrs["stop"], attrs["step"]))
     shape = (*a.shape[:d], size, *a.shape[d + 1 :])
     strides = (*a.strides[:d], a.strides[d] * attrs["step"], *a.strides[d + 1 :])
-    return replace(a, shape=shape, strides=strides, offset=a.offset + attrs["start"] * a.strides[d])
+    return viewed(a, shape, strides, attrs["start"] * a.strides[d])
 
 
 def reshaped(a: Array, shape: Shape) -> Array | None:
@@ -103,7 +107,7 @@ def reshaped(a: Array, shape: Shape) -> Array | None:
     Cut the old dims into runs that are contiguous among themselves; the new dims must fill each run exactly.
     """
     if numel(shape) == 0:
-        return replace(a, shape=shape, strides=dense_strides(shape))
+        return viewed(a, shape, dense_strides(shape))
     runs: list[list[int]] = []  # [elements, innermost stride], outermost run first
     for n, s in zip(a.shape, a.strides, strict=True):
         if n == 1:
@@ -125,25 +129,26 @@ def reshaped(a: Array, shape: Shape) -> Array | None:
             return None
         strides[d] = step
         step, left = step * shape[d], left // shape[d]
-    return replace(a, shape=shape, strides=tuple(strides))
+    return viewed(a, shape, tuple(strides))
 
 
 def collapse(shape: Shape, strides: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
     """Merge neighbouring dims that every operand walks as one; drop dims of size 1. Returns (dims, strides)."""
     dims: list[int] = []
-    out: list[list[int]] = [[] for _ in strides]
+    columns: list[list[int]] = []  # the strides of all operands along each of them
+    last: list[int] = []
     for d, n in enumerate(shape):
         if n == 1:
             continue
-        if dims and all(o[-1] == s[d] * n for o, s in zip(out, strides, strict=True)):
+        steps = [s[d] for s in strides]
+        if dims and [s * n for s in steps] == last:
             dims[-1] *= n
-            for o, s in zip(out, strides, strict=True):
-                o[-1] = s[d]
+            columns[-1] = steps
         else:
             dims.append(n)
-            for o, s in zip(out, strides, strict=True):
-                o.append(s[d])
-    return dims, out
+            columns.append(steps)
+        last = steps
+    return dims, [list(each) for each in zip(*columns, strict=True)] or [[] for _ in strides]
 
 
 @dataclass(eq=False)

@@ -114,7 +114,8 @@ def _follows(a: Array, b: Array) -> bool:
 
 def _joined(code: list[Instruction], row: Sequence[Instruction]) -> list[Instruction]:
     """The code with the row as one instruction, at the place of its last; unchanged where others come between."""
-    at = [k for k, ins in enumerate(code) if any(ins is member for member in row)]
+    members = set(map(id, row))
+    at = [k for k, ins in enumerate(code) if id(ins) in members]
     if len(at) < 2 or not _independent(code, at):
         return code
     total = sum(aligned(ins.ints[5] * ins.operands[-1].itemsize) for ins in row[:-1])
@@ -132,12 +133,12 @@ def _independent(code: Sequence[Instruction], at: Sequence[int]) -> bool:
     """Whether every member may run where the last one does: nobody up to there meets what it writes, or writes what it
     reads."""
     members = set(at)
+    touched = {k: _touched(code[k]) for k in range(at[0], at[-1] + 1)}
     for k in at:
-        reads, writes = _touched(code[k])
-        for other in range(at[0], at[-1] + 1):
+        reads, writes = touched[k]
+        for other, (theirs, made) in touched.items():
             if other == k or (other < k and other not in members):
                 continue
-            theirs, made = _touched(code[other])
             if writes & (theirs | made) or reads & made:
                 return False
     return True

@@ -8,7 +8,7 @@ everything that leaves the section is contiguous. Where an operand lies otherwis
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -30,8 +30,9 @@ from metafast.lower.arrays import (
     permuted,
     reshaped,
     sliced,
+    viewed,
 )
-from metafast.lower.fuse import Unit, units
+from metafast.lower.fuse import Unit, aliases, units
 from metafast.ops import TABLE, numel
 from metafast.ops.shape import literal_tensor
 from metafast.sweep import Section, Store
@@ -87,17 +88,21 @@ class Emitter:
         self.producer = self.graph.producers()
         self.code: list[Instruction] = []
         self.kept: dict[tuple[str, str], Array] = {}
+        self.alias = aliases(self.graph, lambda node: node.op == "stop_gradient")
         self.copies: dict[tuple[Array, tuple[int, ...] | None], Array] = {}
         self.uses = self._outside_uses()
 
     def run(self) -> list[Instruction]:
         """All instructions, in order."""
-        self.plan = units(self.section)
+        plan = units(self.section)
         self.homes: dict[Node, list[Unit]] = {}
-        for unit in self.plan:
+        self.storing: dict[Value, list[Unit]] = {}
+        for unit in plan:
             for n in unit.nodes:
                 self.homes.setdefault(n, []).append(unit)
-        for unit in self.plan:
+            for v, _ in unit.stores:
+                self.storing.setdefault(v, []).append(unit)
+        for unit in plan:
             if unit.kind == "pointwise":
                 self._cluster(unit)
             elif unit.kind == "sum":
@@ -201,8 +206,9 @@ class Emitter:
         sums = self._adding(unit, order, arrays)
         for n in unit.sums:
             self.homes[n] = [unit] if n in sums else [Unit("node")]  # made by another instruction
-        code.allocate(unit, [n.inputs[0] for n in sums])
-        results = self._results(unit, inside, code, order) + [self._summed(n, code) for n in sums]
+        needed = [v for v in inside if self._needed(v, unit)]
+        code.allocate(unit, [*needed, *(n.inputs[0] for n in sums)])
+        results = self._results(unit, needed, code, order) + [self._summed(n, code) for n in sums]
         self._emit_pointwise(
             arrays, results, code.ops, code.count, code.floats, unit.shape, order, self._note(unit), len(unit.nodes)
         )
@@ -212,6 +218,8 @@ class Emitter:
 
     def _adding(self, unit: Unit, order: Sequence[int], arrays: Sequence[Array]) -> list[Node]:
         """Which of its sums the cluster can make: the kernel walks all operands as one set of merged dims."""
+        if not unit.sums:
+            return []
         stored = [where for value, store in unit.stores if (where := self.target(store, value)) is not None]
         if not all(lies_in(a, order) for a in stored):
             return []
@@ -224,7 +232,7 @@ class Emitter:
     def _add_up(self, sums: Sequence[Node], order: Sequence[int], arrays: Sequence[Array]) -> bool:
         """Whether each adds over everything, or over all but what lies innermost and is walked as one."""
         shape = sums[0].inputs[0].shape
-        views = [_sum_view(n, Buffer(0), self.item) for n in sums]
+        views = [_sum_view(n, Array(Buffer(0), (), (), self.item)) for n in sums]
         strides = [[a.strides[d] for d in order] for a in (*arrays, *views)]
         strides.append([dense_strides(shape, order)[d] for d in order])
         _, collapsed = collapse(tuple(shape[d] for d in order), strides)
@@ -233,8 +241,7 @@ class Emitter:
 
     def _summed(self, node: Node, code: _Registers) -> Result:
         out, mode = self._result(node, self._direct(node, node.outputs[0]), None)
-        view = _sum_view(node, out.buffer, self.item)
-        return replace(view, offset=out.offset), code.register(node.inputs[0]), SUM + mode
+        return _sum_view(node, out), code.register(node.inputs[0]), SUM + mode
 
     @staticmethod
     def _note(unit: Unit) -> str:
@@ -251,7 +258,7 @@ class Emitter:
                 return order
         return plain
 
-    def _results(self, unit: Unit, inside: Sequence[Value], code: _Registers, order: Sequence[int]) -> list[Result]:
+    def _results(self, unit: Unit, needed: Sequence[Value], code: _Registers, order: Sequence[int]) -> list[Result]:
         """The cluster's outputs: array, register, mode. First what is kept here, then what is stored elsewhere."""
         stored: list[Result] = []
         for value, store in unit.stores:
@@ -259,11 +266,11 @@ class Emitter:
             if where is None:
                 continue
             stored.append((where, code.register(value), int(store.add)))
-            if value in inside and not store.add:
+            if value in code.inside and not store.add:
                 self.env[value] = where
         made: list[Result] = []
-        for v in inside:
-            if v not in self.env and self._needed(v, unit):
+        for v in needed:
+            if v not in self.env:
                 self.env[v] = self.fresh(unit.shape, order)
                 made.append((self.env[v], code.register(v), 0))
         self._keep(unit)
@@ -283,9 +290,7 @@ class Emitter:
 
     def _made_once(self, v: Value, unit: Unit) -> bool:
         """A lazy node has a copy in every cluster that reads it, so none of them writes it down."""
-        maker = self.producer[v]
-        while maker.op == "stop_gradient":
-            maker = self.producer[maker.inputs[0]]
+        maker = self.producer[self.alias.get(v, v)]
         return len(self.homes[maker]) == 1 or any(s is v for s, _ in unit.stores)
 
     def _biases(self, n: Node) -> bool:
@@ -296,7 +301,7 @@ class Emitter:
         return any(o is v for o in self.graph.outputs.values())
 
     def _stored_elsewhere(self, v: Value, unit: Unit) -> bool:
-        return any(value is v for u in self.plan if u is not unit for value, _ in u.stores)
+        return any(u is not unit and u.stores for u in self.storing.get(v, ()))
 
     def _keep(self, unit: Unit) -> None:
         for value, store in unit.stores:
@@ -361,7 +366,7 @@ class Emitter:
         """Where an accumulating kernel may write a section output itself, instead of a store copying it there."""
         if TABLE[node.op].kernel not in DIRECT:
             return None
-        for unit in self.plan:
+        for unit in self.storing.get(result, ()):
             if unit.nodes or not unit.stores or unit.stores[0][0] is not result:
                 continue
             store = unit.stores[0][1]
@@ -579,7 +584,7 @@ class _Registers:
     """Registers of one cluster: inputs first, then results, reused once nothing more reads them."""
 
     def __init__(self, emitter: Emitter, unit: Unit, inside: Sequence[Value]) -> None:
-        self.emitter, self.inside = emitter, set(inside)
+        self.emitter, self.alias, self.inside = emitter, emitter.alias, set(inside)
         self.inputs: list[Value] = []
         self.floats: list[float] = []
         self.ops: list[int] = []
@@ -591,13 +596,8 @@ class _Registers:
             self._outside(v)
         self.count = len(self.inputs)
 
-    def _alias(self, v: Value) -> Value:
-        while (n := self.emitter.producer.get(v)) is not None and n.op == "stop_gradient":
-            v = n.inputs[0]
-        return v
-
     def _outside(self, v: Value) -> None:
-        v = self._alias(v)
+        v = self.alias.get(v, v)
         if v in self.inside or v in self.where:
             return
         n = self.emitter.producer.get(v)
@@ -611,9 +611,8 @@ class _Registers:
             self.inputs.append(v)
 
     def allocate(self, unit: Unit, read_at_end: Sequence[Value]) -> None:
-        """Write the operations; what is stored, needed outside or in `read_at_end` keeps its register."""
-        kept = {self._alias(v) for v in (*(v for v, _ in unit.stores), *read_at_end)}
-        kept |= {v for v in self.inside if self.emitter._needed(v, unit)}
+        """Write the operations; what is stored or in `read_at_end` keeps its register."""
+        kept = {self.alias.get(v, v) for v in (*(v for v, _ in unit.stores), *read_at_end)}
         operations = self._operations(unit, kept)
         last = {v: k for k, (_, _, args) in enumerate(operations) for v in args}
         free: list[int] = []
@@ -631,10 +630,10 @@ class _Registers:
 
     def _operations(self, unit: Unit, kept: set[Value]) -> list[tuple[str, Value, list[Value]]]:
         """Opcode, result and sources of each; a choice by `step(x)` reads x, and the mask is made if others read it."""
-        masks = {n.outputs[0]: self._alias(n.inputs[0]) for n in unit.nodes if n.op == "step"}
+        masks = {n.outputs[0]: self.alias.get(n.inputs[0], n.inputs[0]) for n in unit.nodes if n.op == "step"}
         found = []
         for n in unit.nodes:
-            op, args = n.op, [self._alias(v) for v in n.inputs]
+            op, args = n.op, [self.alias.get(v, v) for v in n.inputs]
             if op == "where" and args[0] in masks:
                 op, args[0] = "where_positive", masks[args[0]]
             found.append((op, n.outputs[0], args))
@@ -643,7 +642,7 @@ class _Registers:
 
     def register(self, v: Value) -> int:
         """The register that holds the value at the end; a constant gets one by a copy."""
-        v = self._alias(v)
+        v = self.alias.get(v, v)
         r = self.where[v]
         if r < 0:
             self.ops += [self.emitter.opcodes["copy"], self.count, r, 0, 0]
@@ -652,12 +651,12 @@ class _Registers:
         return r
 
 
-def _sum_view(node: Node, buffer: Buffer, itemsize: int) -> Array:
+def _sum_view(node: Node, out: Array) -> Array:
     """The result of a sum, seen with the shape of what is summed: stride 0 where it adds up."""
     shape, dims = node.inputs[0].shape, node.attrs["dims"]
     kept = iter(dense_strides(node.outputs[0].shape))
     strides = tuple(0 if d in dims else next(kept) for d in range(len(shape)))
-    return Array(buffer, shape, strides, itemsize)
+    return viewed(out, shape, strides)
 
 
 def _nhwc(shape: Shape) -> list[int]:

@@ -11,7 +11,7 @@ the cluster's own output.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from metafast.graph import Graph, Node, Value
@@ -56,6 +56,15 @@ def is_free(node: Node) -> bool:
     return TABLE[node.op].kernel in ("view", "constant")
 
 
+def aliases(graph: Graph, through: Callable[[Node], bool]) -> dict[Value, Value]:
+    """What the outputs of such views are views of."""
+    found: dict[Value, Value] = {}
+    for node in graph.nodes:
+        if through(node):
+            found[node.outputs[0]] = found.get(node.inputs[0], node.inputs[0])
+    return found
+
+
 def units(section: Section) -> list[Unit]:
     """The section's units in an order that respects every dependence."""
     return _Fuser(section).run()
@@ -75,6 +84,8 @@ class _Fuser:
                 self.uses[v] += 1
         for v in self.graph.outputs.values():
             self.uses[v] += 1
+        self.alias = aliases(self.graph, lambda node: node.op == "stop_gradient")
+        self.root = aliases(self.graph, lambda node: TABLE[node.op].kernel == "view")
         self.lazy = self._lazy()
         self.units: list[Unit] = []
         self.summed: dict[Value, int] = {}  # the sums that a cluster makes of its own values
@@ -96,14 +107,8 @@ class _Fuser:
 
     # -- dependence
 
-    def _root(self, v: Value) -> Value:
-        """The value whose elements `v` views."""
-        while (n := self.producer.get(v)) is not None and TABLE[n.op].kernel == "view":
-            v = n.inputs[0]
-        return v
-
     def _deps(self, values: Iterable[Value]) -> set[int]:
-        return {u for v in values if (u := self.unit_of.get(self._root(v))) is not None}
+        return {u for v in values if (u := self.unit_of.get(self.root.get(v, v))) is not None}
 
     # -- lazy nodes
 
@@ -153,11 +158,12 @@ class _Fuser:
         group = self._with_lazy(node)
         inputs = tuple(v for n in group for v in n.inputs)
         deps = self._deps(inputs)
-        u = self._home(node.outputs[0].shape, inputs, deps)
+        makers = self._makers(inputs, node.outputs[0].shape)
+        u = self._home(makers, inputs, deps)
         if u is None:
             u = self._new(Unit("pointwise"), deps)
         else:
-            for w in self._makers(inputs, node.outputs[0].shape) - {u}:
+            for w in makers - {u}:
                 self._merge(u, w, deps)
             self._join(u, self._deps(inputs))
         unit = self.units[u]
@@ -165,9 +171,9 @@ class _Fuser:
         unit.nodes += [n for n in dict.fromkeys(group[:-1]) if n not in unit.nodes]
         self._own(u, node, k)
 
-    def _home(self, shape: tuple[int, ...], inputs: tuple[Value, ...], deps: set[int]) -> int | None:
-        """The latest cluster that makes one of the inputs and may take one more node of that shape."""
-        for u in sorted(self._makers(inputs, shape), reverse=True):
+    def _home(self, makers: set[int], inputs: tuple[Value, ...], deps: set[int]) -> int | None:
+        """The latest of those clusters that may take one more node with these inputs."""
+        for u in sorted(makers, reverse=True):
             unit = self.units[u]
             if len(unit.nodes) >= MAX_OPS or len(unit.inputs | set(inputs)) >= MAX_INPUTS:
                 continue
@@ -177,10 +183,11 @@ class _Fuser:
 
     def _makers(self, inputs: tuple[Value, ...], shape: tuple[int, ...]) -> set[int]:
         """The clusters of that shape that make one of the inputs and that a reader of all of them could be part of."""
-        makers = {self.unit_of[v] for v in map(self._alias, inputs) if v in self.unit_of}
-        makers -= {u for v in map(self._root, inputs) if (u := self.summed.get(v)) is not None}
+        seen = [(self.alias.get(v, v), self.root.get(v, v)) for v in inputs]
+        makers = {self.unit_of[v] for v, _ in seen if v in self.unit_of}
+        makers -= {self.summed[r] for _, r in seen if r in self.summed}
         # A view reads elements that other blocks of the maker write: its reader runs after that cluster, not in it.
-        makers -= {self.unit_of[r] for v in inputs if (r := self._root(v)) is not self._alias(v) and r in self.unit_of}
+        makers -= {self.unit_of[r] for v, r in seen if r is not v and r in self.unit_of}
         return {u for u in makers if self.units[u].kind == "pointwise" and self.units[u].shape == shape}
 
     def _merge(self, u: int, w: int, deps: set[int]) -> None:
@@ -201,11 +208,6 @@ class _Fuser:
         for x in range(len(self.units)):
             if self.before[x] >> u & 1 or self.before[x] >> w & 1:
                 self.before[x] |= self.before[u] | 1 << u
-
-    def _alias(self, v: Value) -> Value:
-        while (n := self.producer.get(v)) is not None and n.op == "stop_gradient":
-            v = n.inputs[0]
-        return v
 
     def _join(self, u: int, deps: set[int]) -> None:
         more = self._closure({d for d in deps if d != u}) & ~self.before[u]
@@ -246,7 +248,7 @@ class _Fuser:
 
     def _reduction(self, node: Node) -> bool:
         """Let the cluster that makes the values add them up while they are in L1; no later node may join through it."""
-        u = self.unit_of.get(self._alias(node.inputs[0]))
+        u = self.unit_of.get(self.alias.get(node.inputs[0], node.inputs[0]))
         if u is None or self.units[u].kind != "pointwise" or node.inputs[0].shape != self.units[u].shape:
             return False
         if len(self.units[u].sums) + len(self.units[u].inputs) >= MAX_INPUTS or node.inputs[0] in self.summed:
@@ -283,7 +285,7 @@ class _Fuser:
 
     def _store(self, store: Store) -> None:
         value = self.graph.outputs[store.output]
-        made = self._alias(value)
+        made = self.alias.get(value, value)
         u = self.unit_of.get(made)
         joins = u is not None and self.units[u].kind == "pointwise" and self.units[u].shape == value.shape
         if u is None or not joins or made in self.summed:

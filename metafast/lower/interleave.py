@@ -83,7 +83,7 @@ class _Interleaver:
                 made = self._node(node, inputs)
                 self.moving.update(made)
             else:
-                made = self.b.ops(node.op, *inputs, **node.attrs)
+                made = self.b.again(node, tuple(inputs))
             self.env.update(zip(node.outputs, made, strict=True))
         self.b.origin = ""
         for store in self.section.stores:

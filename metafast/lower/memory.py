@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Sequence
 
 from metafast.lower.arrays import Buffer, Instruction
@@ -37,17 +38,18 @@ def place(code: Sequence[Instruction], base: int) -> int:
     bytes on the programs seen. Two buffers that are alive at one instruction never overlap.
     """
     life = {b: span for b, span in lifetimes(code).items() if b.offset is None}
-    placed: list[tuple[int, int, int, int]] = []  # offset, end, first, last
+    placed: list[tuple[int, int, int, int]] = []  # offset, end, first, last; in order
     top = base
     for buffer, (first, last) in sorted(life.items(), key=lambda e: (-e[0].nbytes, e[1])):
         at = base
-        for start, end, *_ in sorted(p for p in placed if p[2] <= last and first <= p[3]):
+        for start, end, begins, ends in placed:
             if at + buffer.nbytes <= start:
                 break
-            at = max(at, end)
+            if begins <= last and first <= ends:
+                at = max(at, end)
         buffer.offset = at
         end = at + aligned(max(buffer.nbytes, 1))
-        placed.append((at, end, first, last))
+        insort(placed, (at, end, first, last))
         top = max(top, end)
     for part in {a.buffer for ins in code for a in ins.operands}:
         if part.within is not None:

@@ -18,25 +18,26 @@ from metafast.sweep import Section
 
 def spell(section: Section) -> Section:
     """The section with such nodes replaced."""
-    if not any(n.op in _SPELLED for n in section.graph.nodes):
+    if not any(map(_worth, section.graph.nodes)):
         return section
     b = Builder()
     bind = same_input(b)
     env = {i.value: bind(i) for i in section.graph.inputs}
     for node in section.graph.nodes:
-        b.origin = node.origin
-        inputs = [env[v] for v in node.inputs]
-        spelled = _SPELLED.get(node.op)
-        if spelled is not None and _worth(node):
-            outputs = spelled(b, node, *inputs)
+        inputs = tuple([env[v] for v in node.inputs])
+        if _worth(node):
+            b.origin = node.origin
+            outputs = _SPELLED[node.op](b, node, *inputs)
         else:
-            outputs = b.ops(node.op, *inputs, **node.attrs)
+            outputs = b.again(node, inputs)
         env.update(zip(node.outputs, outputs, strict=True))
     graph = b.finish({name: env[v] for name, v in section.graph.outputs.items()}, keep_inputs=True)
     return Section(graph, section.stores)
 
 
 def _worth(node: Node) -> bool:
+    if node.op not in _SPELLED:
+        return False
     return _depth(node) == 1 if node.op in _OUTER else _kept_innermost(node)
 
 

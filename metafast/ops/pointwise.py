@@ -21,9 +21,9 @@ POINTWISE: set[str] = set()
 
 
 def _infer(inputs: Sequence[Value], attrs: Attrs) -> tuple[Spec, ...]:
-    if any(v.dtype != "real" for v in inputs):
+    if {v.dtype for v in inputs} != {"real"}:
         raise ValueError(f"a pointwise op takes real values, got {[v.dtype for v in inputs]}")
-    return ((broadcast(*(v.shape for v in inputs)), "real"),)
+    return ((broadcast(*{v.shape for v in inputs}), "real"),)
 
 
 def _vjp(partials: Sequence[Partial]) -> Rule:
@@ -71,7 +71,7 @@ def _row(
 
     def folded(b: Builder, inputs: tuple[Value, ...], attrs: dict[str, object]) -> Value | None:
         numbers = [b.constant_of(v) for v in inputs]
-        if all(c is not None for c in numbers):
+        if None not in numbers:
             x = [torch.tensor(c, dtype=torch.float64) for c in numbers]
             return b.const(float(f(*x)))
         simpler = simplify(b, inputs, attrs) if simplify is not None else None

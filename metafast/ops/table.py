@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from metafast.graph import Attrs, Builder, Node, Shape, Value
+from metafast.graph import TABLE, Attrs, Builder, Node, Shape, Value
 
 Spec = tuple[Shape, str]
 Infer = Callable[[Sequence[Value], Attrs], tuple[Spec, ...]]
@@ -39,9 +39,6 @@ class Op:
     simplify: Simplify | None = None
     flops: Callable[[Node], float] = lambda node: float(sum(numel(v.shape) for v in node.outputs))
     bound: float = 2e-6
-
-
-TABLE: dict[str, Op] = {}
 
 
 def register(op: Op) -> Op:

@@ -154,7 +154,8 @@ def _images(b: Builder, v: Value, winners: Value, seen: dict[Value, set[Value]])
 
 def scatter(b: Builder, op: str, x: Sequence[Value]) -> Value | None:
     """A pointwise op that is 0 wherever a scattered input is, as the op on the winners."""
-    found = {k: n for k in _carrying(b, op, x) if (n := b.producer(x[k])) is not None and n.op == "pool_scatter"}
+    makers = {k: n for k, v in enumerate(x) if (n := b.producer(v)) is not None and n.op == "pool_scatter"}
+    found = {k: makers[k] for k in _carrying(b, op, x) if k in makers} if makers else {}
     if not found:
         return None
     at, node = next(iter(found.items()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import linecache
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any
@@ -122,6 +122,14 @@ class Trace:
             self._gradients = dict(zip(keys, grads, strict=True))
             self._root, self._leaves = None, {}
         return self._gradients
+
+    def rename(self, keys: Mapping[str, str]) -> None:
+        """Give leaves other keys."""
+        for info in self.tensors:
+            if info.key is not None:
+                info.key = keys.get(info.key, info.key)
+        self.externs = [(keys.get(key, key), t) for key, t in self.externs]
+        self._leaves = {keys.get(key, key): t for key, t in self._leaves.items()}
 
     def __str__(self) -> str:
         return show(self)
