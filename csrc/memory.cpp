@@ -7,6 +7,9 @@
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 namespace metafast {
 namespace {
@@ -14,6 +17,9 @@ namespace {
 // From here on a buffer asks for huge pages: an arena of some MiB walked once an instruction misses the TLB
 // otherwise.
 constexpr int64_t kHuge = int64_t{2} << 20;
+
+// What the C library may keep for itself: to look through its pages takes 10 ms.
+[[maybe_unused]] constexpr size_t kMuch = size_t{16} << 20;
 
 std::byte* allocate(int64_t bytes) {
   const bool huge = bytes >= 2 * kHuge;
@@ -50,6 +56,12 @@ void Buffer::release() noexcept {
   std::free(data_);
   data_ = nullptr;
   bytes_ = 0;
+}
+
+void return_free_pages() noexcept {
+#if defined(__GLIBC__) && __GLIBC_PREREQ(2, 33)
+  if (mallinfo2().fordblks >= kMuch) malloc_trim(0);
+#endif
 }
 
 }  // namespace metafast

@@ -27,4 +27,7 @@ class Buffer {
   int64_t bytes_ = 0;
 };
 
+// Gives back to the system what the C library has kept of memory freed by others, where that is much and it can.
+void return_free_pages() noexcept;
+
 }  // namespace metafast

@@ -161,5 +161,8 @@ def pointwise_opcodes() -> list[str]:
 def arena_bytes() -> int:
     """Bytes the workers hold between calls."""
 
+def return_free_pages() -> None:
+    """Gives back to the system what the C library keeps of freed memory, where that is 16 MiB or more and it can."""
+
 def trim() -> None:
     """Gives the memory held between calls back."""

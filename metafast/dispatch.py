@@ -56,6 +56,7 @@ def _choice(problem: Problem, backend: str) -> Choice:
             found = problem.choices[key] = _sought(problem, backend)
         finally:
             problem.traces.clear()
+        _tidy(found)
     return cast(Choice, found)
 
 
@@ -127,6 +128,14 @@ def _plan(problem: Problem) -> Choice:
         return Choice(Reference(), f"capture lost something of the forward: {differs}", False)
     reason = "every op has a native kernel; the first task agrees with PyTorch's autograd"
     return Choice(Native(plan), reason, True, support=support)
+
+
+def _tidy(choice: Choice) -> None:
+    """What PyTorch's eager run of the losses took is not to add to what a replay takes."""
+    if choice.native:
+        from metafast import _C
+
+        _C.return_free_pages()
 
 
 def explain(problem: Problem, backend: str) -> str:

@@ -211,5 +211,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("pointwise_opcodes", &pointwise_opcodes);
   m.def("arena_bytes", [] { return unlocked(&arena_bytes); });
   m.def("trim", [] { unlocked(&trim); });
+  m.def("return_free_pages", &return_free_pages);
   m.attr("CANCELLED") = kCancelled;
 }
