@@ -968,3 +968,28 @@ def test_fused_attention_with_dropout_to_second_order(backend: str) -> None:
     model.zero_grad()
     inner(support, query).backward()
     check_grads(model, answer)
+
+
+@backends
+def test_who_holds_the_loop_and_is_read_by_the_loss_can_go(backend: str) -> None:
+    """A trainer whose method is the objective: the loop looks at the trainer, which holds the loop."""
+
+    class Trainer:
+        def __init__(self) -> None:
+            self.scale = 2.0
+            self.model = nn.Linear(2, 1)
+            self.inner = metafast.InnerLoop(
+                self.model, objective=self.loss, update=metafast.SGD(lr=0.1), steps=1, backend=backend
+            )
+
+        def loss(self, model: nn.Module, batch: Any) -> Tensor:
+            return self.scale * model(batch[0]).square().mean()
+
+    trainer = Trainer()
+    batch = (torch.ones(2, 3, 2), torch.ones(2, 3, 1))
+    for _ in range(2):
+        trainer.inner(batch, batch).backward()
+    watch = weakref.ref(trainer), weakref.ref(trainer.model)
+    del trainer
+    gc.collect()
+    assert [w() for w in watch] == [None, None]

@@ -169,6 +169,22 @@ std::vector<std::string> pointwise_opcodes() {
   return names;
 }
 
+// Lets the garbage collector look into it.
+void collect_places(PyHeapTypeObject* heap_type) {
+  PyTypeObject* const type = &heap_type->ht_type;
+  type->tp_flags |= Py_TPFLAGS_HAVE_GC;
+  type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+    Py_VISIT(Py_TYPE(self));
+    return py::detail::is_holder_constructed(self)
+               ? py::handle(self).cast<const Places&>().traverse(visit, arg)
+               : 0;
+  };
+  type->tp_clear = [](PyObject* self) {
+    if (py::detail::is_holder_constructed(self)) py::handle(self).cast<Places&>().clear();
+    return 0;
+  };
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -191,7 +207,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("threads"))
       .def("profile", &Binding::profile, py::arg("tensors"), py::arg("weights"));
 
-  py::class_<Places>(m, "Places")
+  py::class_<Places>(m, "Places", py::custom_type_setup(&collect_places))
       .def(py::init<const py::list&, const py::list&>(), py::arg("places"), py::arg("sizes"))
       .def("hold", &Places::hold);
   py::class_<Facts>(m, "Facts")

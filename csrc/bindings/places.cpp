@@ -66,6 +66,7 @@ bool Places::holds(const Place& place) {
 }
 
 bool Places::hold() const {
+  if (!known_) return false;
   for (const Size& size : sizes_) {
     const py::ssize_t length = PyObject_Size(size.container.ptr());
     if (length < 0) PyErr_Clear();
@@ -74,6 +75,24 @@ bool Places::hold() const {
   for (const Place& place : places_)
     if (!holds(place)) return false;
   return true;
+}
+
+int Places::traverse(visitproc visit, void* arg) const {
+  for (const Place& place : places_) {
+    Py_VISIT(place.owner.ptr());
+    Py_VISIT(place.name.ptr());
+    Py_VISIT(place.value.ptr());
+  }
+  for (const Size& size : sizes_) Py_VISIT(size.container.ptr());
+  return 0;
+}
+
+// What is let go may call back: it is taken out first.
+void Places::clear() {
+  std::vector<Place> places;
+  std::vector<Size> sizes;
+  places.swap(places_), sizes.swap(sizes_);
+  known_ = false;
 }
 
 PyObject* const* Facts::single_names() {

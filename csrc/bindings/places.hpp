@@ -6,12 +6,16 @@
 
 namespace metafast {
 
-// Places that held certain objects, and containers of certain sizes. Keeps all of them alive.
+// Places that held certain objects, and containers of certain sizes. Keeps all of them alive, as far as the garbage
+// collector sees another reason to: what is looked at may well hold who looks.
 class Places {
  public:
   // (kind, owner, name, value) each, as in metafast/_C.pyi; (container, length) each.
   Places(const py::list& places, const py::list& sizes);
   bool hold() const;
+  // Calls visit(object) for every object that is kept, until it returns other than 0; returns that.
+  int traverse(visitproc visit, void* argument) const;
+  void clear();
 
  private:
   enum Kind { kItem, kAttribute, kType, kCell, kEmptyCell };
@@ -29,6 +33,7 @@ class Places {
 
   std::vector<Place> places_;
   std::vector<Size> sizes_;
+  bool known_ = true;  // false once cleared
 };
 
 // What a plan depends on in tensors, their values aside: class, shape, dtype, device, layout, requires_grad, nested.
