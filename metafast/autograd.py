@@ -277,16 +277,19 @@ class _Eager(Function):
         call: Call = ctx.call
         count = len(call.problem.leaves)
         saved = saved_by(ctx)
-        with torch.no_grad():
-            if call.ready:
-                seed = cotangents[0]
-                whole = seed is not None and seed.device.type == "cpu" and seed.item() == 1.0
-                grads = list(saved[count:]) if whole else scaled(saved[count:], seed)
-            else:
-                grads = call.backward(call.problem, cotangents)
+        if call.ready and _is_one(cotangents[0]):
+            grads: list[Tensor | None] = list(saved[count:])
+        else:
+            with torch.no_grad():
+                grads = scaled(saved[count:], cotangents[0]) if call.ready else call.backward(call.problem, cotangents)
         if torch.is_grad_enabled():  # create_graph: whoever differentiates these shall hear of it
             grads = once(grads, call.wanted(saved[:count]))
         return (None, *grads)
+
+
+def _is_one(seed: Tensor | None) -> bool:
+    """Whether the loss was what was differentiated; asking a GPU would take longer than to multiply."""
+    return seed is not None and seed.device.type == "cpu" and seed.item() == 1.0
 
 
 class Once(Function):

@@ -48,7 +48,8 @@ bool Places::holds(const Place& place) {
   PyObject* const owner = place.owner.ptr();
   switch (place.kind) {
     case kItem:
-      if (!PyDict_CheckExact(owner)) return is(PyObject_GetItem(owner, place.name.ptr()), place.value);
+      // Of a dict, what is stored: a defaultdict would make what is missing.
+      if (!PyDict_Check(owner)) return is(PyObject_GetItem(owner, place.name.ptr()), place.value);
       if (PyObject* const found = PyDict_GetItemWithError(owner, place.name.ptr()))
         return found == place.value.ptr();
       PyErr_Clear();
