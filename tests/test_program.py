@@ -336,7 +336,7 @@ def child_result(queue, threads):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*fork.*")
 def test_forked_children_run():
     """The parent's threads do not exist in a child, whether forked by hand or by a worker process of a loader."""
     expected = run_chain(chain_program(), 5, 2)[3]
