@@ -24,11 +24,11 @@ from metafast.sweep import SECTIONS
 if TYPE_CHECKING:
     from metafast.native import Plan
 
-__all__ = ["Call", "Form"]
+__all__ = ["MOST_FORMS", "Call", "Form"]
 
 LABEL_OUT_OF_RANGE = 1  # a kernel's error codes, csrc/kernels/common/kernels.hpp
 
-_MOST_FORMS = 64  # of a program
+MOST_FORMS = 64  # tasks and steps that a program is kept ready for
 _LOSSES = ("loss", "step_loss")
 
 
@@ -62,8 +62,8 @@ class Form:
         """The one kept with the program, which keeps the last few."""
         found = lowered.forms.get((tasks, steps))
         if found is None:
-            if len(lowered.forms) >= _MOST_FORMS:
-                del lowered.forms[next(iter(lowered.forms))]
+            if len(lowered.forms) >= MOST_FORMS:
+                lowered.forms.clear()
             found = lowered.forms[tasks, steps] = cls(lowered, dtype, tasks, steps)
         return cast(Form, found)
 
@@ -148,18 +148,24 @@ class Call:
         """Replay. Returns None, or where it failed the status, task, step, section and instruction."""
         weights, threads = self._weights(weights), torch.get_num_threads()
         divisor = self.form.tasks if self.problem.reduction == "mean" else 1
-        while isinstance(found := self.form.binding.run(self.given, weights, divisor, threads), int):
-            self.given[found] = self._readable(found)
+        found = self._bound(lambda given: self.form.binding.run(given, weights, divisor, threads))
         failed, rooms, self.sums, self.finite, self.total = found
         self.made = self.form.shown(rooms)
         return failed
 
     def profile(self, weights: Tensor) -> list[tuple[str, int, str, int, float]]:
         """Replay on one thread: section, index, kernel, calls and seconds of every instruction."""
-        given = self._weights(weights)
-        while isinstance(found := self.form.binding.profile(self.given, given), int):
-            self.given[found] = self._readable(found)
+        ready = self._weights(weights)
+        found: list[Any] = self._bound(lambda given: self.form.binding.profile(given, ready))
         return found
+
+    def _bound(self, work: Callable[[list[Tensor]], Any]) -> Any:
+        """What `work` does of the tensors, those that no kernel may read where they lie replaced by copies."""
+        for _ in range(len(self.given) + 1):
+            if not isinstance(found := work(self.given), int):
+                return found
+            self.given[found] = self._readable(found)
+        raise RuntimeError(f"{self.form.leaves[found].name}: a copy cannot be read either; please report it")
 
     def fail(self, status: int, task: int, step: int, section: Any, instruction: int) -> None:
         name = section if isinstance(section, str) else SECTIONS[section]

@@ -192,6 +192,7 @@ def plan_key(problem: Problem) -> tuple[Any, ...]:
         problem.adapted,
         problem.wrt,
         problem.order,
+        problem.steps > 0,  # what adapts is read before what does not, and tensors found outside are numbered by that
         problem.return_outputs,
         nesting(problem.support_spec),
         nesting(problem.query_spec),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metafast import _C, collector
-from metafast.binding import Call
+from metafast.binding import MOST_FORMS, Call
 from metafast.capture import Trace, Unsupported, capture, capture_function
 from metafast.errors import LabelError, position
 from metafast.graph import Builder, Graph, copy_into
@@ -48,11 +48,14 @@ class Plan:
     _written: dict[str, dict[str, Section]] = field(default_factory=dict)
     _keeping: dict[str, tuple[dict[str, Section], int]] = field(default_factory=dict)  # and elements that a step keeps
     _best: dict[tuple[str, int, int], Lowered] = field(default_factory=dict)
+    _apart: set[tuple[str, int]] = field(default_factory=set)  # modes that can't do so many tasks side by side
 
     def best(self, mode: str, tasks: int, steps: int) -> Lowered:
         """The program that does so many tasks and steps best."""
         found = self._best.get((mode, tasks, steps))
         if found is None:
+            if len(self._best) >= MOST_FORMS:
+                self._best.clear()
             lanes = best_lanes(self.sweep().state, self.dtype.itemsize, tasks)
             found = self._best[mode, tasks, steps] = self.program(mode, steps, lanes)
         return found
@@ -63,13 +66,15 @@ class Plan:
 
         One task after the other where `lanes` can't be done at once.
         """
+        if (mode, lanes) in self._apart:
+            lanes = 1
         key = (mode, lanes, self.keeps(mode, steps, lanes))
         if key not in self.programs:
             try:
-                made = lower(self.sweep().state, self.sections(mode, steps, lanes), self.dtype, lanes)
+                self.programs[key] = lower(self.sweep().state, self.sections(mode, steps, lanes), self.dtype, lanes)
             except NotInterleaved:
-                made = self.program(mode, steps)
-            self.programs[key] = made
+                self._apart.add((mode, lanes))
+                return self.program(mode, steps)
         return self.programs[key]
 
     def sections(self, mode: str, steps: int, lanes: int = 1) -> dict[str, Section]:

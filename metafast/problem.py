@@ -66,9 +66,10 @@ class Problem:
     traces: dict[str, Trace] = field(init=False, default_factory=dict, compare=False, repr=False)
 
     def over(self, leaves: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Problem:
-        """The same problem over other leaves and buffers of the same form: what was settled for one holds for both."""
+        """The same problem over other leaves and buffers of the same form: what was settled for one holds for both, but
+        not what was traced."""
         made = object.__new__(Problem)
-        made.__dict__.update(self.__dict__, leaves=leaves, buffers=buffers)
+        made.__dict__.update(self.__dict__, leaves=leaves, buffers=buffers, traces={})
         return made
 
     def with_leaves(self, tensors: Sequence[Tensor]) -> Problem:

@@ -993,3 +993,58 @@ def test_who_holds_the_loop_and_is_read_by_the_loss_can_go(backend: str) -> None
     del trainer
     gc.collect()
     assert [w() for w in watch] == [None, None]
+
+
+def test_what_is_found_outside_keeps_its_gradient_when_steps_change() -> None:
+    """Without a step the query reads them first, and in another order."""
+    model = mlp()
+    a, b = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (2.0, 5.0))
+
+    def objective(model: nn.Module, batch: Any) -> Tensor:
+        return (model(batch[0]) * a - b).square().mean()
+
+    def query_objective(model: nn.Module, batch: Any) -> Tensor:
+        return (model(batch[0]) - 1.0).square().mean() * b / a
+
+    answers = []
+    for backend in ("torch", "native"):
+        inner = metafast.InnerLoop(
+            model, objective=objective, query_objective=query_objective, update=metafast.SGD(lr=0.1), steps=2,
+            backend=backend,
+        )  # fmt: skip
+        for steps in (2, 0, 2):
+            inner.steps = steps
+            a.grad = b.grad = None
+            inner(data(0), data(1)).backward()
+            answers.append(torch.stack([a.grad, b.grad]))
+    for eager, native in zip(answers[:3], answers[3:], strict=True):
+        close(native, eager)
+
+
+def test_first_calls_of_two_threads_on_different_data() -> None:
+    """What one call traced is not taken for another's."""
+    inner = loop(mlp(), "native")
+    first, second = data(0), (data(1)[0] * 10, data(1)[1])
+    inner._problem(first, first, gradient=True)  # traced, as far as a thread may have come when another one calls
+    close(inner.meta_gradient(second, second)[0], loop(inner.model, "torch").meta_gradient(second, second)[0])
+
+
+def test_masked_log_probabilities() -> None:
+    """Sums of probabilities that are zero, in a task that the check at the first use does not see."""
+
+    def objective(model: nn.Module, batch: Any) -> Tensor:
+        logits = model(batch[0]).masked_fill(batch[1] > 0, -torch.inf)
+        return torch.logaddexp(logits, logits.detach()).exp().mean()
+
+    x = data(0)[0]
+    mask = torch.zeros(len(x), 1, WAYS, dtype=torch.int64)
+    mask[1:, :, 1] = 1
+    losses = []
+    for backend in ("torch", "native"):
+        inner = metafast.InnerLoop(
+            mlp(), objective=objective, update=metafast.SGD(lr=0.1), steps=0, reduction="none", backend=backend
+        )
+        losses.append(inner((x, mask), (x, mask)).detach())
+    assert losses[0].isfinite().all()
+    close(losses[1], losses[0])
+

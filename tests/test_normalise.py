@@ -106,6 +106,9 @@ for _n in _ROUND:
 case("round.halves", (2, 8))(lambda x: torch.round(torch.arange(-4.0, 4.0, 0.5, dtype=x.dtype).view(2, 8) + 0 * x))
 case("hardswish", A, make=_kinks)(F.hardswish)
 case("logaddexp", A, V, make=_kinks)(torch.logaddexp)
+case("logaddexp.inf", A, A)(
+    lambda x, y: torch.logaddexp(torch.where(x > 0.5, -math.inf, x), torch.where(x < -0.5, -math.inf, y))
+)
 case("logit", A, make=_unit)(torch.logit)
 
 for _n in ("amax", "amin"):
@@ -674,6 +677,7 @@ UNSUPPORTED: dict[str, tuple[Function, str]] = {
     "cumprod": (lambda x: x.cumprod(0), "aten.cumprod"),
     "floor_divide": (lambda x: torch.div(x, 2, rounding_mode="floor"), "rounding_mode"),
     "groups": (lambda x: F.conv1d(x[:2, None].expand(2, 34, 4), x[0].expand(34, 2, 4), groups=17), "17 groups"),
+    "scale": (lambda x: F.interpolate(x.view(1, 3, 4), scale_factor=2.2), "no multiple"),
     "nearest": (lambda x: F.interpolate(x.view(1, 1, 3, 4), (4, 6)), "no multiple"),
     "transposed": (lambda x: F.conv_transpose2d(x.view(1, 1, 3, 4), x.view(1, 1, 3, 4)), "transposed"),
     "adaptive": (lambda x: F.adaptive_avg_pool2d(x.view(1, 1, 3, 4), (2, 2)), "unequal"),

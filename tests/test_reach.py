@@ -195,9 +195,21 @@ def closure_in_a_closure() -> tuple[Any, Callable[[], None]]:
     return loss, lambda: setattr(space, "f", lambda loss: loss * 2)
 
 
+def order_of_a_dict() -> tuple[Any, Callable[[], None]]:
+    gains = {"a": lambda loss: loss + 1, "b": lambda loss: loss * 3}
+
+    def loss(out: Tensor, y: Tensor) -> Tensor:
+        value = F.mse_loss(out, y)
+        for gain in gains.values():
+            value = gain(value)
+        return value
+
+    return loss, lambda: gains.__setitem__("a", gains.pop("a"))
+
+
 @pytest.mark.parametrize(
     "make",
-    [keyword_default, other_module, attribute_of_a_callables_class, closure_in_a_closure],
+    [keyword_default, other_module, attribute_of_a_callables_class, closure_in_a_closure, order_of_a_dict],
     ids=lambda f: f.__name__,
 )
 def test_a_change_of_what_the_loss_reads_is_seen(make: Callable[[], tuple[Any, Callable[[], None]]]) -> None:

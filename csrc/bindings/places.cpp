@@ -7,9 +7,15 @@
 namespace metafast {
 namespace {
 
+// What looking raised is taken for a change, unless it is to end the program.
+void forget_error() {
+  if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_Exception)) throw py::error_already_set();
+  PyErr_Clear();
+}
+
 // Whether a new reference is to that object; where it could not be had, it is not.
 bool is(PyObject* reference, const py::object& value) {
-  if (reference == nullptr) PyErr_Clear();
+  if (reference == nullptr) forget_error();
   const bool same = reference == value.ptr();
   Py_XDECREF(reference);
   return same;
@@ -17,8 +23,8 @@ bool is(PyObject* reference, const py::object& value) {
 
 bool equals(PyObject* reference, const py::object& value) {
   const int equal = reference ? PyObject_RichCompareBool(reference, value.ptr(), Py_EQ) : -1;
-  if (equal < 0) PyErr_Clear();
   Py_XDECREF(reference);
+  if (equal < 0) forget_error();
   return equal == 1;
 }
 
@@ -52,7 +58,7 @@ bool Places::holds(const Place& place) {
       if (!PyDict_Check(owner)) return is(PyObject_GetItem(owner, place.name.ptr()), place.value);
       if (PyObject* const found = PyDict_GetItemWithError(owner, place.name.ptr()))
         return found == place.value.ptr();
-      PyErr_Clear();
+      forget_error();
       return false;
     case kAttribute:
       return is(PyObject_GetAttr(owner, place.name.ptr()), place.value);
@@ -70,7 +76,7 @@ bool Places::hold() const {
   if (!known_) return false;
   for (const Size& size : sizes_) {
     const py::ssize_t length = PyObject_Size(size.container.ptr());
-    if (length < 0) PyErr_Clear();
+    if (length < 0) forget_error();
     if (length != size.length) return false;
   }
   for (const Place& place : places_)

@@ -114,7 +114,11 @@ def _cosh(c: Context, x: Any) -> Value:
 
 @rule("logaddexp")
 def _logaddexp(c: Context, x: Any, y: Any) -> Value:
-    return c("add", y, c("softplus", c("sub", x, y)))
+    """Infinitely far apart, or both infinite, it is the greater."""
+    apart = c("sub", x, y)
+    near = c("lt", c("abs", apart), math.inf)
+    sum_ = c("add", y, c("softplus", c("where", near, apart, 0.0)))
+    return c("where", near, sum_, c("maximum", x, y))
 
 
 @rule("logit")

@@ -113,10 +113,11 @@ def _channel_shuffle(c: Context, x: Any, groups: int) -> Value:
 
 
 @rule("upsample_nearest1d", "upsample_nearest2d")
-def _upsample_nearest(c: Context, x: Any, output_size: Any, *_: Any) -> Value:
+def _upsample_nearest(c: Context, x: Any, output_size: Any, *scales: float | None) -> Value:
     """Each element many times, where the picture grows by whole factors."""
     shape, out = c.shape(x), c.out[0].shape
-    if any(b % a for a, b in zip(shape, out, strict=True)):
+    grown = zip(scales, shape[2:], out[2:], strict=False)
+    if any(b % a for a, b in zip(shape, out, strict=True)) or any(s not in (None, b / a) for s, a, b in grown):
         raise c.refuse(f"interpolation from {shape[2:]} to {out[2:]}, no multiple of it, has no native form")
     v = c.reshape(x, [n for a in shape for n in (a, 1)])
     return c.reshape(c.spread(v, tuple(n for a, b in zip(shape, out, strict=True) for n in (a, b // a))), out)
