@@ -23,7 +23,8 @@ TARGETS = ("cross_entropy", "bce", "soft_margin", "hinge_embedding")  # PyTorch 
 # What PyTorch itself cannot answer.
 UNANSWERED = dict.fromkeys(["isnan", "isinf"], "no gradient at all")
 UNANSWERED |= dict.fromkeys(["max.nan", "min.nan"], "a loss that is NaN")
-UNANSWERED |= dict.fromkeys(["pow.at_zero", "std.zero", "norm.zero", "logaddexp.inf"], "PyTorch's second derivative is NaN here")
+_NAN = ["pow.at_zero", "std.zero", "norm.zero", "logaddexp.inf"]
+UNANSWERED |= dict.fromkeys(_NAN, "PyTorch's second derivative is NaN here")
 UNANSWERED |= dict.fromkeys(["act.hardsigmoid", "cdist", "cdist.1"], "PyTorch has no second derivative")
 
 
