@@ -56,7 +56,8 @@ def _choice(problem: Problem, backend: str) -> Choice:
             found = problem.choices[key] = _sought(problem, backend)
         finally:
             problem.traces.clear()
-        _tidy(found)
+        if found.native and len(_plans[problem.model]) == 1:
+            _tidy()
     return cast(Choice, found)
 
 
@@ -130,12 +131,12 @@ def _plan(problem: Problem) -> Choice:
     return Choice(Native(plan), reason, True, support=support)
 
 
-def _tidy(choice: Choice) -> None:
-    """What PyTorch's eager run of the losses took is not to add to what a replay takes."""
-    if choice.native:
-        from metafast import _C
+def _tidy() -> None:
+    """What PyTorch's eager run of the losses took is not to add to what a replay takes. Once a model: for the next plan
+    it would have to be asked for again, page by page."""
+    from metafast import _C
 
-        _C.return_free_pages()
+    _C.return_free_pages()
 
 
 def explain(problem: Problem, backend: str) -> str:
