@@ -73,7 +73,8 @@ class Binding:
         """
 
     def profile(self, tensors: list[Any], weights: Any | None) -> int | list[tuple[str, int, str, int, float]]:
-        """Runs on one thread; as `profile`, or an int as from `run`."""
+        """Runs on one thread; (section, instruction, kernel, calls, seconds in all) for every instruction, or an int as
+        from `run`."""
 
 class Places:
     """Places that held certain objects, and containers that had certain lengths; keeps all of them alive.
@@ -125,17 +126,6 @@ def run(
 
     Raises ValueError before anything has run where the call makes no sense, MemoryError where memory is short.
     """
-
-def profile(
-    program: Program,
-    externals: npt.NDArray[np.int64],
-    T: int,
-    steps: int,
-    steps_ptr: int = 0,
-    weights_ptr: int = 0,
-    result_ptr: int = 0,
-) -> list[tuple[str, int, str, int, float]]:
-    """Runs on one thread; (section, instruction, kernel, calls, seconds in all) for every instruction."""
 
 def run_kernel(
     name: str,

@@ -154,9 +154,7 @@ class FusedCall(Call):
     Results: the loss, then the flattened outputs if the problem returns them.
     """
 
-    def __init__(
-        self, problem: Problem, backend: str, check: Check, *, ready: bool, weights: Weights
-    ) -> None:
+    def __init__(self, problem: Problem, backend: str, check: Check, *, ready: bool, weights: Weights) -> None:
         super().__init__(problem, backend, check, ready=ready)
         self.weights = weights
         self.outputs_spec: pytree.TreeSpec | None = None

@@ -8,18 +8,37 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 from collections.abc import Iterator
 
 __all__ = ["waiting"]
+
+_owed = False  # whether somebody will enable it again
 
 
 @contextlib.contextmanager
 def waiting() -> Iterator[None]:
     """No collection inside; afterwards as before."""
-    enabled = gc.isenabled()
+    global _owed
+    if not gc.isenabled():
+        yield
+        return
     gc.disable()
+    _owed = True
     try:
         yield
     finally:
-        if enabled:
-            gc.enable()
+        _owed = False
+        gc.enable()
+
+
+def _in_child() -> None:
+    """Who would enable it may be a thread that does not exist here."""
+    global _owed
+    if _owed:
+        _owed = False
+        gc.enable()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)

@@ -45,8 +45,7 @@ class Plan:
     output_dtypes: tuple[torch.dtype, ...] = ()
     programs: dict[tuple[str, int, bool], Lowered] = field(default_factory=dict)
     _sweep: Sweep | None = None
-    _written: dict[str, dict[str, Section]] = field(default_factory=dict)
-    _keeping: dict[str, tuple[dict[str, Section], int]] = field(default_factory=dict)  # and elements that a step keeps
+    _sections: dict[str, tuple[dict[str, Section], dict[str, Section], int]] = field(default_factory=dict)
     _best: dict[tuple[str, int, int], Lowered] = field(default_factory=dict)
     _apart: set[tuple[str, int]] = field(default_factory=set)  # modes that can't do so many tasks side by side
 
@@ -79,23 +78,21 @@ class Plan:
 
     def sections(self, mode: str, steps: int, lanes: int = 1) -> dict[str, Section]:
         """What that program runs."""
-        return self._kept(mode)[0] if self.keeps(mode, steps, lanes) else self._sections(mode)
+        plain, kept, _ = self._written(mode)
+        return kept if self.keeps(mode, steps, lanes) else plain
 
     def keeps(self, mode: str, steps: int, lanes: int) -> bool:
         """Whether steps keep products for their way back: if those of all steps lie in the second-level cache."""
-        elements = self._kept(mode)[1] if steps else 0
+        elements = self._written(mode)[2] if steps else 0
         return 0 < (steps + 1) * elements * lanes * self.dtype.itemsize <= MOST_KEPT_BYTES
 
-    def _sections(self, mode: str) -> dict[str, Section]:
-        if mode not in self._written:
+    def _written(self, mode: str) -> tuple[dict[str, Section], dict[str, Section], int]:
+        """The sections of a mode, those that keep products, and how many elements of them a step keeps."""
+        if mode not in self._sections:
             sweep = self.sweep()
-            self._written[mode] = sweep.fused(outputs=True) if mode == "outputs" else getattr(sweep, mode)()
-        return self._written[mode]
-
-    def _kept(self, mode: str) -> tuple[dict[str, Section], int]:
-        if mode not in self._keeping:
-            self._keeping[mode] = keep(self._sections(mode))
-        return self._keeping[mode]
+            plain = sweep.fused(outputs=True) if mode == "outputs" else getattr(sweep, mode)()
+            self._sections[mode] = (plain, *keep(plain))
+        return self._sections[mode]
 
     def sweep(self) -> Sweep:
         """The writer of sections."""

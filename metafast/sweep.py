@@ -343,6 +343,7 @@ class Sweep:
             if (g := got.get(f"grad/{n}")) is not None
         }
         keys = [k for k in self._step_gradient.outputs if k.startswith("grad/")]
+        # A gradient of what all tasks share is added up where it is made: a factor would be a pass of its own.
         alone = all(k.removeprefix("grad/") in self.state for k in keys)
         scale, gammas = common_factor(w.b, gammas) if alone else (None, gammas)
         moved = push(w.b, gammas, [env[self._step_gradient.outputs[k]] for k in keys])

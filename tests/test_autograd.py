@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_inner_loop import LR, backends, close, data, expected, loop, mlp
+from loops import LR, backends, close, data, expected, loop, mlp
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_inner_loop import TASKS, WAYS, backends, close, data, expected, loop, mlp
+from loops import TASKS, WAYS, backends, close, data, expected, loop, mlp
 from torch import Tensor, nn
 
 import metafast

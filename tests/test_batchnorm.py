@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_inner_loop import LR, TASKS, WAYS, backends, close, data, expected, loop
+from loops import LR, TASKS, WAYS, backends, close, data, expected, loop
 from torch import Tensor, nn
 
 from metafast.batchnorm import fold, tracked

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metafast
-from metafast import dispatch
+from metafast import collector, dispatch
 
 pytest.importorskip("metafast._C")
 
@@ -393,3 +396,26 @@ def test_a_defect_in_planning_falls_back_loudly(monkeypatch: pytest.MonkeyPatch)
         loss, _ = inner.meta_gradient(*tasks())
     again = metafast.InnerLoop(net, F.mse_loss, update=metafast.SGD(lr=0.1), steps=1, backend="torch")
     torch.testing.assert_close(loss, again.meta_gradient(*tasks())[0])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_a_child_forked_while_a_thread_plans_collects_garbage() -> None:
+    started, done = threading.Event(), threading.Event()
+
+    def plan() -> None:
+        with collector.waiting():
+            started.set()
+            done.wait(10)
+
+    planner = threading.Thread(target=plan)
+    planner.start()
+    started.wait(10)
+    assert not gc.isenabled()
+    child = os.fork()
+    if not child:
+        os._exit(0 if gc.isenabled() else 1)
+    done.set()
+    planner.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert gc.isenabled()

@@ -1,4 +1,4 @@
-"""Every rule to the end: each function of test_normalise as the loss of a model, native, against the eager loop.
+"""Every rule to the end: each function of normalise_cases as the loss of a model, native, against the eager loop.
 
 The arrays are parameters, so that the meta-gradient of two steps holds first and second derivatives of every form of
 every op, fused, laid out and planned as they come.
@@ -11,8 +11,8 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from normalise_cases import CASES, Case
 from parity import EXACT, assert_same, require
-from test_normalise import CASES, Case
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 

@@ -1,6 +1,7 @@
 """The replay of hand-written programs: order of sections, spaces, groups, threads, failures, forks, memory."""
 
 import ast
+import functools
 import importlib.resources
 import itertools
 import math
@@ -11,6 +12,7 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 
 from metafast import _C
 
@@ -409,8 +411,39 @@ def test_constants_and_listing():
     assert "pointwise" in listing[2] and "constant+4, external 0+0" in listing[2]
 
 
+def doubles(count):
+    return functools.partial(torch.zeros, count, dtype=torch.float64)
+
+
+def test_binding_refuses_what_makes_no_sense():
+    program, strides = power_program("f64"), np.array([[8, 0]] * 3)
+    with pytest.raises(ValueError, match=r"strides of shape \(n_external, 2\)"):
+        _C.Binding(program, 3, 4, strides[:2], [], [], [], None)
+    with pytest.raises(ValueError, match="externals 0 to 2 expected, got 3"):
+        _C.Binding(program, 3, 4, strides, [(3, torch.float64)], [], [], None)
+    binding = _C.Binding(program, 3, 4, strides, [(0, torch.float64)], [], [], None)
+    with pytest.raises(ValueError, match="1 tensors expected, got 0"):
+        binding.run([], None, 1, 1)
+    with pytest.raises(ValueError, match="null pointer"):  # two externals that nobody bound
+        binding.run([torch.zeros(3, dtype=torch.float64)], None, 1, 1)
+    rooms = [(j, doubles(3), 0, 0) for j in range(3)]
+    beyond = _C.Binding(program, 3, 4, strides, [], rooms, [(0, 64, doubles(8))], None)
+    with pytest.raises(ValueError, match="sums: within the"):
+        beyond.run([], None, 1, 1)
+
+
+@pytest.mark.parametrize("refused", [torch.zeros(3), torch.zeros(6, dtype=torch.float64)[::2]])
+def test_binding_names_a_tensor_that_cannot_be_read_where_it_lies(refused):
+    given = [(j, torch.float64) for j in range(3)]
+    binding = _C.Binding(power_program("f64"), 3, 4, np.array([[8, 0]] * 3), given, [], [], None)
+    fine = torch.zeros(3, dtype=torch.float64)
+    assert binding.run([fine, refused, fine], None, 1, 1) == 1
+
+
 def test_profile_counts_calls():
-    rows = _C.profile(power_program("f64"), external(*[(np.zeros(3), 8, 0)] * 3), 3, 4)
+    rooms = [(j, doubles(3), 0, 0) for j in range(3)]
+    binding = _C.Binding(power_program("f64"), 3, 4, np.array([[8, 0]] * 3), [], rooms, [], None)
+    rows = binding.profile([], None)
     assert [(section, n, kernel, calls) for section, n, kernel, calls, _ in rows] == [
         ("prologue", 0, "pointwise", 3),
         ("inner", 0, "pointwise", 12),

@@ -9,7 +9,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from test_inner_loop import LR, TASKS, Tied, backends, close, data, expected, loop, minimised, mlp
+from loops import LR, TASKS, Tied, backends, close, data, expected, loop, minimised, mlp
 from torch import Tensor, nn
 
 import metafast

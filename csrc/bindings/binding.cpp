@@ -75,18 +75,6 @@ py::tuple to_tuple(const Outcome& o) {
   return py::make_tuple(o.status, o.task, o.step, section_name(o.section), o.instruction);
 }
 
-py::list profile_call(const Program& program, const Call& call) {
-  std::array<std::vector<InstructionTime>, kSections> times;
-  unlocked([&] { return profile(program, call, times); });
-  check_signals();
-  py::list rows;
-  for (int s = 0; s < kSections; ++s)
-    for (size_t n = 0; n < times[s].size(); ++n)
-      rows.append(py::make_tuple(kSectionNames[s], n, program.section(s).info[n].kernel->name,
-                                 times[s][n].calls, times[s][n].seconds));
-  return rows;
-}
-
 struct Binding::Bound {
   std::vector<External> externals;
   std::vector<Sum> sums;
@@ -191,7 +179,16 @@ py::object Binding::run(const py::list& tensors, const py::object& weights, int6
 py::object Binding::profile(const py::list& tensors, const py::object& weights) const {
   const Bound bound = bind(tensors, weights);
   if (bound.refused >= 0) return py::int_(bound.refused);
-  return profile_call(*program_, call(bound, 1));
+  std::array<std::vector<InstructionTime>, kSections> times;
+  const Call on_one_thread = call(bound, 1);
+  unlocked([&] { return metafast::profile(*program_, on_one_thread, times); });
+  check_signals();
+  py::list rows;
+  for (int s = 0; s < kSections; ++s)
+    for (size_t n = 0; n < times[s].size(); ++n)
+      rows.append(py::make_tuple(kSectionNames[s], n, program_->section(s).info[n].kernel->name,
+                                 times[s][n].calls, times[s][n].seconds));
+  return rows;
 }
 
 }  // namespace metafast

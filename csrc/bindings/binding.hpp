@@ -57,9 +57,8 @@ class Binding {
   const py::object total_;  // makes room for one number, or None
 };
 
-// A replay from Python, which signals interrupt; what it and a profile give, for Python.
+// A replay from Python, which signals interrupt; what it gives, for Python.
 Outcome run_call(const Program& program, const Call& call);
 py::tuple to_tuple(const Outcome& outcome);  // status, task, step, section, instruction
-py::list profile_call(const Program& program, const Call& call);
 
 }  // namespace metafast

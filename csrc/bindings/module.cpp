@@ -131,13 +131,6 @@ py::tuple run(const Program& program, const Externals& externals, int64_t tasks,
   return to_tuple(run_call(program, call));
 }
 
-py::list run_profile(const Program& program, const Externals& externals, int64_t tasks, int64_t steps,
-                     uintptr_t steps_ptr, uintptr_t weights_ptr, uintptr_t result_ptr) {
-  const Result result(program, result_ptr);
-  return profile_call(program,
-                      make_call(externals, tasks, steps, steps_ptr, weights_ptr, result.sums(), 1, 0));
-}
-
 int run_one_kernel(const std::string& name, const std::string& dtype, const std::string& isa,
                    const std::vector<uintptr_t>& ptrs, const std::vector<int64_t>& ints,
                    const std::vector<double>& floats, int parts) {
@@ -217,8 +210,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("run", &run, py::arg("program"), py::arg("externals").noconvert(), py::arg("T"), py::arg("steps"),
         py::arg("steps_ptr") = 0, py::arg("weights_ptr") = 0, py::arg("result_ptr") = 0,
         py::arg("threads") = 1, py::arg("seed") = 0, py::arg("cancel_ptr") = 0);
-  m.def("profile", &run_profile, py::arg("program"), py::arg("externals").noconvert(), py::arg("T"),
-        py::arg("steps"), py::arg("steps_ptr") = 0, py::arg("weights_ptr") = 0, py::arg("result_ptr") = 0);
   m.def("run_kernel", &run_one_kernel, py::arg("name"), py::arg("dtype"), py::arg("isa"), py::arg("ptrs"),
         py::arg("ints"), py::arg("floats"), py::arg("parts") = 1);
   m.def("isas", &isas);
