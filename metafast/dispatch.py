@@ -113,9 +113,10 @@ def _plan(problem: Problem) -> Choice:
     from metafast.native import Native, disagreement, make_plan
 
     support = plan_key(_support_half(problem))
-    checked = any(c.native and c.support == support for c in _plans.get(problem.model, {}).values())
+    others = [c for c in _plans.get(problem.model, {}).values() if c.native]
+    checked = any(c.support == support for c in others)
     try:
-        plan, traces = make_plan(problem)
+        plan, traces = make_plan(problem, [c.backend.plan for c in others])  # type: ignore[attr-defined]
         if checked:
             del traces["support"]
         differs = disagreement(plan, problem, traces)

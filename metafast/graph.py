@@ -129,6 +129,25 @@ def show(graph: Graph) -> str:
     return "\n".join(lines)
 
 
+def form(graph: Graph) -> tuple[Any, ...]:
+    """A hashable value, equal for graphs that are the same but for the identity of their values."""
+    numbers: dict[Value, int] = {}
+
+    def declared(values: Iterable[Value]) -> tuple[Any, ...]:
+        return tuple([(numbers.setdefault(v, len(numbers)), v.shape, v.dtype) for v in values])
+
+    inputs = tuple([(i.role, i.name, *declared([i.value])) for i in graph.inputs])
+    nodes = tuple(
+        [(n.op, n.origin, n.key[2], tuple([numbers[v] for v in n.inputs]), declared(n.outputs)) for n in graph.nodes]
+    )
+    return inputs, nodes, tuple([(name, numbers[v]) for name, v in graph.outputs.items()])
+
+
+def _exact(attrs: Attrs) -> tuple[Any, ...]:
+    """The attributes as part of a key: 0.0 and -0.0 are equal, and not the same."""
+    return tuple(sorted([(name, value if value else repr(value)) for name, value in attrs.items()]))
+
+
 def _short(attr: Any) -> str:
     return f"<{len(attr)} bytes>" if isinstance(attr, bytes) else str(attr)
 
@@ -183,7 +202,7 @@ class Builder:
         row = TABLE[op]
         if row.simplify is not None and (simpler := row.simplify(self, inputs, attrs)) is not None:
             return (simpler,)
-        key = (op, inputs, tuple(sorted(attrs.items())) if attrs else ())
+        key = (op, inputs, _exact(attrs) if attrs else ())
         found = self._made.get(key)
         if found is None:
             found = tuple([Value(s, d) for s, d in row.infer(inputs, attrs)])

@@ -18,17 +18,15 @@ from metafast.binding import MOST_FORMS, Call
 from metafast.capture import Trace, Unsupported, capture, capture_function
 from metafast.errors import LabelError, position
 from metafast.graph import Builder, Graph, copy_into
-from metafast.keep import keep
-from metafast.lower import Lowered, NotInterleaved, best_lanes, lower
+from metafast.lower import Lowered, NotInterleaved, lower
 from metafast.normalise import normalise
 from metafast.ops import numel
 from metafast.problem import Objective, Outcome, Problem, hyper_tree
 from metafast.profile import Profile, Row
 from metafast.reference import located
-from metafast.sweep import Loop, Section, Store, Sweep, gradient_section
+from metafast.steps import Steps, form_of
+from metafast.sweep import BACK, SECTIONS, Loop, Section, Store, gradient_section, query_section
 from metafast.tasks import require_outputs
-
-MOST_KEPT_BYTES = 1 << 18  # half of a second-level cache
 
 
 @dataclass(eq=False)
@@ -36,7 +34,7 @@ class Plan:
     """Everything about a problem that does not change from call to call."""
 
     loop: Loop
-    dtype: torch.dtype
+    steps: Steps
     externs: dict[str, Tensor]  # tensors found in closures and attributes, by key
     support_stats: Sequence[Any] = ()
     query_stats: Sequence[Any] = ()
@@ -44,10 +42,14 @@ class Plan:
     output_keys: tuple[str, ...] = ()
     output_dtypes: tuple[torch.dtype, ...] = ()
     programs: dict[tuple[str, int, bool], Lowered] = field(default_factory=dict)
-    _sweep: Sweep | None = None
-    _sections: dict[str, tuple[dict[str, Section], dict[str, Section], int]] = field(default_factory=dict)
+    _queries: dict[str, Section] = field(default_factory=dict)
     _best: dict[tuple[str, int, int], Lowered] = field(default_factory=dict)
     _apart: set[tuple[str, int]] = field(default_factory=set)  # modes that can't do so many tasks side by side
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the programs."""
+        return self.steps.dtype
 
     def best(self, mode: str, tasks: int, steps: int) -> Lowered:
         """The program that does so many tasks and steps best."""
@@ -55,13 +57,12 @@ class Plan:
         if found is None:
             if len(self._best) >= MOST_FORMS:
                 self._best.clear()
-            lanes = best_lanes(self.sweep().state, self.dtype.itemsize, tasks)
-            found = self._best[mode, tasks, steps] = self.program(mode, steps, lanes)
+            found = self._best[mode, tasks, steps] = self.program(mode, steps, self.steps.best_lanes(tasks))
         return found
 
     @collector.waiting()
     def program(self, mode: str, steps: int, lanes: int = 1) -> Lowered:
-        """The native program of one way to run: fused, outputs, forward, adapt or adapt_vjp; built at first use.
+        """The native program of one of `MODES`; built at first use.
 
         One task after the other where `lanes` can't be done at once.
         """
@@ -70,7 +71,7 @@ class Plan:
         key = (mode, lanes, self.keeps(mode, steps, lanes))
         if key not in self.programs:
             try:
-                self.programs[key] = lower(self.sweep().state, self.sections(mode, steps, lanes), self.dtype, lanes)
+                self.programs[key] = self.steps.prepared(mode in BACK, *key[1:]).with_query(self._query(mode))
             except NotInterleaved:
                 self._apart.add((mode, lanes))
                 return self.program(mode, steps)
@@ -78,35 +79,25 @@ class Plan:
 
     def sections(self, mode: str, steps: int, lanes: int = 1) -> dict[str, Section]:
         """What that program runs."""
-        plain, kept, _ = self._written(mode)
-        return kept if self.keeps(mode, steps, lanes) else plain
+        made = {**self.steps.sections(mode in BACK, self.keeps(mode, steps, lanes)), "query": self._query(mode)}
+        return {name: made[name] for name in SECTIONS if name in made}
 
     def keeps(self, mode: str, steps: int, lanes: int) -> bool:
-        """Whether steps keep products for their way back: if those of all steps lie in the second-level cache."""
-        elements = self._written(mode)[2] if steps else 0
-        return 0 < (steps + 1) * elements * lanes * self.dtype.itemsize <= MOST_KEPT_BYTES
+        """Whether steps keep products for their way back."""
+        return self.steps.keeps(mode in BACK, steps, lanes)
 
-    def _written(self, mode: str) -> tuple[dict[str, Section], dict[str, Section], int]:
-        """The sections of a mode, those that keep products, and how many elements of them a step keeps."""
-        if mode not in self._sections:
-            sweep = self.sweep()
-            plain = sweep.fused(outputs=True) if mode == "outputs" else getattr(sweep, mode)()
-            self._sections[mode] = (plain, *keep(plain))
-        return self._sections[mode]
-
-    def sweep(self) -> Sweep:
-        """The writer of sections."""
-        if self._sweep is None:
-            self._sweep = Sweep(self.loop)
-        return self._sweep
+    def _query(self, mode: str) -> Section:
+        if mode not in self._queries:
+            self._queries[mode] = query_section(self.loop, mode)
+        return self._queries[mode]
 
 
 # ---- making a plan --------------------------------------------------------------------------------------------
 
 
-def make_plan(problem: Problem) -> tuple[Plan, dict[str, Trace]]:
-    """Capture the losses and the update rule of a problem, if that is still to do. Raises Unsupported where something
-    cannot go native.
+def make_plan(problem: Problem, known: Iterable[Plan] = ()) -> tuple[Plan, dict[str, Trace]]:
+    """Capture the losses and the update rule of a problem, if that is still to do. What it has in common with plans
+    that are `known` is theirs. Raises Unsupported where something cannot go native.
 
     Returns the plan and the traces of the support and the query loss on the first task, with eager PyTorch's gradients.
     """
@@ -124,7 +115,9 @@ def make_plan(problem: Problem) -> tuple[Plan, dict[str, Trace]]:
         problem.wrt,
         problem.order,
     )
-    plan = Plan(loop, problem.parameter.dtype, {key: t for trace in traces.values() for key, t in trace.externs})
+    form = form_of(loop, problem.parameter.dtype)
+    steps = next((p.steps for p in known if p.steps.form == form), None) or Steps(loop, problem.parameter.dtype)
+    plan = Plan(loop, steps, {key: t for trace in traces.values() for key, t in trace.externs})
     plan.support_stats = support.stats
     if query is not None and query_graph is not None:
         plan.query_stats = query.stats
@@ -350,7 +343,7 @@ def disagreement(plan: Plan, problem: Problem, traces: Mapping[str, Trace]) -> s
         assert graph is not None
         keys = tuple(trace.gradients)
         section = gradient_section(graph, keys)
-        call = Call(plan, lower({}, {"query": section}, plan.dtype), replace(first, steps=0, wrt=keys), {})
+        call = Call(plan, lower(section, plan.dtype), replace(first, steps=0, wrt=keys), {})
         if failed := call.run(None):
             call.fail(*failed)
         if found := _loss_differs(trace, float(call.made["loss", "loss"][0]), tolerance):
@@ -414,7 +407,7 @@ def evaluate(graph: Graph, values: Mapping[tuple[str, str], Tensor]) -> dict[str
     outputs = {name: env[v] for name, v in graph.outputs.items()}
     section = Section(b.finish(outputs), tuple(Store(name, "output", name) for name in outputs))
     dtype = next((t.dtype for t in values.values() if t.is_floating_point()), torch.float64)
-    lowered = lower({}, {"query": section}, dtype)
+    lowered = lower(section, dtype)
     tensors = {f"{r}:{n}": t.contiguous() for (r, n), t in values.items()}
     made: dict[str, Tensor] = {}
     table = np.zeros((len(lowered.externals), 3), dtype=np.int64)

@@ -74,6 +74,12 @@ class Loop:
     order: int
 
 
+    def wants(self, i: Input) -> bool:
+        """Whether an input's gradient is added to a leaf's where it comes up, not handed on as an adjoint."""
+        mine = i.role == "param" and i.name in self.adapted
+        return i.role != "hoisted" and not mine and leaf_key(i) in self.wrt
+
+
 @dataclass
 class _Writer:
     """A section under construction."""
@@ -165,9 +171,12 @@ def _joined(graph: Graph, nodes: Sequence[Node], cut: Mapping[Value, str]) -> Gr
 
 # ---- the sections ---------------------------------------------------------------------------------------------
 
+MODES = ("fused", "outputs", "forward", "adapt", "adapt_vjp")  # the ways to run a loop
+BACK = ("fused", "outputs", "adapt_vjp")  # those with a way back
+
 
 class Sweep:
-    """Writes the sections of one loop. `fused`, `forward`, `adapt` and `adapt_vjp` are the ways to run it."""
+    """Writes the sections of one loop. The query plays no part in any but the one of its name."""
 
     def __init__(self, loop: Loop) -> None:
         self.loop = loop
@@ -189,54 +198,20 @@ class Sweep:
 
     def _step_wrt(self) -> list[tuple[str, str]]:
         params = [("param", n) for n in self.loop.adapted]
-        shared = [(i.role, i.name) for i in self.step.inputs if self._wanted_leaf(i)]
+        shared = [(i.role, i.name) for i in self.step.inputs if self.loop.wants(i)]
         return params + shared + [("hoisted", n) for n in self._live_cuts]
 
-    def _wanted_leaf(self, i: Input) -> bool:
-        mine = i.role == "param" and i.name in self.loop.adapted
-        return i.role != "hoisted" and not mine and leaf_key(i) in self.wanted
+    def sections(self, mode: str) -> dict[str, Section]:
+        """All sections of one of `MODES`."""
+        made = {**self.around(mode in BACK), "query": query_section(self.loop, mode)}
+        return {name: made[name] for name in SECTIONS if name in made}
 
-    # -- ways to run
-
-    def fused(self, *, outputs: bool = False) -> dict[str, Section]:
-        """Query loss and meta-gradient; with `outputs`, leaves "outputs/<i>" hold cotangents of the query outputs."""
-        return self._hoist(
-            {
-                "prologue": self._prologue(),
-                "inner": self._inner(),
-                "query": self._query(outputs=outputs),
-                "meta": self._meta(),
-                "epilogue": self._epilogue(),
-            }
-        )
-
-    def forward(self) -> dict[str, Section]:
-        """The query loss alone."""
-        query = self._query(backward=False)
-        return self._hoist({"prologue": self._prologue(), "inner": self._inner(), "query": query})
-
-    def adapt(self) -> dict[str, Section]:
-        """The fast weights φ_K."""
-        w = _Writer()
-        for n in self.loop.adapted:
-            w.store(w.b.input("state", f"param/{n}", self.loop.shapes[n]), "fast", n)
-        return self._hoist({"prologue": self._prologue(), "inner": self._inner(), "query": w})
-
-    def adapt_vjp(self) -> dict[str, Section]:
-        """Gradients of ⟨fast weights, cotangents⟩; leaves "fast/<n>" hold the cotangents."""
-        w = _Writer()
-        for n in self.loop.adapted:
-            w.store(w.b.input("leaf", f"fast/{n}", self.loop.shapes[n]), "adjoint", f"param/{n}")
-        self._zero_state_adjoints(w)
-        return self._hoist(
-            {
-                "prologue": self._prologue(),
-                "inner": self._inner(),
-                "query": w,
-                "meta": self._meta(),
-                "epilogue": self._epilogue(),
-            }
-        )
+    def around(self, back: bool) -> dict[str, Section]:
+        """All but `query`: there and, with `back`, back."""
+        writers = {"inner": self._inner()}
+        if back:
+            writers |= {"meta": self._meta(), "epilogue": self._epilogue()}
+        return _hoist(self._prologue(), writers)
 
     # -- sections
 
@@ -268,48 +243,12 @@ class Sweep:
         made = copy_into(w.b, self.loop.update, _bind_update(w.b, self.loop, grads))  # type: ignore[arg-type]
         for name, v in self.loop.update.outputs.items():
             w.store(made[v], "state_next", name)
-        self._losses(w, self._step_gradient, env, "step_loss", "support")
+        _losses(w, self._step_gradient, env, "step_loss", "support")
         return w
 
     def _gradients(self, env: Mapping[Value, Value]) -> dict[str, Value | None]:
         out = self._step_gradient.outputs
         return {n: env[v] for n in self.loop.adapted if (v := out.get(f"grad/param/{n}")) is not None}
-
-    @staticmethod
-    def _losses(w: _Writer, graph: Graph, env: Mapping[Value, Value], kind: str, part: str) -> None:
-        w.store(env[graph.outputs["loss"]], kind, "loss")
-        for name, v in graph.outputs.items():
-            if name.startswith("stat/"):
-                w.store(env[v], f"{part}_stat", name)
-
-    def _query(self, *, backward: bool = True, outputs: bool = False) -> _Writer:
-        w, graph = _Writer(), self.loop.query
-        assert graph is not None
-        env = copy_into(w.b, graph, _bind_loss(w.b, self.loop))  # type: ignore[arg-type]
-        self._losses(w, graph, env, "loss", "query")
-        made = {name.removeprefix("output/"): env[v] for name, v in graph.outputs.items() if name.startswith("output/")}
-        for name, v in made.items():
-            w.store(v, "output", name)
-        if not backward:
-            return w
-        cts = {env[graph.outputs["loss"]]: w.b.input("call", "weight", ())}
-        for name, v in made.items() if outputs else ():
-            given = w.b.input("leaf", f"outputs/{name}", v.shape)
-            cts[v] = given if v not in cts else w.b.op("add", cts[v], given)
-        leaves = [(leaf_key(i), env[i.value]) for i in graph.inputs if self._wanted_leaf(i)]
-        phis = [w.b.input("state", f"param/{n}", self.loop.shapes[n]) for n in self.loop.adapted]
-        pulled = pull(w.b, cts, phis + [v for _, v in leaves])
-        for n, phi, ct in zip(self.loop.adapted, phis, pulled, strict=False):
-            zero = w.b.op("expand", w.b.const(0.0), shape=phi.shape)
-            w.store(ct if ct is not None else zero, "adjoint", f"param/{n}")
-        for (key, _), ct in zip(leaves, pulled[len(phis) :], strict=True):
-            w.store(ct, "gradient", key, add=True)
-        self._zero_state_adjoints(w)
-        return w
-
-    def _zero_state_adjoints(self, w: _Writer) -> None:
-        for name, v in self.loop.init.outputs.items():
-            w.store(w.b.op("expand", w.b.const(0.0), shape=v.shape), "adjoint", name)
 
     def _meta(self) -> _Writer:
         w, loop = _Writer(), self.loop
@@ -410,19 +349,69 @@ class Sweep:
         pulled = pull(w.b, cts, [v for _, v in leaves])
         return {key: ct for (key, _), ct in zip(leaves, pulled, strict=True) if ct is not None}
 
-    # -- loop-invariant code
 
-    def _hoist(self, writers: dict[str, _Writer]) -> dict[str, Section]:
-        """Move what inner and meta compute from leaves alone into the prologue; the epilogue reads what is there."""
-        prologue = writers["prologue"]
-        sections: dict[str, Section] = {}
-        for name in ("inner", "meta", "epilogue"):
-            if name in writers:
-                sections[name] = _hoist_section(writers[name].finish(), prologue, name)
-        if "query" in writers:
-            sections["query"] = writers["query"].finish()
-        sections["prologue"] = prologue.finish()
-        return {name: sections[name] for name in SECTIONS if name in sections}
+def _losses(w: _Writer, graph: Graph, env: Mapping[Value, Value], kind: str, part: str) -> None:
+    w.store(env[graph.outputs["loss"]], kind, "loss")
+    for name, v in graph.outputs.items():
+        if name.startswith("stat/"):
+            w.store(env[v], f"{part}_stat", name)
+
+
+# ---- the query section: where the way there ends, and the way back begins ----------------------------------------
+
+
+def query_section(loop: Loop, mode: str) -> Section:
+    """What one of `MODES` does at φ_K.
+
+    The query loss, its gradient where there is a way back, and in "outputs" that of the outputs, whose cotangents are
+    leaves "outputs/<i>"; in "adapt" the fast weights, in "adapt_vjp" their cotangents, leaves "fast/<name>".
+    """
+    w = _Writer()
+    if mode in ("adapt", "adapt_vjp"):
+        _fast_weights(w, loop, cotangents=mode == "adapt_vjp")
+    else:
+        _query_loss(w, loop, mode)
+    return w.finish()
+
+
+def _fast_weights(w: _Writer, loop: Loop, *, cotangents: bool) -> None:
+    for n in loop.adapted:
+        if cotangents:
+            w.store(w.b.input("leaf", f"fast/{n}", loop.shapes[n]), "adjoint", f"param/{n}")
+        else:
+            w.store(w.b.input("state", f"param/{n}", loop.shapes[n]), "fast", n)
+    if cotangents:
+        _zero_state_adjoints(w, loop)
+
+
+def _query_loss(w: _Writer, loop: Loop, mode: str) -> None:
+    graph = loop.query
+    assert graph is not None
+    env = copy_into(w.b, graph, _bind_loss(w.b, loop))  # type: ignore[arg-type]
+    _losses(w, graph, env, "loss", "query")
+    made = {name.removeprefix("output/"): env[v] for name, v in graph.outputs.items() if name.startswith("output/")}
+    for name, v in made.items():
+        w.store(v, "output", name)
+    if mode not in BACK:
+        return
+    cts = {env[graph.outputs["loss"]]: w.b.input("call", "weight", ())}
+    for name, v in made.items() if mode == "outputs" else ():
+        given = w.b.input("leaf", f"outputs/{name}", v.shape)
+        cts[v] = given if v not in cts else w.b.op("add", cts[v], given)
+    leaves = [(leaf_key(i), env[i.value]) for i in graph.inputs if loop.wants(i)]
+    phis = [w.b.input("state", f"param/{n}", loop.shapes[n]) for n in loop.adapted]
+    pulled = pull(w.b, cts, phis + [v for _, v in leaves])
+    for n, phi, ct in zip(loop.adapted, phis, pulled, strict=False):
+        zero = w.b.op("expand", w.b.const(0.0), shape=phi.shape)
+        w.store(ct if ct is not None else zero, "adjoint", f"param/{n}")
+    for (key, _), ct in zip(leaves, pulled[len(phis) :], strict=True):
+        w.store(ct, "gradient", key, add=True)
+    _zero_state_adjoints(w, loop)
+
+
+def _zero_state_adjoints(w: _Writer, loop: Loop) -> None:
+    for name, v in loop.init.outputs.items():
+        w.store(w.b.op("expand", w.b.const(0.0), shape=v.shape), "adjoint", name)
 
 
 def common_factor(b: Builder, values: Mapping[Value, Value]) -> tuple[Value | None, dict[Value, Value]]:
@@ -472,6 +461,15 @@ def gradient_section(graph: Graph, keys: Sequence[str]) -> Section:
     for key, ct in zip(wanted, pulled, strict=True):
         w.store(ct, "gradient", key, add=True)
     return w.finish()
+
+
+# ---- loop-invariant code ----------------------------------------------------------------------------------------
+
+
+def _hoist(prologue: _Writer, writers: Mapping[str, _Writer]) -> dict[str, Section]:
+    """Move what inner and meta compute from leaves alone into the prologue; the epilogue reads what is there."""
+    rest = {name: _hoist_section(writer.finish(), prologue, name) for name, writer in writers.items()}
+    return {"prologue": prologue.finish(), **rest}
 
 
 def _hoist_section(section: Section, prologue: _Writer, prefix: str) -> Section:

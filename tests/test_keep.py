@@ -12,7 +12,8 @@ from zoo import ENTRIES, Entry
 import metafast
 from metafast.keep import keep
 from metafast.lower import Lowered
-from metafast.native import MOST_KEPT_BYTES, Plan, make_plan
+from metafast.native import Plan, make_plan
+from metafast.steps import MOST_KEPT_BYTES
 
 _C = pytest.importorskip("metafast._C", reason="the native backend is not built", exc_type=ImportError)
 
@@ -35,8 +36,8 @@ def products(lowered: Lowered, section: str) -> int:
 def test_meta_gradients(entry: Entry, way: str, side_by_side: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """However much is kept, and where tasks lie side by side, too."""
     backend, lanes = require("native"), _C.vector_bytes() // 8 if side_by_side else 1
-    monkeypatch.setattr("metafast.native.MOST_KEPT_BYTES", 1 << 40)
-    monkeypatch.setattr("metafast.native.best_lanes", lambda state, itemsize, tasks: lanes)
+    monkeypatch.setattr("metafast.steps.MOST_KEPT_BYTES", 1 << 40)
+    monkeypatch.setattr("metafast.steps.best_lanes", lambda state, itemsize, tasks: lanes)
     task = entry.make()
     got = metafast_gradients(inner_loop(task, backend, steps=3, order=2), task, way)[1]
     assert_same(got, named(exact_answer(entry, 2, 3, torch.float64, False)))

@@ -20,7 +20,7 @@ from metafast import dispatch
 from metafast.errors import LabelError
 from metafast.graph import Builder, Graph, copy_into, evaluate
 from metafast.lower import NotInterleaved, best_lanes
-from metafast.lower.interleave import interleave
+from metafast.lower.interleave import Interleaving
 from metafast.sweep import Section, Store
 
 pytest.importorskip("metafast._C", reason="the native backend is not built", exc_type=ImportError)
@@ -35,7 +35,7 @@ def side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any number of tasks, of any size, fills the lanes."""
     from metafast import _C
 
-    monkeypatch.setattr("metafast.native.best_lanes", lambda state, itemsize, tasks: _C.vector_bytes() // itemsize)
+    monkeypatch.setattr("metafast.steps.best_lanes", lambda state, itemsize, tasks: _C.vector_bytes() // itemsize)
 
 
 def lanes_of(model: nn.Module) -> set[int]:
@@ -77,7 +77,7 @@ def as_section(graph: Graph) -> Section:
 @pytest.mark.parametrize("seed", range(60))
 def test_each_lane_is_one_task(seed: int) -> None:
     lanes, section = 3, as_section(FlatWriter(seed).graph())
-    made = interleave({"query": section}, lanes)["query"]
+    made = Interleaving(lanes).section(section)
     draw = torch.Generator().manual_seed(seed)
     values: dict[tuple[str, str], Tensor] = {}
     for i in section.graph.inputs:
@@ -99,7 +99,7 @@ def test_what_has_no_such_form_is_refused() -> None:
     pairs = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
     section = Section(b.finish({"y": b.op("conv2d", x, w, **pairs)}), (Store("y", "output", "y"),))
     with pytest.raises(NotInterleaved, match="conv2d"):
-        interleave({"query": section}, 8)
+        Interleaving(8).section(section)
 
 
 # ---- meta-gradients ---------------------------------------------------------------------------------------------

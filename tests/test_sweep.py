@@ -97,7 +97,7 @@ def test_sections_are_the_meta_gradient(names: tuple[str, ...], order: int, step
         order,
     )
     values = {key: leaf.detach() for key, leaf in leaves.items()}
-    got = interpret(Sweep(loop).fused(), values, ("support/", "query/"), TASKS, steps, weights)
+    got = interpret(Sweep(loop).sections("fused"), values, ("support/", "query/"), TASKS, steps, weights)
     total = oracle(leaves, names, order, steps, weights)
     for (key, leaf), want in zip(
         leaves.items(), torch.autograd.grad(total, list(leaves.values()), allow_unused=True), strict=True
@@ -120,7 +120,7 @@ def test_what_does_not_adapt_is_computed_once() -> None:
         ("param/w1", "param/w2"),
         2,
     )
-    sections = Sweep(loop).fused()
+    sections = Sweep(loop).sections("fused")
     count = {name: sum(n.op == "tanh" for n in s.graph.nodes) for name, s in sections.items()}
     assert count == {"prologue": 1, "inner": 0, "query": 1, "meta": 0, "epilogue": 0}
 

@@ -51,6 +51,10 @@ class Constants:
     data: bytearray = field(default_factory=bytearray)
     made: dict[bytes, Array] = field(default_factory=dict)
 
+    def copy(self) -> Constants:
+        """One that more is added to."""
+        return Constants(self.dtype, self.data.copy(), self.made.copy())
+
     def array(self, tensor: torch.Tensor) -> Array:
         """Where that tensor lies among the constants."""
         raw = tensor.to(self.dtype).contiguous().numpy().tobytes()

@@ -33,17 +33,30 @@ def per_task(leaf: str) -> bool:
     return leaf.startswith(PER_TASK)
 
 
-def interleave(sections: Mapping[str, Section], lanes: int) -> dict[str, Section]:
-    """The sections for `lanes` tasks at once. Raises NotInterleaved where an op has no such form."""
-    hoisted: dict[str, bool] = {}  # what the prologue stored: whether it differs from task to task
-    made = {}
-    for name, section in sections.items():
-        writer = _Interleaver(section, lanes, hoisted)
-        if name == "prologue":
-            for leaf in _read_at_each_step(sections):
-                writer.lay_out(leaf)
-        made[name] = writer.run()
-    return made
+class Interleaving:
+    """Rewrites sections for `lanes` tasks at once, `prologue` before those that read what it stored."""
+
+    def __init__(self, lanes: int) -> None:
+        self._lanes = lanes
+        self._hoisted: dict[str, bool] = {}  # what the prologue stored: whether it differs from task to task
+
+    def copy(self) -> Interleaving:
+        """One that knows what this one has seen."""
+        made = Interleaving(self._lanes)
+        made._hoisted = self._hoisted.copy()
+        return made
+
+    def sections(self, sections: Mapping[str, Section]) -> dict[str, Section]:
+        """All of them, in that order. Raises NotInterleaved where an op has no such form."""
+        laid_out = _read_at_each_step(sections)
+        return {name: self.section(s, laid_out if name == "prologue" else ()) for name, s in sections.items()}
+
+    def section(self, section: Section, laid_out: Sequence[Input] = ()) -> Section:
+        """One section, which lays out those leaves for all that follow it. Raises NotInterleaved."""
+        writer = _Interleaver(section, self._lanes, self._hoisted)
+        for leaf in laid_out:
+            writer.lay_out(leaf)
+        return writer.run()
 
 
 def _read_at_each_step(sections: Mapping[str, Section]) -> list[Input]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from metafast.lower.arrays import (
 )
 from metafast.lower.bundle import bundle
 from metafast.lower.emit import HELD, Constants, Emitter
-from metafast.lower.interleave import interleave, interleaved_state, per_task
+from metafast.lower.interleave import Interleaving, interleaved_state, per_task
 from metafast.lower.memory import aligned, place
 from metafast.lower.spell import spell
 from metafast.ops import numel
@@ -104,6 +105,9 @@ class _Layout:
     offsets: dict[str, tuple[int, Shape]] = field(default_factory=dict)
     nbytes: int = 0
 
+    def copy(self) -> _Layout:
+        return replace(self, offsets=self.offsets.copy())
+
     def add(self, name: str, shape: Shape) -> None:
         self.offsets[name] = (self.nbytes, shape)
         self.nbytes += aligned(max(numel(shape), 1) * self.itemsize)
@@ -118,13 +122,11 @@ class _Lowering:
     def __init__(
         self,
         state: Mapping[str, Shape],
-        sections: Mapping[str, Section],
         dtype: torch.dtype,
         opcodes: Sequence[str],
         lanes: int,
     ) -> None:
-        self.sections, self.dtype = {name: spell(section) for name, section in sections.items()}, dtype
-        self.item, self.lanes = dtype.itemsize, lanes
+        self.dtype, self.item, self.lanes = dtype, dtype.itemsize, lanes
         self.opcodes = {name: k for k, name in enumerate(opcodes)}
         self.constants = Constants(dtype)
         self.state = _Layout(self.item)
@@ -135,14 +137,21 @@ class _Lowering:
         self.externals: list[External] = []
         self.where: dict[tuple[str, str], Array] = {}
         self.persistent: dict[tuple[str, str], Array] = {}
-        self.arena = 0
+        self.base = self.arena = 0  # where what crosses sections ends, and all else
 
-    def run(self) -> dict[str, list[Instruction]]:
-        code = {name: self._section(self.sections[name]) for name in SECTIONS if name in self.sections}
-        self._keep_hoisted(code)
-        base = self.arena
-        self.arena = max([base] + [place(c, base) for c in code.values()])
+    def add(self, sections: Mapping[str, Section]) -> dict[str, list[Instruction]]:
+        """The code of those sections, addresses and all. What is there stays where it is."""
+        code = {name: self._section(spell(section)) for name, section in sections.items()}
+        self._keep_hoisted()
+        self.arena = max([self.arena, *(place(c, self.base) for c in code.values())])
         return code
+
+    def copy(self) -> _Lowering:
+        """One that more is added to."""
+        made = copy(self)
+        made.constants, made.sums, made.externals = self.constants.copy(), self.sums.copy(), self.externals.copy()
+        made.where, made.persistent = self.where.copy(), self.persistent.copy()
+        return made
 
     def _section(self, section: Section) -> list[Instruction]:
         known = {i.value: self._input(i) for i in section.graph.inputs}
@@ -159,13 +168,13 @@ class _Lowering:
         buffer.space, buffer.offset = STATE_NEXT, self.state.nbytes
         self.state.nbytes += aligned(max(buffer.nbytes, 1))
 
-    def _keep_hoisted(self, code: Mapping[str, list[Instruction]]) -> None:
+    def _keep_hoisted(self) -> None:
         """What crosses sections lies at the arena's bottom and stays."""
         for array in self.persistent.values():
             b = array.buffer
             if b.space is None and b.offset is None:
-                b.offset = self.arena
-                self.arena += aligned(max(b.nbytes, 1))
+                b.offset = self.base
+                self.base += aligned(max(b.nbytes, 1))
 
     # -- addresses
 
@@ -229,30 +238,50 @@ def _native(code: Sequence[Instruction]) -> list[tuple[str, list[tuple[int, int]
     return out
 
 
-def lower(
-    state: Mapping[str, Shape], sections: Mapping[str, Section], dtype: torch.dtype, lanes: int = 1
-) -> Lowered:
-    """Plan and build the native program of those sections; `state` names what one step hands to the next.
+class Prepared:
+    """All sections but `query`, lowered: programs that differ in the query alone have the rest in common."""
 
-    With more than one of `lanes` so many tasks are done at once. Raises NotInterleaved where that can't be.
-    """
+    def __init__(
+        self, state: Mapping[str, Shape], sections: Mapping[str, Section], dtype: torch.dtype, lanes: int = 1
+    ) -> None:
+        """`state` names what one step hands to the next. With more than one of `lanes` so many tasks are done at once.
+
+        Raises NotInterleaved where that can't be.
+        """
+        from metafast import _C
+
+        self._interleaving = Interleaving(lanes) if lanes > 1 else None
+        if self._interleaving is not None:
+            state, sections = interleaved_state(state, lanes), self._interleaving.sections(sections)
+        self._lowering = _Lowering(state, dtype, _C.pointwise_opcodes(), lanes)
+        self._code = self._lowering.add(sections)
+        self._native = {name: _native(c) for name, c in self._code.items()}
+
+    def with_query(self, query: Section | None) -> Lowered:
+        """The program with that section, if any. Raises NotInterleaved as above."""
+        lowering, code, native = self._lowering.copy(), self._code, self._native
+        if query is not None:
+            if self._interleaving is not None:
+                query = self._interleaving.copy().section(query)
+            more = lowering.add({"query": query})
+            code, native = {**code, **more}, {**native, "query": _native(more["query"])}
+        return _assembled(lowering, {name: code[name] for name in SECTIONS if name in code}, native)
+
+
+def _assembled(lowering: _Lowering, code: dict[str, list[Instruction]], native: Mapping[str, Any]) -> Lowered:
     from metafast import _C
 
-    if lanes > 1:
-        state, sections = interleaved_state(state, lanes), interleave(sections, lanes)
-    lowering = _Lowering(state, sections, dtype, _C.pointwise_opcodes(), lanes)
-    code = lowering.run()
     constants = bytes(lowering.constants.data)
     program = _C.Program(
-        NAMES[dtype],
-        {name: _native(c) for name, c in code.items()},
+        NAMES[lowering.dtype],
+        dict(native),
         arena_bytes=lowering.arena,
         state_bytes=lowering.state.nbytes,
         adjoint_bytes=lowering.adjoint_bytes,
         accumulator_bytes=lowering.sums.nbytes,
         constants=constants,
         n_external=len(lowering.externals),
-        lanes=lanes,
+        lanes=lowering.lanes,
     )
     return Lowered(
         program,
@@ -262,7 +291,12 @@ def lower(
         code,
         lowering.arena,
         lowering.state.nbytes,
-        dtype.itemsize,
-        lanes,
+        lowering.item,
+        lowering.lanes,
         constants,
     )
+
+
+def lower(section: Section, dtype: torch.dtype) -> Lowered:
+    """The native program of one section that adapts nothing."""
+    return Prepared({}, {}, dtype).with_query(section)
