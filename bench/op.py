@@ -70,7 +70,7 @@ def conv_rows() -> Iterator[Row]:
     sizes += [(75, 42, 32, 32), (5, 42, 32, 32), (75, 84, 3, 32)]
     for n, side, c, o in sizes:
         pixels, weights = n * side * side, 9 * c * o
-        ints = (n, side, side, c, o, 3, 3, 1, 1, 1, 1, 1, 1, side, side, 1, o, 3 * c * o, c * o, 0, 0)
+        ints = (n, side, side, c, o, 3, 3, 1, 1, 1, 1, 1, 1, side, side, 1, o, 3 * c * o, c * o, 0, 1, 0)
         flops = 2 * pixels * weights
         name = f"{side}x{side}x{c}->{o} N={n}"
         yield Row(f"conv_fwd {name}", "conv_fwd", (pixels * c, weights, pixels * o), ints, flops=flops)

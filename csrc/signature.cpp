@@ -154,7 +154,8 @@ void conv(Call& c, Role x, Role w, Role y) {
   for (int axis : {0, 1})
     c.within(13 + axis, extent(axis), extent(axis), axis ? "output width" : "output height");
   c.flag(19, "mode (0 assigns, 1 adds)");
-  c.flag(20, "flag of a bias");
+  c.flag(20, "flag of Winograd's form");
+  c.flag(21, "flag of a bias");
   product(i.subspan(3, 4));
   const auto image = [&] { c.dense(x, product(i.first(4))); };
   const auto weight = [&] { c.strided(w, {i[4], i[3], i[5], i[6]}, {i[15], i[16], i[17], i[18]}); };
@@ -162,8 +163,8 @@ void conv(Call& c, Role x, Role w, Role y) {
   if (y == out) image(), weight(), result();
   if (x == out) result(), weight(), image();
   if (w == out) image(), result(), weight();
-  if (i[20] && y == out) c.dense(in, i[4]);
-  if (i[20] && y != out) reject("ints[20] is the flag of a bias: only conv_fwd takes one");
+  if (i[21] && y == out) c.dense(in, i[4]);
+  if (i[21] && y != out) reject("ints[21] is the flag of a bias: only conv_fwd takes one");
   c.result.nanoseconds = 2.0 * volume({{i[0], i[13], i[14]}}) * volume(i.subspan(3, 4)) / kFlopsPerNanosecond;
 }
 

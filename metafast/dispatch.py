@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
-from metafast import collector
+from metafast import collector, passes
 from metafast.errors import BackendError, FallbackWarning, MetafastError, message, warn
 from metafast.problem import Backend, Problem
 from metafast.reach import Reach
@@ -224,4 +224,5 @@ def _settings() -> tuple[Any, ...]:
         torch.get_default_dtype(),
         torch.are_deterministic_algorithms_enabled(),
         tuple(map(type, modes)),
+        passes.left_out(),
     )

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from metafast.graph import Input, Node, closed, live_nodes
 from metafast.ops import TABLE, numel
+from metafast.passes import enabled
 from metafast.sweep import Section, Store
 
 __all__ = ["keep"]
@@ -21,7 +22,7 @@ _LEAST_FLOPS = 16  # for each element that is kept
 
 def keep(sections: Mapping[str, Section]) -> tuple[dict[str, Section], int]:
     """The sections with `inner` storing what `meta` then reads, and how many elements a step keeps: 0 for nothing."""
-    if "inner" not in sections or "meta" not in sections:
+    if "inner" not in sections or "meta" not in sections or not enabled("keep"):
         return dict(sections), 0
     inner, meta = sections["inner"], sections["meta"]
     made = set(inner.graph.nodes)

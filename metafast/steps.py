@@ -10,6 +10,7 @@ import torch
 from metafast.graph import form
 from metafast.keep import keep
 from metafast.lower import Prepared, best_lanes
+from metafast.passes import enabled, left_out
 from metafast.sweep import Loop, Section, Sweep
 
 MOST_KEPT_BYTES = 1 << 18  # half of a second-level cache
@@ -27,7 +28,7 @@ class Steps:
 
     def best_lanes(self, tasks: int) -> int:
         """How many of so many tasks to do at once."""
-        return best_lanes(self.state, self.dtype.itemsize, tasks)
+        return best_lanes(self.state, self.dtype.itemsize, tasks) if enabled("lanes") else 1
 
     def sections(self, back: bool, keeps: bool) -> dict[str, Section]:
         """All sections but `query`, with `back` those of the way back; `keeps` as of `keeps`."""
@@ -55,7 +56,7 @@ class Steps:
 
 
 def form_of(loop: Loop, dtype: torch.dtype) -> Any:
-    """A hashable value, equal for loops of one dtype that differ in the query alone."""
+    """A hashable value, equal for loops of one dtype, made with the same passes, that differ in the query alone."""
     graphs = tuple(map(form, (loop.support, loop.update, loop.init)))
     wanted = tuple([key for key in loop.wrt if not key.startswith("query/")])
-    return (dtype, graphs, loop.adapted, tuple(loop.shapes.items()), wanted, loop.order)
+    return (dtype, left_out(), graphs, loop.adapted, tuple(loop.shapes.items()), wanted, loop.order)

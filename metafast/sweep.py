@@ -25,8 +25,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from metafast.differentiate import depends_on, pull, push, vjp_graph, with_gradient
-from metafast.graph import Builder, Graph, Input, Node, Shape, Value, closed, copy_into
+from metafast.graph import Builder, Graph, Input, Node, Shape, Value, closed, copy_into, live_nodes
 from metafast.ops import TABLE
+from metafast.passes import enabled
 
 SECTIONS = ("prologue", "inner", "query", "meta", "epilogue")
 
@@ -148,6 +149,8 @@ def split(graph: Graph, moving: Sequence[Value]) -> tuple[list[Value], list[Node
 
     Views and constants are never cut: what comes after makes them again for nothing.
     """
+    if not enabled("hoist"):
+        return [], live_nodes(graph.nodes, graph.outputs.values())
     reached = depends_on(graph.nodes, moving)
     wanted = set(graph.outputs.values())
     cut: list[Value] = []
@@ -284,7 +287,7 @@ class Sweep:
         keys = [k for k in self._step_gradient.outputs if k.startswith("grad/")]
         # A gradient of what all tasks share is added up where it is made: a factor would be a pass of its own.
         alone = all(k.removeprefix("grad/") in self.state for k in keys)
-        scale, gammas = common_factor(w.b, gammas) if alone else (None, gammas)
+        scale, gammas = common_factor(w.b, gammas) if alone and enabled("factor") else (None, gammas)
         moved = push(w.b, gammas, [env[self._step_gradient.outputs[k]] for k in keys])
         found = {k: t for k, t in zip(keys, moved, strict=True) if t is not None}
         return found if scale is None else {k: w.b.op("mul", scale, t) for k, t in found.items()}

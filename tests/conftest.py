@@ -1,11 +1,31 @@
-"""What all tests share: how many threads PyTorch may use while one runs."""
+"""What all tests share: how many threads PyTorch may use while one runs, and which passes are left out."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "leave these passes out (metafast/passes.py), here and in every process that a test starts"
+    parser.addoption("--without", metavar="PASS[,PASS...]", default=None, help=text)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    names = config.getoption("--without")
+    if names is not None:
+        os.environ["METAFAST_WITHOUT"] = names  # read where metafast is imported
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    from metafast.passes import left_out
+
+    shown = {name for marker in item.iter_markers("shows") for name in marker.args}
+    if missing := shown & left_out():
+        pytest.skip(f"shows what {', '.join(sorted(missing))} does")
 
 
 @pytest.fixture(autouse=True)

@@ -474,7 +474,7 @@ ILL_FORMED = {
     "register": (("pointwise", [(ARENA, 0)] * 2, [1, 1, 1, 1, 2, 1, 1, 1, 1, 0, 0, 7, 0, 0, 0], []), "make no sense"),
     "mode": (("gemm", [(ARENA, 0)] * 3, [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 0], []), "mode"),
     "geometry": (
-        ("conv_fwd", [(ARENA, 0)] * 3, [1, 4, 4, 1, 1, 3, 3, 1, 1, 0, 0, 1, 1, 3, 2, 9, 9, 3, 1, 0, 0], []),
+        ("conv_fwd", [(ARENA, 0)] * 3, [1, 4, 4, 1, 1, 3, 3, 1, 1, 0, 0, 1, 1, 3, 2, 9, 9, 3, 1, 0, 0, 0], []),
         "output height: 2 to 2 expected, got 3",
     ),
 }  # fmt: skip

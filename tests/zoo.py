@@ -390,6 +390,15 @@ def conv4_eval(cast: Cast) -> Task:
     return Task(settle(conv4()).eval(), **classification(1, 16, 16), loss=F.cross_entropy)
 
 
+@entry(smooth=True)
+def wide_conv(cast: Cast) -> Task:
+    """Channels and images enough for Winograd's form, in both directions; sides of 7, so that tiles of 3 are among it."""
+    model = nn.Sequential(
+        nn.Conv2d(16, 16, 3, padding=1), nn.Tanh(), nn.AvgPool2d(7), nn.Flatten(), nn.Linear(16, WAYS)
+    )
+    return Task(model, **classification(16, 7, 7), loss=F.cross_entropy)
+
+
 @entry()
 def strided_conv(cast: Cast) -> Task:
     model = nn.Sequential(

@@ -15,6 +15,7 @@ from typing import Any
 
 from metafast.lower.arrays import ACCUMULATOR, SUM, Array, Buffer, Instruction
 from metafast.lower.memory import aligned
+from metafast.passes import enabled
 
 Place = Any  # what tells two places in memory apart: a buffer of the arena, or a space and an offset
 
@@ -22,6 +23,8 @@ Place = Any  # what tells two places in memory apart: a buffer of the arena, or 
 def bundle(code: Sequence[Instruction], pinned: set[Buffer]) -> list[Instruction]:
     """The section's code with rows of alike instructions joined; arena buffers in `pinned` stay where they are."""
     code = list(code)
+    if not enabled("bundle"):
+        return code
     for with_state in (True, False):  # the order of state is given: what meets it is laid out first
         for rows in _alike(code):
             members = _in_order(rows, pinned) if with_state == any(map(_given, _runs(rows[0]))) else []

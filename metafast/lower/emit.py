@@ -35,6 +35,7 @@ from metafast.lower.arrays import (
 from metafast.lower.fuse import Unit, aliases, units
 from metafast.ops import TABLE, numel
 from metafast.ops.shape import literal_tensor
+from metafast.passes import enabled
 from metafast.sweep import Section, Store
 
 NHWC = (0, 2, 3, 1)
@@ -160,7 +161,7 @@ class Emitter:
     def _copied(self, a: Array, order: Sequence[int] | None) -> Array:
         """The array, dense in that order: written at first use, for all that follow."""
         key = (a, None if order is None else tuple(order))
-        if key not in self.copies:
+        if key not in self.copies or not enabled("copies"):
             out = self.copies[key] = self.fresh(a.shape, order)
             self.copy(a, out)
         return self.copies[key]
@@ -256,7 +257,7 @@ class Emitter:
     def _layout(self, arrays: Sequence[Array], shape: Shape) -> tuple[int, ...]:
         """The order of dims of the first full dense input that is not plainly contiguous, else contiguous."""
         plain = tuple(range(len(shape)))
-        for a in arrays:
+        for a in arrays if enabled("layout") else ():
             order = memory_order(shape, a.strides)
             if order != plain and is_dense(a):
                 return order
@@ -368,7 +369,7 @@ class Emitter:
 
     def _direct(self, node: Node, result: Value) -> tuple[Array, bool] | None:
         """Where an accumulating kernel may write a section output itself, instead of a store copying it there."""
-        if TABLE[node.op].kernel not in DIRECT:
+        if TABLE[node.op].kernel not in DIRECT or not enabled("direct"):
             return None
         for unit in self.storing.get(result, ()):
             if unit.nodes or not unit.stores or unit.stores[0][0] is not result:
@@ -442,7 +443,7 @@ class Emitter:
         ints = [x_shape[0], *x_shape[2:], x_shape[1], *w_shape[:1], *w_shape[2:]]
         ints += [*node.attrs["stride"], *node.attrs["padding"], *node.attrs["dilation"], *y_shape[2:], *w.strides]
         kernel = {"conv2d": "conv_fwd", "conv2d_dx": "conv_dx", "conv2d_dw": "conv_dw"}[node.op]
-        self._emit_biased(node, kernel, [p, q, out], 1, [*ints, mode], bias)
+        self._emit_biased(node, kernel, [p, q, out], 1, [*ints, mode, int(enabled("winograd"))], bias)
 
     def _reduce(self, node: Node, into: tuple[Array, bool] | None) -> None:
         x = self.array(node.inputs[0])
@@ -634,7 +635,8 @@ class _Registers:
 
     def _operations(self, unit: Unit, kept: set[Value]) -> list[tuple[str, Value, list[Value]]]:
         """Opcode, result and sources of each; a choice by `step(x)` reads x, and the mask is made if others read it."""
-        masks = {n.outputs[0]: self.alias.get(n.inputs[0], n.inputs[0]) for n in unit.nodes if n.op == "step"}
+        signs = [n for n in unit.nodes if n.op == "step"] if enabled("masks") else []
+        masks = {n.outputs[0]: self.alias.get(n.inputs[0], n.inputs[0]) for n in signs}
         found = []
         for n in unit.nodes:
             op, args = n.op, [self.alias.get(v, v) for v in n.inputs]

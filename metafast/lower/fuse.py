@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from metafast.graph import Graph, Node, Value
 from metafast.ops import TABLE
 from metafast.ops.pointwise import POINTWISE
+from metafast.passes import enabled
 from metafast.sweep import Section, Store
 
 ACCUMULATING = {  # the layout written
@@ -86,7 +87,7 @@ class _Fuser:
             self.uses[v] += 1
         self.alias = aliases(self.graph, lambda node: node.op == "stop_gradient")
         self.root = aliases(self.graph, lambda node: TABLE[node.op].kernel == "view")
-        self.lazy = self._lazy()
+        self.lazy = self._lazy() if enabled("lazy") else set()
         self.units: list[Unit] = []
         self.summed: dict[Value, int] = {}  # the sums that a cluster makes of its own values
         self.unit_of: dict[Value, int] = {}
@@ -96,9 +97,11 @@ class _Fuser:
         for k, node in enumerate(self.graph.nodes):
             if is_free(node) or node in self.lazy:
                 continue
-            if node.op == "add" and (self._sum(node, k) or self._bias(node, k)):
+            if node.op == "add" and enabled("sums") and self._sum(node, k):
                 continue
-            if node.op == "sum" and self._reduction(node):
+            if node.op == "add" and enabled("bias") and self._bias(node, k):
+                continue
+            if node.op == "sum" and enabled("reductions") and self._reduction(node):
                 continue
             self._pointwise(node, k) if node.op in POINTWISE else self._single(node, k)
         for store in self.section.stores:
@@ -158,7 +161,7 @@ class _Fuser:
         group = self._with_lazy(node)
         inputs = tuple(v for n in group for v in n.inputs)
         deps = self._deps(inputs)
-        makers = self._makers(inputs, node.outputs[0].shape)
+        makers = self._makers(inputs, node.outputs[0].shape) if enabled("clusters") else set()
         u = self._home(makers, inputs, deps)
         if u is None:
             u = self._new(Unit("pointwise"), deps)
@@ -288,7 +291,7 @@ class _Fuser:
         made = self.alias.get(value, value)
         u = self.unit_of.get(made)
         joins = u is not None and self.units[u].kind == "pointwise" and self.units[u].shape == value.shape
-        if u is None or not joins or made in self.summed:
+        if u is None or not joins or made in self.summed or not enabled("direct"):
             u = self._new(Unit("pointwise", order=len(self.graph.nodes)), self._deps((value,)))
         self.units[u].stores.append((value, store))
 

@@ -6,6 +6,7 @@ from bisect import insort
 from collections.abc import Sequence
 
 from metafast.lower.arrays import Buffer, Instruction
+from metafast.passes import enabled
 
 ALIGN = 64  # a cache line, and the widest vector
 
@@ -39,13 +40,13 @@ def place(code: Sequence[Instruction], base: int) -> int:
     """
     life = {b: span for b, span in lifetimes(code).items() if b.offset is None}
     placed: list[tuple[int, int, int, int]] = []  # offset, end, first, last; in order
-    top = base
+    top, apart = base, not enabled("reuse")
     for buffer, (first, last) in sorted(life.items(), key=lambda e: (-e[0].nbytes, e[1])):
         at = base
         for start, end, begins, ends in placed:
             if at + buffer.nbytes <= start:
                 break
-            if begins <= last and first <= ends:
+            if apart or (begins <= last and first <= ends):
                 at = max(at, end)
         buffer.offset = at
         end = at + aligned(max(buffer.nbytes, 1))

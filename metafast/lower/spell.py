@@ -13,12 +13,13 @@ from collections.abc import Callable
 
 from metafast.graph import Builder, Node, Shape, Value, same_input
 from metafast.ops import numel, scale, spread
+from metafast.passes import enabled
 from metafast.sweep import Section
 
 
 def spell(section: Section) -> Section:
     """The section with such nodes replaced."""
-    if not any(map(_worth, section.graph.nodes)):
+    if not enabled("spell") or not any(map(_worth, section.graph.nodes)):
         return section
     b = Builder()
     bind = same_input(b)

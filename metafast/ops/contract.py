@@ -3,12 +3,38 @@ one argument is a member, and a tangent is the sum of two."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from metafast.graph import Attrs, Builder, Node, Value
-from metafast.ops.table import Op, Rule, Spec, add_maybe, numel, register
+from metafast.ops.table import Error, Op, Rule, Spec, add_maybe, numel, register
+
+# ---- how exact the native kernels are ---------------------------------------------------------------------------
+
+_IN_BLOCKS = Error(
+    lambda n: min(n, 192) + n / 192 + 3,
+    "element",
+    "Higham, Accuracy and Stability of Numerical Algorithms, 2002, 4.2: chains of 192 terms, whose sums are a chain",
+)
+_DIRECT = Error(lambda n: n + 2, "element", "Higham 2002, 3.1: a sum in any order; one for a bias, one to add")
+_WINOGRAD = Error(
+    lambda n: 8,
+    "array",
+    "measured, for entries of one size: no proof, since where all but a few entries of an operand are far below those "
+    "few the transforms spread their roundings over whole tiles; what then holds is the next bound",
+)
+
+
+def _winograd_proved(products: Callable[[int], float]) -> Error:
+    """164 is max_ij (Σ_kp |A_pi G_pj B_pk|)², what the transforms of both axes make of magnitudes, with the points of
+    csrc/kernels/cpu/winograd.cpp; 22 are the roundings of the transforms, of a bias and of adding."""
+    return Error(
+        lambda n: 164 * (22 + products(n)),
+        "operands",
+        "Barabasz, Anderson, Soodhalter and Gregg, ACM TOMS 46(4), 2020, arXiv:1803.10986: the roundings of the "
+        "transforms and of the products add up, times the norms of the transforms",
+    )
 
 
 def _bilinear_jvp(b: Builder, n: Node, t0: Value | None, t1: Value | None) -> list[Value | None]:
@@ -51,6 +77,7 @@ register(
         jvp=_bilinear_jvp,
         flops=lambda n: 2.0 * numel(n.outputs[0].shape) * n.inputs[0].shape[-1],
         bound=4e-6,
+        errors={"direct": _IN_BLOCKS},
     )
 )
 
@@ -73,6 +100,7 @@ register(
         "matmul_lanes",
         flops=lambda n: 2.0 * numel(n.outputs[0].shape) * n.inputs[0].shape[1],
         bound=4e-6,
+        errors={"lanes": _IN_BLOCKS},
     )
 )
 
@@ -154,8 +182,24 @@ def _dw_eval(x: list[torch.Tensor], a: Attrs) -> tuple[torch.Tensor, ...]:
     return (_backward(inp, w, dy, a, [False, True, False]),)
 
 
-def _conv_row(name: str, infer: object, evaluate: object, vjp: Rule, flops: object) -> None:
-    register(Op(name, infer, evaluate, "conv2d", vjp, _bilinear_jvp, flops=flops, bound=8e-6))  # type: ignore[arg-type]
+def _conv_row(
+    name: str, infer: object, evaluate: object, vjp: Rule, flops: object, products: Callable[[int], float]
+) -> None:
+    proved = _winograd_proved(products)
+    errors = {"direct": _DIRECT, "winograd": _WINOGRAD, "winograd, any entries": proved}
+    register(
+        Op(name, infer, evaluate, "conv2d", vjp, _bilinear_jvp, flops=flops, bound=8e-6, errors=errors)  # type: ignore[arg-type]
+    )
+
+
+def _over_channels(n: int) -> float:
+    """Of 9 C terms: chains of at most 32 channels, whose sums are a chain."""
+    return 32 + n / 288
+
+
+def _over_tiles(n: int) -> float:
+    """Of n pixels: one chain over tiles, which have two pixels or more."""
+    return n / 2
 
 
 _conv_row(
@@ -164,6 +208,7 @@ _conv_row(
     lambda x, a: (torch.conv2d(x[0], x[1], None, a["stride"], a["padding"], a["dilation"]),),
     _conv_vjp,
     lambda n: 2.0 * numel(n.outputs[0].shape) * numel(n.inputs[1].shape[1:]),
+    _over_channels,
 )
 _conv_row(
     "conv2d_dx",
@@ -171,6 +216,7 @@ _conv_row(
     _dx_eval,
     _dx_vjp,
     lambda n: 2.0 * numel(n.inputs[0].shape) * numel(n.inputs[1].shape[1:]),
+    _over_channels,
 )
 _conv_row(
     "conv2d_dw",
@@ -178,4 +224,5 @@ _conv_row(
     _dw_eval,
     _dw_vjp,
     lambda n: 2.0 * numel(n.inputs[1].shape) * numel(n.outputs[0].shape[1:]),
+    _over_tiles,
 )

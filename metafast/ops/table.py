@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,26 @@ Simplify = Callable[[Builder, tuple[Value, ...], dict[str, Any]], "Value | None"
 
 
 @dataclass(frozen=True)
+class Error:
+    """How far one form of a native kernel may be off in any element: |ŷ − y| ≤ roundings(n)·u·m, to first order in u.
+
+    `n` is how many terms an element sums, `u` the unit roundoff of the dtype, and `m` what `of` says: of "element" the
+    sum of the magnitudes of its own terms, of "array" the greatest such sum of any element, of "operands" the greatest
+    magnitude in the first operand times the greatest sum of magnitudes that an element meets of the second. `source`
+    says why.
+    """
+
+    roundings: Callable[[int], float]
+    of: str
+    source: str
+
+    def bound(self, n: int, u: float, magnitude: torch.Tensor) -> torch.Tensor:
+        """Of each element, from the sums of magnitudes (what the op makes of its operands' magnitudes)."""
+        m = magnitude if self.of == "element" or not magnitude.numel() else magnitude.max().expand(magnitude.shape)
+        return self.roundings(n) * u * m
+
+
+@dataclass(frozen=True)
 class Op:
     """One op: everything the pipeline asks of it.
 
@@ -27,7 +47,7 @@ class Op:
     a symbolic zero on both sides. A missing rule means that no pass differentiates the op (it appears only in
     tangents).
     `bound` is the float32 error of the native kernel relative to the largest magnitude of the exact result, and what
-    the tests assert. `kernel` is the native stem: the lowering has one emitter of that name.
+    the tests of graphs assert; `errors` holds what the tests of kernels assert of each form that sums products. `kernel` is the native stem: the lowering has one emitter of that name.
     """
 
     name: str
@@ -39,6 +59,7 @@ class Op:
     simplify: Simplify | None = None
     flops: Callable[[Node], float] = lambda node: float(sum(numel(v.shape) for v in node.outputs))
     bound: float = 2e-6
+    errors: Mapping[str, Error] = field(default_factory=dict)
 
 
 def register(op: Op) -> Op:

@@ -12,15 +12,30 @@ A pool leaves a quarter of an image's elements or fewer, and what it alone reads
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 from metafast.graph import Builder, Node, Shape, Value
 from metafast.ops.table import TABLE, broadcast, numel
+from metafast.passes import enabled
 
 INCREASING = {"relu", "tanh", "sigmoid", "exp", "expm1", "softplus", "erf", "atan"}
 POSITIVE = {"exp", "rsqrt", "sigmoid", "softplus"}
 MAX_GATHERS = 2  # gathering the images that a value is made of reads each of them once; making it writes one as well
+
+P = ParamSpec("P")
+Found = TypeVar("Found")
+
+
+def _rewrite(find: Callable[P, Found | None]) -> Callable[P, Found | None]:
+    """A rule of this pass: it finds nothing where the pass is left out."""
+
+    @functools.wraps(find)
+    def found(*args: P.args, **kwargs: P.kwargs) -> Found | None:
+        return find(*args, **kwargs) if enabled("winners") else None
+
+    return found
 
 
 # ---- the maximum ----------------------------------------------------------------------------------------------
@@ -39,6 +54,7 @@ def max_pool(b: Builder, x: Value, sign: Value | None = None, **attrs: Any) -> t
     return y, winners
 
 
+@_rewrite
 def _monotone(b: Builder, x: Value) -> tuple[Node, Value, Value | None] | None:
     """(node, the image it is a monotone function of, its slope's sign for each channel, None: never negative)."""
     node = b.producer(x)
@@ -94,6 +110,7 @@ def flat_on_windows(b: Builder, v: Value) -> Value | None:
 # ---- gathering ------------------------------------------------------------------------------------------------
 
 
+@_rewrite
 def gather(b: Builder, x: tuple[Value, ...], _: dict[str, Any]) -> Value | None:
     """pool_gather(x, winners) from what is known at the winners already and few gathers of other images."""
     v, winners = x
@@ -152,6 +169,7 @@ def _images(b: Builder, v: Value, winners: Value, seen: dict[Value, set[Value]])
 # ---- scattering -----------------------------------------------------------------------------------------------
 
 
+@_rewrite
 def scatter(b: Builder, op: str, x: Sequence[Value]) -> Value | None:
     """A pointwise op that is 0 wherever a scattered input is, as the op on the winners."""
     makers = {k: n for k, v in enumerate(x) if (n := b.producer(v)) is not None and n.op == "pool_scatter"}
@@ -182,6 +200,7 @@ def _carrying(b: Builder, op: str, x: Sequence[Value]) -> tuple[int, ...]:
     return ()
 
 
+@_rewrite
 def total(b: Builder, x: tuple[Value, ...], attrs: dict[str, Any]) -> Value | None:
     """Σ scatter(g) over whole images is Σ g."""
     node = b.producer(x[0])

@@ -13,7 +13,7 @@
 //   gemm             A, B, C, [bias] | batch, M, N, K, a_bs, a_rs, a_cs, b_bs, b_rs, b_cs, c_bs, c_rs,
 //                    c_cs, mode, has_bias
 //   conv_fwd         x(N,H,W,C), w, y(N,OH,OW,O), [bias(O)] | N, H, W, C, O, KH, KW, sh, sw, ph, pw, dh, dw,
-//                    OH, OW, w_so, w_sc, w_skh, w_skw, mode, has_bias
+//                    OH, OW, w_so, w_sc, w_skh, w_skw, mode, winograd, has_bias
 //   conv_dx          dy, w, dx | the same
 //   conv_dw          x, dy, dw | the same
 //   standardize      x, xhat, rstd, mean, var | outer, reduce, inner | eps

@@ -173,7 +173,7 @@ int conv_fwd(const Args& a) noexcept {
   Carver scratch(a.scratch);
   const Correlation<T> c = forward<T>(i, a.ptr);
   if constexpr (sizeof(T) == 4)
-    if (winograd_suits(c)) return winograd_correlate(c, a);
+    if (i.winograd && winograd_suits(c)) return winograd_correlate(c, a);
   const Plan<T> plan(c, i.KH * i.KW, scratch);
   plan.weights.fill(c, i.KH, i.KW);
   correlate(c, plan, a.part, a.parts);
@@ -185,7 +185,7 @@ int64_t conv_fwd_scratch(const int64_t* ints) noexcept {
   const ConvInts& i = ConvInts::of(ints);
   const Correlation<T> c = forward<T>(i, nullptr);
   if constexpr (sizeof(T) == 4)
-    if (winograd_suits(c)) return winograd_correlate_scratch(c);
+    if (i.winograd && winograd_suits(c)) return winograd_correlate_scratch(c);
   Carver counter(nullptr);
   Plan<T>(c, i.KH * i.KW, counter);
   return counter.used();
@@ -204,7 +204,7 @@ int conv_dx(const Args& a) noexcept {
         continue;
       }
       if constexpr (sizeof(T) == 4)
-        if (winograd_suits(c)) return winograd_correlate(c, a);
+        if (i.winograd && winograd_suits(c)) return winograd_correlate(c, a);
       const Plan<T> plan(c, i.KH * i.KW, scratch);
       plan.weights.fill(c, i.KH, i.KW);
       correlate(c, plan, a.part, a.parts);
@@ -221,7 +221,7 @@ int64_t conv_dx_scratch(const int64_t* ints) noexcept {
       const Correlation<T> c = adjoint<T>(i, nullptr, down, across);
       if (c.v.taps * c.h.taps == 0) continue;
       if constexpr (sizeof(T) == 4)
-        if (winograd_suits(c)) return winograd_correlate_scratch(c);
+        if (i.winograd && winograd_suits(c)) return winograd_correlate_scratch(c);
       Carver counter(nullptr);
       Plan<T>(c, i.KH * i.KW, counter);
       most = max64(most, counter.used());

@@ -135,7 +135,7 @@ int conv_dw(const Args& a) noexcept {
   const ConvInts& i = ConvInts::of(a.i);
   if (i.O * i.C * i.KH * i.KW == 0) return kOk;
   if constexpr (sizeof(T) == 4)
-    if (winograd_dw_suits(i)) return winograd_dw(i, a);
+    if (i.winograd && winograd_dw_suits(i)) return winograd_dw(i, a);
   Carver scratch(a.scratch);
   const Plan<T> p(i, scratch);
   const Items<T> items(i, p);
@@ -161,10 +161,11 @@ int conv_dw(const Args& a) noexcept {
 
 template <class T>
 int64_t conv_dw_scratch(const int64_t* ints) noexcept {
+  const ConvInts& i = ConvInts::of(ints);
   if constexpr (sizeof(T) == 4)
-    if (winograd_dw_suits(ConvInts::of(ints))) return winograd_dw_scratch(ConvInts::of(ints));
+    if (i.winograd && winograd_dw_suits(i)) return winograd_dw_scratch(i);
   Carver counter(nullptr);
-  Plan<T>(ConvInts::of(ints), counter);
+  Plan<T>(i, counter);
   return counter.used();
 }
 

@@ -6,7 +6,8 @@
 namespace metafast::kernels::METAFAST_ISA {
 
 struct ConvInts {
-  int64_t N, H, W, C, O, KH, KW, sh, sw, ph, pw, dh, dw, OH, OW, w_so, w_sc, w_skh, w_skw, mode, has_bias;
+  int64_t N, H, W, C, O, KH, KW, sh, sw, ph, pw, dh, dw, OH, OW, w_so, w_sc, w_skh, w_skw, mode, winograd,
+      has_bias;
   static const ConvInts& of(const int64_t* i) { return *reinterpret_cast<const ConvInts*>(i); }
 };
 
