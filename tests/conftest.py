@@ -21,9 +21,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    from metafast.passes import left_out
+    from metafast.passes import PASSES, left_out
 
-    shown = {name for marker in item.iter_markers("shows") for name in marker.args}
+    shown = {name for marker in item.iter_markers("shows") for name in marker.args or PASSES}
     if missing := shown & left_out():
         pytest.skip(f"shows what {', '.join(sorted(missing))} does")
 

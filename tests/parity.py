@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import oracle
@@ -147,3 +148,54 @@ def assert_same(got: Gradients, expected: Gradients, bound: float = EXACT) -> No
     assert float((whole - exact).norm()) <= bound * norm
     if norm:
         assert 1.0 - float(whole @ exact) / (float(whole.norm()) * norm) <= bound**2 + 1e-14
+
+
+# ---- float32 ------------------------------------------------------------------------------------------
+
+DRAWS = 3  # of the numbers, to measure an error by: one draw of rounding errors may by luck be near 0
+
+
+def errors(answers: list[Gradients], exact: list[Gradients]) -> float:
+    """The root mean square over draws of the relative errors."""
+    squares = [relative_error(a, e) ** 2 for a, e in zip(answers, exact, strict=True)]
+    return math.sqrt(sum(squares) / len(squares))
+
+
+@functools.cache
+def eager_draws(entry: Entry, order: int, steps: int, dtype: torch.dtype) -> list[Gradients]:
+    """The eager loop's gradients for each draw, in that precision, from numbers that float32 holds."""
+    return [named(answer(task, order, steps)) for task in draws(entry, dtype)]
+
+
+def draws(entry: Entry, dtype: torch.dtype) -> Iterator[Task]:
+    """The same task with its parameters and real data moved by a thousandth, each time otherwise."""
+    task = entry.make(dtype, rounded=True)
+    data = [t for t in pytree.tree_leaves((task.support, task.query)) if t.is_floating_point()]
+    moving = [p.data for p in task.model.parameters()] + data
+    start = [t.clone() for t in (*moving, *task.model.buffers())]
+    for k in range(DRAWS):
+        g = torch.Generator().manual_seed(k)
+        for t, before in zip((*moving, *task.model.buffers()), start, strict=True):
+            t.copy_(before)
+        for t in moving:
+            factor = (1.0 + 1e-3 * torch.randn(t.shape, generator=g, dtype=torch.float64)).float()
+            t.copy_(t.float() * factor)
+        yield task
+
+
+def assert_float32(entry: Entry, order: int, steps: int, way: str) -> None:
+    """Within 4 times the error of PyTorch's own float32, both against float64 from the same numbers.
+
+    At a kink two right answers can differ by more than rounding: no pre-activation of these nets lies so near one.
+    """
+    require("native")
+    got, inner = [], None
+    for task in draws(entry, torch.float32):
+        inner = inner or inner_loop(task, "native", steps=steps, order=order)
+        for t in (*inner.parameters(), *task.externs):
+            t.grad = None
+        found = metafast_gradients(inner, task, way)[1]
+        assert all(g.dtype == torch.float32 for g in found.values())
+        got.append({n: g.clone() for n, g in found.items()})
+    exact = eager_draws(entry, order, steps, torch.float64)
+    assert errors(got, exact) <= 4.0 * errors(eager_draws(entry, order, steps, torch.float32), exact)
