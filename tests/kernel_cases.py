@@ -1,7 +1,8 @@
 """The calls the native kernels are tested with: operands, ints and floats, and what must come out, with its bound.
 
 Every case is a function of a `Draw` and gives a `Call`. Inputs are drawn in the kernel's own dtype, results are
-worked out in float64 from those very numbers by PyTorch, and the bounds are those of the headers in csrc/kernels/cpu.
+worked out in float64 from those very numbers by PyTorch, and the bounds are those of the op table, or of the headers in
+csrc/kernels/cpu.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from metafast.ops import TABLE
+
 CHUNK = 128  # sums.hpp: kChunk
-WINOGRAD_ERROR = 8  # winograd.hpp: kWinogradError
 
 
 @dataclass
@@ -116,7 +118,8 @@ def gemm(
         value = A.double() @ B.double() + (x.double() if bias else 0)
         magnitude = A.double().abs() @ B.double().abs() + (x.double().abs() if bias else 0)
         ints = [batch, m, n, k, *A.stride(), *B.stride(), *C.stride(), mode, bias]
-        out = wanted(C, value, (k + 2) * draw.u * magnitude, add=bool(mode))
+        bound = TABLE["matmul"].errors["direct"].bound(k, draw.u, magnitude)
+        out = wanted(C, value, bound, add=bool(mode))
         return Call("gemm", [given(A), given(B), out, *([given(x)] if bias else [])], ints)
 
     return Case(f"gemm {batch}x{m}x{n}x{k} {a}-{b}-{c} mode{mode} bias{bias}", make)
@@ -134,7 +137,8 @@ def gemm_in_lanes(batch: int, m: int, n: int, k: int, shared: str = "", turned: 
         A, B, C = matrix("A", m, k), matrix("B", k, n), matrix("C", m, n)
         value, magnitude = A.double() @ B.double(), A.double().abs() @ B.double().abs()
         ints = [batch, m, n, k, *A.stride(), *B.stride(), *C.stride(), mode, 0]
-        out = wanted(C, value, (k + 2) * draw.u * magnitude, add=bool(mode))
+        bound = TABLE["matmul_lanes"].errors["lanes"].bound(k, draw.u, magnitude)
+        out = wanted(C, value, bound, add=bool(mode))
         return Call("gemm", [given(A), given(B), out], ints)
 
     return Case(f"gemm lanes {batch}x{m}x{n}x{k} shared{shared} turned{turned:d} mode{mode}", make)
@@ -217,9 +221,9 @@ class Geometry:
         y = F.conv2d(x.permute(0, 3, 1, 2), w, None, self.stride, self.pad, self.dilation)
         return y.permute(0, 2, 3, 1)
 
-    def ints(self, w: Tensor, mode: int, bias: int) -> list[int]:
+    def ints(self, w: Tensor, mode: int, winograd: int, bias: int) -> list[int]:
         sizes = [self.N, self.H, self.W, self.C, self.O, self.KH, self.KW]
-        return [*sizes, *self.stride, *self.pad, *self.dilation, *self.out, *w.stride(), mode, bias]
+        return [*sizes, *self.stride, *self.pad, *self.dilation, *self.out, *w.stride(), mode, winograd, bias]
 
 
 def adjoint(function: Callable[[Tensor], Tensor], like: Tensor, along: Tensor) -> Tensor:
@@ -228,31 +232,35 @@ def adjoint(function: Callable[[Tensor], Tensor], like: Tensor, along: Tensor) -
     return grad
 
 
-def conv(role: str, g: Geometry, order: str, mode: int, bias: int = 0) -> Case:
+CONVOLUTIONS = {"conv_fwd": "conv2d", "conv_dx": "conv2d_dx", "conv_dw": "conv2d_dw"}  # their rows in the op table
+
+
+def conv(role: str, g: Geometry, order: str, mode: int, bias: int = 0, winograd: int = 1, form: str = "") -> Case:
+    """`form` names the bound of the row that is asserted: unless it is given, that of the form that is taken."""
+
     def make(draw: Draw) -> Call:
         x, w = draw.dense(g.N, g.H, g.W, g.C), weight(draw, g.O, g.C, g.KH, g.KW, order)
         y, b = draw.dense(g.N, *g.out, g.O), draw.dense(g.O)
-        X, W, Y = x.double(), w.double(), y.double()
         if role == "conv_fwd":
             terms, operands, out = g.KH * g.KW * g.C, [x, w], y
-            value = lambda X, W, Y: g.forward(X, W)  # noqa: E731
+            value = g.forward
         elif role == "conv_dx":
             terms, operands, out = g.KH * g.KW * g.O, [y, w], x
-            value = lambda X, W, Y: adjoint(lambda t: g.forward(t, W), X, Y)  # noqa: E731
+            value = lambda Y, W: adjoint(lambda t: g.forward(t, W), x, Y)  # noqa: E731
         else:
             terms, operands, out = g.N * math.prod(g.out), [x, y], w
-            value = lambda X, W, Y: adjoint(lambda t: g.forward(X, t), W, Y)  # noqa: E731
+            value = lambda X, Y: adjoint(lambda t: g.forward(X, t), w, Y)  # noqa: E731
+        first, second = (t.double() for t in operands)
         shift, reach = (b.double(), b.double().abs()) if bias else (0, 0)
-        magnitude = value(X.abs(), W.abs(), Y.abs()) + reach
-        bound = (terms + 2) * draw.u * magnitude
-        if g.winograd and draw.dtype == torch.float32:
-            bound = torch.full_like(magnitude, WINOGRAD_ERROR * draw.u * float(magnitude.max()))
-        result = wanted(out, value(X, W, Y) + shift, bound, add=bool(mode))
-        return Call(
-            role, [*map(given, operands), result, *([given(b)] if bias else [])], g.ints(w, mode, bias)
-        )
+        taken = "winograd" if winograd and g.winograd and draw.dtype == torch.float32 else "direct"
+        error = TABLE[CONVOLUTIONS[role]].errors[form or taken]
+        even = torch.full_like(first, float(first.abs().max())) if error.of == "operands" else first.abs()
+        bound = error.bound(terms, draw.u, value(even, second.abs()) + reach)
+        result = wanted(out, value(first, second) + shift, bound, add=bool(mode))
+        ints = g.ints(w, mode, winograd, bias)
+        return Call(role, [*map(given, operands), result, *([given(b)] if bias else [])], ints)
 
-    return Case(f"{role} {g} {order} mode{mode} bias{bias}", make)
+    return Case(f"{role} {g} {order} mode{mode} bias{bias}{'' if winograd else ' direct'}", make)
 
 
 GEOMETRIES = [
@@ -292,6 +300,8 @@ def conv_cases() -> Iterator[Case]:
             yield conv("conv_fwd", g, order, mode=(j + k) % 2, bias=(j + k) // 2 % 2)
             yield conv("conv_dx", g, order, mode=(j + k) % 2)
             yield conv("conv_dw", g, order, mode=(j + k) % 2)
+        for role in CONVOLUTIONS if g.winograd else ():
+            yield conv(role, g, OIHW, mode=0, winograd=0)
 
 
 # ---- reductions -----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import metafast
+from metafast.passes import PASSES
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: an installed metafast goes first
 
@@ -34,6 +35,7 @@ def codemap() -> list[str]:
 # ---- ARCHITECTURE
 
 
+@pytest.mark.shows()
 def test_the_walkthrough_is_what_its_script_prints() -> None:
     assert walkthrough.fill(ARCHITECTURE, walkthrough.stages()) == ARCHITECTURE, (
         "run python -m docs.walkthrough ARCHITECTURE.md"
@@ -43,6 +45,11 @@ def test_the_walkthrough_is_what_its_script_prints() -> None:
 def test_a_text_without_its_block_is_an_error() -> None:
     with pytest.raises(ValueError, match="got 0 blocks for 'capture', expected one under its marker"):
         walkthrough.fill("no marker", {"capture": "text"})
+
+
+def test_every_pass_is_described() -> None:
+    rows = "".join(f"| `{name}` | {text} |\n" for name, text in PASSES.items())
+    assert f"| pass | what it does |\n|---|---|\n{rows}\n" in ARCHITECTURE
 
 
 def test_the_codemap_names_nothing_that_is_not_there() -> None:

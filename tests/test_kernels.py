@@ -13,10 +13,14 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from kernel_cases import (
+    CONVOLUTIONS,
+    OIHW,
     Call,
     Case,
     Draw,
+    Geometry,
     Operand,
+    conv,
     conv_cases,
     gemm_cases,
     given,
@@ -28,6 +32,8 @@ from kernel_cases import (
 )
 from machines import _C, MACHINE
 from torch import Tensor
+
+from metafast.ops import TABLE
 
 GUARD = 64  # elements before and after every operand
 DTYPES = {"f32": torch.float32, "f64": torch.float64}
@@ -465,6 +471,64 @@ def test_reduce_max_passes_nan_on(shape: tuple[int, int, int], isa: str) -> None
     ints = [1, 1, inner, n, 1, inner, 1, 0, 1]
     assert MACHINE.run_kernel("reduce", "f32", isa, [x, y], ints, [1.0]) == 0
     torch.testing.assert_close(y, x.amax(0), equal_nan=True)
+
+
+# ---- bounds of the op table, where they are hardest to keep --------------------------------------------------------
+
+
+@EACH_ISA
+def test_long_sums_in_lanes(isa: str) -> None:
+    """Terms of one sign and size round the same way again and again: one chain would be off by more."""
+    lanes, k = 16, 20000
+    A = (0.1 * (1 + torch.arange(lanes) / 7)).float().expand(k, lanes).contiguous()
+    B, C = torch.ones(k, lanes), torch.empty(lanes)
+    ints = [lanes, 1, 1, k, 1, k * lanes, lanes, 1, lanes, lanes, 1, lanes, lanes, 0, 0]
+    assert MACHINE.run_kernel("gemm", "f32", isa, [A, B, C], ints, []) == 0
+    exact = A.double().sum(0)
+    bound = TABLE["matmul_lanes"].errors["lanes"].bound(k, torch.finfo(torch.float32).eps / 2, exact)
+    one_chain = torch.from_numpy(A.numpy().cumsum(0)[-1])
+    assert ((C.double() - exact).abs() <= bound).all()
+    assert ((one_chain.double() - exact).abs() > bound).any()
+
+
+class Uneven(Draw):
+    """Magnitudes over eight decades; or all but one in fifty far below the rest."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(torch.float32)
+        self.kind = kind
+
+    def flat(self, n: int) -> Tensor:
+        x, y = (torch.randn(n, generator=self.generator, dtype=torch.float64) for _ in range(2))
+        factor = 10 ** (2 * y.clamp(-2, 2)) if self.kind == "decades" else torch.where(y > 2, 1.0, 1e-5)
+        return (x * factor).float()
+
+
+WIDE = [Geometry(2, 14, 14, 64, 64), Geometry(9, 7, 7, 16, 48), Geometry(1, 70, 9, 16, 17, pad=(2, 2))]
+
+
+@EACH_ISA
+@pytest.mark.parametrize("role", CONVOLUTIONS)
+@pytest.mark.parametrize("kind", ["decades", "few"])
+@pytest.mark.parametrize("geometry", WIDE, ids=str)
+def test_winograd_on_uneven_entries(geometry: Geometry, kind: str, role: str, isa: str) -> None:
+    """What is proved holds whatever the entries."""
+    assert geometry.winograd
+    call = conv(role, geometry, OIHW, mode=0, form="winograd, any entries").make(Uneven(kind))
+    check(call, run(call, "f32", isa))
+
+
+@EACH_ISA
+@pytest.mark.parametrize("role", CONVOLUTIONS)
+def test_the_bound_of_winograd_is_of_the_size_of_its_errors(role: str, isa: str) -> None:
+    """Over the shapes the greatest error is a quarter of what the row says, or more."""
+    used = []
+    for geometry in WIDE:
+        call = conv(role, geometry, OIHW, mode=0, form="winograd").make(Draw(torch.float32))
+        result, got = call.operands[2], run(call, "f32", isa)[2]
+        assert result.expected is not None and result.bound is not None
+        used.append(float(((got.double() - result.expected).abs() / result.bound).max()))
+    assert 0.25 <= max(used) <= 1.0, used
 
 
 def test_every_kernel_has_a_case() -> None:

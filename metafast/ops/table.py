@@ -47,7 +47,8 @@ class Op:
     a symbolic zero on both sides. A missing rule means that no pass differentiates the op (it appears only in
     tangents).
     `bound` is the float32 error of the native kernel relative to the largest magnitude of the exact result, and what
-    the tests of graphs assert; `errors` holds what the tests of kernels assert of each form that sums products. `kernel` is the native stem: the lowering has one emitter of that name.
+    the tests of graphs assert; `errors` holds what the tests of kernels assert of each form, where an op sums products.
+    `kernel` is the native stem: the lowering has one emitter of that name.
     """
 
     name: str

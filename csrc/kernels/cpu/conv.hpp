@@ -7,10 +7,10 @@
 // ptr   conv_fwd: x, w, y, [bias(O)]   conv_dx: dy, w, dx   conv_dw: x, dy, dw
 //       x, dx (N, H, W, C), y, dy (N, OH, OW, O) dense; w, dw with strides w_so, w_sc, w_skh, w_skw
 // ints  N, H, W, C, O, KH, KW, sh, sw, ph, pw, dh, dw, OH, OW, w_so, w_sc, w_skh, w_skw, mode (0 assigns,
-//       1 adds), has_bias
-// Outputs overlap no input. Fast for any weight layout in which o, c or the taps lie together. Error of an
-// element: at most (n + 2) u times the sum of the n magnitudes that go into it, u the unit roundoff (n = KH
-// KW C, KH KW O, N OH OW); for float and 3×3 kernels of stride and dilation 1 that of winograd.hpp.
+//       1 adds), winograd (1: in float, where it pays, by Winograd's form), has_bias
+// Outputs overlap no input. Fast for any weight layout in which o, c or the taps lie together. The error of
+// an element of n terms (n = KH KW C, KH KW O, N OH OW) is at most what the rows of metafast/ops/contract.py state for
+// "direct", and for Winograd's form for "winograd".
 #pragma once
 #include "vec.hpp"
 

@@ -7,8 +7,8 @@
 // bias or 0). Fast where n or m lies together in C. C overlaps neither A nor B, and no two of its elements
 // share a place. A batch of a multiple of the vector's lanes that lies together in C, and together or shared in A and
 // B, is multiplied lane by lane (lanes.hpp): then any strides are fast. A narrow result whose operands lie together along k is made of dot products along k, any
-// other of tiles; which one depends on the sizes alone. Error of an element: at most (min(K, 192) + K / 192 +
-// 3) u sum_k |A(m, k) B(k, n)|, u the unit roundoff: C takes up partial sums of 192 terms.
+// other of tiles; which one depends on the sizes alone. The error of an element is at most what the rows of
+// matmul and matmul_lanes (metafast/ops/contract.py) state: C takes up partial sums of 192 terms.
 #pragma once
 #include "vec.hpp"
 

@@ -8,14 +8,12 @@
 // infinity, so an axis that is no multiple of 4 has tiles of 3 as well, of 5 points: none reaches over the edge
 // of an image of 3, 4, or 6 and more.
 //
-// float only. The error is small against the largest terms, not against each element's own: at most
-// kWinogradError u times the greatest sum of magnitudes that goes into any element of the call's output.
+// float only. The error is small against the largest terms, not against each element's own; its bounds are those that
+// the rows of conv2d, conv2d_dx and conv2d_dw (metafast/ops/contract.py) state for "winograd".
 #pragma once
 #include "conv_correlation.hpp"
 
 namespace metafast::kernels::METAFAST_ISA {
-
-inline constexpr double kWinogradError = 8;
 
 // Whether the transforms cost less than the products they save.
 bool winograd_suits(const Correlation<float>&) noexcept;
