@@ -43,6 +43,7 @@ def test_meta_gradients(entry: Entry, way: str, side_by_side: bool, monkeypatch:
     assert_same(got, named(exact_answer(entry, 2, 3, torch.float64, False)))
 
 
+@pytest.mark.shows("keep")
 def test_what_is_kept_is_not_computed_again() -> None:
     plan = plan_of()
     with_them, without = plan.program("fused", steps=3), plan.program("fused", steps=10**6)
@@ -53,6 +54,7 @@ def test_what_is_kept_is_not_computed_again() -> None:
     assert with_them.state_bytes > without.state_bytes
 
 
+@pytest.mark.shows("keep")
 def test_only_as_much_as_the_cache_holds() -> None:
     plan = plan_of()
     elements = keep(plan.sections("fused", 10**6))[1]

@@ -105,6 +105,7 @@ def test_what_has_no_such_form_is_refused() -> None:
 # ---- meta-gradients ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.shows("lanes")
 @pytest.mark.usefixtures("side_by_side")
 @pytest.mark.parametrize("entry", ENTRIES, ids=str)
 @pytest.mark.parametrize("way", WAYS_OUT)
@@ -151,6 +152,7 @@ class Momentum:
         )
 
 
+@pytest.mark.shows("lanes")
 @pytest.mark.usefixtures("side_by_side")
 @pytest.mark.parametrize("tasks", [1, 4, 9])
 def test_every_way_to_ask(tasks: int) -> None:
@@ -183,6 +185,7 @@ def test_a_wrong_label_is_found_in_its_task() -> None:
         inner((x, y), batch(11, torch.float32))
 
 
+@pytest.mark.shows("lanes")
 @pytest.mark.usefixtures("side_by_side")
 def test_maxima_and_computed_labels() -> None:
     """The share of right answers weighs the loss; the labels count from 1."""
@@ -237,6 +240,7 @@ def test_many_tasks_of_few_parameters_lie_side_by_side() -> None:
     assert best_lanes({"w": (784, 256)}, 4, 100 * lanes) == 1
 
 
+@pytest.mark.shows("lanes")
 def test_a_net_that_fits_runs_side_by_side_by_itself() -> None:
     task = entry_named("mlp_relu").make(torch.float32)
     inner = inner_loop(task, "native", steps=2)

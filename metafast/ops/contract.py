@@ -15,9 +15,9 @@ from metafast.ops.table import Error, Op, Rule, Spec, add_maybe, numel, register
 _IN_BLOCKS = Error(
     lambda n: min(n, 192) + n / 192 + 3,
     "element",
-    "Higham, Accuracy and Stability of Numerical Algorithms, 2002, 4.2: chains of 192 terms, whose sums are a chain",
+    "Higham, Accuracy and Stability of Numerical Algorithms, 2002, 3.1: an inner product in pieces, here of 192 terms",
 )
-_DIRECT = Error(lambda n: n + 2, "element", "Higham 2002, 3.1: a sum in any order; one for a bias, one to add")
+_DIRECT = Error(lambda n: n + 2, "element", "Higham 2002, 3.1: an inner product in any order; one more for a bias, one to add")
 _WINOGRAD = Error(
     lambda n: 8,
     "array",
