@@ -32,6 +32,7 @@ from kernel_cases import (
 )
 from machines import _C, MACHINE
 from torch import Tensor
+from torch.nn import functional as F
 
 from metafast.ops import TABLE
 
@@ -516,6 +517,33 @@ def test_winograd_on_uneven_entries(geometry: Geometry, kind: str, role: str, is
     assert geometry.winograd
     call = conv(role, geometry, OIHW, mode=0, form="winograd, any entries").make(Uneven(kind))
     check(call, run(call, "f32", isa))
+
+
+def test_what_the_transforms_of_winograd_make_of_magnitudes() -> None:
+    """max_ij (Σ_kp |A_pi G_pj B_pk|)², of the points ∞, 0, ±0.6875, ±1.5, is the 164 of what is proved."""
+    points = torch.tensor([0.0, 0.6875, -0.6875, 1.5, -1.5], dtype=torch.float64)
+    others = [points[torch.arange(5) != p] for p in range(5)]
+    powers = points[:, None] ** torch.arange(5)
+    infinite = torch.zeros(1, 6, dtype=torch.float64)
+    infinite[0, -1] = 1
+    A = torch.cat([infinite[:, -4:], powers[:, :4]])
+    weights = torch.stack([1 / (x - rest).prod() for x, rest in zip(points, others, strict=True)])
+    G = torch.cat([infinite[:, -3:], weights[:, None] * powers[:, :3]])
+
+    def vanishing(roots: Tensor) -> Tensor:
+        """Coefficients of the product of (x − root), the least power first."""
+        made = torch.ones(1, dtype=torch.float64)
+        for root in roots:
+            made = F.pad(made, (1, 0)) - root * F.pad(made, (0, 1))
+        return made
+
+    B = torch.stack([vanishing(points), *(F.pad(vanishing(rest), (0, 1)) for rest in others)])
+    exact = torch.einsum("pi,pj,pk->ijk", A, G, B)
+    taps = torch.arange(4)[:, None, None] + torch.arange(3)[:, None] == torch.arange(6)
+    assert torch.allclose(exact, taps.double())
+    most = torch.einsum("pi,pj,pk->ij", A.abs(), G.abs(), B.abs()).max() ** 2
+    proved = TABLE["conv2d"].errors["winograd, any entries"]
+    assert most <= proved.roundings(288) / (22 + 33) < 1.01 * most
 
 
 @EACH_ISA

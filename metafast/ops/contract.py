@@ -17,7 +17,9 @@ _IN_BLOCKS = Error(
     "element",
     "Higham, Accuracy and Stability of Numerical Algorithms, 2002, 3.1: an inner product in pieces, here of 192 terms",
 )
-_DIRECT = Error(lambda n: n + 2, "element", "Higham 2002, 3.1: an inner product in any order; one more for a bias, one to add")
+_DIRECT = Error(
+    lambda n: n + 2, "element", "Higham 2002, 3.1: an inner product in any order; one more for a bias, one to add"
+)
 _WINOGRAD = Error(
     lambda n: 8,
     "array",
