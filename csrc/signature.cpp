@@ -105,11 +105,13 @@ void pointwise(Call& c) {
   c.sizes(0, 5 + rank);
   const Ints dims = take(rank);
   for (size_t n = 0; n < n_in; ++n) c.strided(in, dims, take(rank));
+  const size_t outs = at;
   for (size_t n = 0; n < n_out; ++n) c.strided(out, dims, take(rank));
   at += n_out;
   for (size_t n = 0; n < n_out; ++n, ++at) {
     c.within(at, 0, 3, "mode of an output (0 assigns, 1 adds; 2 and 3: of a sum)");
-    c.result.divisible &= c.i[at] < 2;
+    c.result.divisible &=
+        c.i[at] < 2 || (rank > 1 && c.i[outs + n * rank] != 0);  // a sum for each of dims[0]
   }
   c.result.nanoseconds = static_cast<double>(product(dims)) * static_cast<double>(n_in + n_out + 2 * n_ops) /
                          (2 * kElementsPerNanosecond);

@@ -271,7 +271,34 @@ def pointwise_cases() -> Iterator[Case]:
         yield summed(dims, strides, 2 + k % 2, first=False)
         yield summed(dims, strides, 3 - k % 2, first=True)
 
+    def summed_in_groups(dims: tuple[int, ...], strides: tuple[int, ...], mode: int) -> Case:
+        """Every sum keeps the outermost dim, whose indices parts of a call share."""
 
+        def make(draw: Draw) -> Call:
+            p = Program(draw, dims)
+            a, b = p.input(), p.input(strides)
+            y = p.op("sub", p.op("add", a, a), b)
+            p.out(y)
+            p.out(y, strides, mode)
+            p.out(a, (3, *[0] * (len(dims) - 1)), 5 - mode)
+            return p.call()
+
+        return Case(f"pointwise {dims} summed in groups to {strides} mode{mode}", make)
+
+    for k, (dims, strides) in enumerate(GROUPED_SUMS):
+        yield summed_in_groups(dims, strides, 2 + k % 2)
+        yield summed_in_groups(dims, strides, 3 - k % 2)
+
+
+GROUPED_SUMS = [
+    ((5, 90, 64), (64, 0, 1)),
+    ((2, 3000, 21), (25, 0, 1)),
+    ((7, 40, 3), (4, 0, 1)),
+    ((4, 2, 3, 5), (5, 0, 0, 1)),
+    ((3, 1500), (1, 0)),
+    ((6, 70000), (2, 0)),
+    ((3, 0, 4), (4, 0, 1)),
+]
 SUMS = [
     ((400,), (0,)),
     ((5003,), (0,)),

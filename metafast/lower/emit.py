@@ -41,6 +41,7 @@ from metafast.sweep import Section, Store
 NHWC = (0, 2, 3, 1)
 MAX_OPERANDS = 32  # of one pointwise instruction: kPointwiseOperands in csrc/kernels/common/kernel.hpp
 Result = tuple[Array, int, int]  # array, register, mode
+LEAST_PART = 1 << 12  # elements that a thread adds up at once; less is not worth a total
 DIRECT = {"matmul", "matmul_lanes", "conv2d", "reduce"}  # kernels that can write, or add, where the caller says
 
 
@@ -213,10 +214,20 @@ class Emitter:
             self.homes[n] = [unit] if n in sums else [Unit("node")]  # made by another instruction
         needed = [v for v in inside if self._needed(v, unit)]
         code.allocate(unit, [*needed, *(n.inputs[0] for n in sums)])
-        results = self._results(unit, needed, code, order) + [self._summed(n, code) for n in sums]
+        results, parted = self._results(unit, needed, code, order), self._parted(sums, order)
+        if parted is None:
+            results += [self._summed(n, code) for n in sums]
+        else:
+            parts = [self.fresh((unit.shape[parted], *n.outputs[0].shape)) for n in sums]
+            results += [
+                (_sum_view(n, a, parted), code.register(n.inputs[0]), SUM) for n, a in zip(sums, parts, strict=True)
+            ]
         self._emit_pointwise(
             arrays, results, code.ops, code.count, code.floats, unit.shape, order, self._note(unit), len(unit.nodes)
         )
+        if parted is not None:
+            for n, a in zip(sums, parts, strict=True):
+                self._total(n, a)
         for n in unit.sums:
             if n not in sums:
                 self._node(n, self._direct(n, n.outputs[0]))
@@ -243,6 +254,21 @@ class Emitter:
         _, collapsed = collapse(tuple(shape[d] for d in order), strides)
         ends = [each or [0] for each in collapsed[len(arrays) : -1]]
         return numel(shape) > 0 and all(not any(each[:-1]) and each[-1] in (0, 1) for each in ends)
+
+    def _parted(self, sums: Sequence[Node], order: Sequence[int]) -> int | None:
+        """The dim along which large sums are made part by part, so that threads can share the work: the outermost."""
+        if not sums:
+            return None
+        shape = sums[0].inputs[0].shape
+        outermost = next((d for d in order if shape[d] > 1), 0)
+        summed = all(outermost in n.attrs["dims"] for n in sums)
+        return outermost if summed and numel(shape) >= LEAST_PART * max(shape[outermost], 4) else None
+
+    def _total(self, node: Node, parts: Array) -> None:
+        """The sum of the sums of the parts."""
+        out, mode = self._result(node, self._direct(node, node.outputs[0]), None)
+        kept, many = numel(out.shape), parts.shape[0]
+        self.emit(node, "reduce", [parts, out], 1, [1, 1, kept, many, 1, kept, 1, mode, 0], [1.0])
 
     def _summed(self, node: Node, code: _Registers) -> Result:
         out, mode = self._result(node, self._direct(node, node.outputs[0]), None)
@@ -657,12 +683,14 @@ class _Registers:
         return r
 
 
-def _sum_view(node: Node, out: Array) -> Array:
-    """The result of a sum, seen with the shape of what is summed: stride 0 where it adds up."""
+def _sum_view(node: Node, out: Array, parted: int | None = None) -> Array:
+    """The result of a sum, seen with the shape of what is summed: stride 0 where it adds up, unless in parts."""
     shape, dims = node.inputs[0].shape, node.attrs["dims"]
     kept = iter(dense_strides(node.outputs[0].shape))
-    strides = tuple(0 if d in dims else next(kept) for d in range(len(shape)))
-    return viewed(out, shape, strides)
+    strides = [0 if d in dims else next(kept) for d in range(len(shape))]
+    if parted is not None:
+        strides[parted] = numel(node.outputs[0].shape)
+    return viewed(out, shape, tuple(strides))
 
 
 def _nhwc(shape: Shape) -> list[int]:

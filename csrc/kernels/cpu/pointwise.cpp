@@ -46,8 +46,8 @@ struct Interpreter {
   View<T> views[kMaxRegs + kMaxRegs];  // registers, then immediates
   bool in_place[kMaxOperands];         // per output: its register is the output's memory
   T* sums[kMaxOperands];
-  int64_t unflushed = 0;
-  bool flushed = false;
+  int64_t unflushed;
+  bool flushed;
 
   Interpreter(const Plan<T>& plan, const Args& a) : p(plan), args(a) {
     for (int k = 0; k < p.n_immediates; ++k)
@@ -55,7 +55,6 @@ struct Interpreter {
     for (int r = p.n_in; r < p.n_regs; ++r) views[r] = {buffer(r), L, p.inner};
     for (int o = 0; o < p.n_in; ++o) prepare_input(o);
     for (int o = 0; o < p.n_out; ++o) in_place[o] = p.outputs[o].in_place && !overwrites(o);
-    if (p.adds_up) clear_sums();
   }
 
   T* buffer(int64_t r) const { return reinterpret_cast<T*>(args.scratch) + r * (p.block + L); }
@@ -98,6 +97,7 @@ struct Interpreter {
   }
 
   void clear_sums() {
+    unflushed = 0, flushed = false;
     T* after = buffer(p.n_regs + 1);
     for (int o = 0; o < p.n_out; ++o) {
       if (!(p.outputs[o].mode & kSum)) continue;
@@ -184,14 +184,14 @@ struct Interpreter {
     unflushed = 0, flushed = true;
   }
 
-  void write_sums() {
+  void write_sums(int64_t group) {
     if (flushed) flush();
     for (int o = 0; o < p.n_out; ++o) {
       const auto& out = p.outputs[o];
       if (!(out.mode & kSum)) continue;
       const T* total = sums[o] + (flushed ? out.sum_elements + L : 0);
       const bool add = out.mode & 1, columns = out.inner_stride != 0;
-      T* y = out_pointer(o);
+      T* y = out_pointer(o) + (p.groups > 1 ? group * out.strides[0] : 0);
       if (out.lanes) {
         store(y, add ? load(y) + load(total) : load(total));
         continue;
@@ -239,24 +239,31 @@ struct Interpreter {
 
   // A sum is one part's work: its order must not depend on the number of parts.
   void run() {
-    if (p.adds_up && args.part > 0) return;
-    run_share(p.adds_up ? 1 : args.parts);
-    if (p.adds_up) write_sums();
+    if (!p.adds_up) return run_rows(0, p.rows, args.part, args.parts);
+    if (p.groups == 1 && args.part > 0) return;
+    const Range mine = p.groups == 1 ? Range{0, 1} : share(p.groups, args.part, args.parts);
+    const int64_t rows = p.rows / p.groups;
+    for (int64_t group = mine.begin; group < mine.end; ++group) {
+      clear_sums();
+      run_rows(group * rows, (group + 1) * rows, 0, 1);
+      write_sums(group);
+    }
   }
 
-  void run_share(int parts) {
+  // A part of the rows from `begin` to `end`.
+  void run_rows(int64_t begin, int64_t end, int part, int parts) {
     if (parts == 1 && p.rows == 1 && p.inner <= p.block) return run_block(0, 0, p.inner);
     if (p.by_rows) {
       const int64_t per_block = p.block / p.inner;
-      const Range mine = share(p.rows, args.part, parts, per_block);
-      for (int64_t row = mine.begin; row < mine.end; row += per_block)
-        run_block(row, 0, min64(per_block, mine.end - row) * p.inner);
+      const Range mine = share(end - begin, part, parts, per_block);
+      for (int64_t row = begin + mine.begin; row < begin + mine.end; row += per_block)
+        run_block(row, 0, min64(per_block, begin + mine.end - row) * p.inner);
       return;
     }
     const int64_t pieces = (p.inner + p.block - 1) / p.block;
-    const Range mine = share(p.rows * pieces, args.part, parts);
+    const Range mine = share((end - begin) * pieces, part, parts);
     for (int64_t b = mine.begin; b < mine.end; ++b) {
-      const int64_t row = b / pieces, at = b % pieces * p.block;
+      const int64_t row = begin + b / pieces, at = b % pieces * p.block;
       run_block(row, at, min64(p.block, p.inner - at));
     }
   }
@@ -269,7 +276,8 @@ void clear_sums_of_nothing(const Plan<T>& p, const Args& a) {
     const auto& out = p.outputs[o];
     const int64_t kept = out.lanes ? kLanes<T> : out.inner_stride ? p.inner : 1;
     T* y = static_cast<T*>(a.ptr[p.n_in + o]);
-    for (int64_t k = 0; out.mode == kSum && k < kept; ++k) y[k] = 0;
+    for (int64_t g = 0; out.mode == kSum && g < p.groups; ++g)
+      for (int64_t k = 0; k < kept; ++k) y[g * out.strides[0] + k] = 0;
   }
 }
 

@@ -44,7 +44,7 @@ struct Program {
     return false;
   }
 
-  // Elements of output o that are kept apart, a vector of slack included.
+  // Elements of output o that are kept apart, a vector of slack included, and those of all groups.
   template <class T>
   int64_t sum_elements(int64_t o) const {
     int64_t kept = kLanes<T>;
@@ -167,6 +167,8 @@ struct alignas(64) Plan {
   int32_t n_in, n_out, n_ops, n_regs, n_immediates, rank;
   bool empty, by_rows, adds_up;  // by_rows: a block holds whole rows, not a piece of one
   int64_t block, inner, elements, rows;
+  int64_t
+      groups;  // of rows that are added up each by itself: the outermost dimension, where all sums keep it
   const T* immediates;  // a vector each
   const int64_t *dims, *strides;
   const Op* ops;
@@ -194,6 +196,7 @@ struct alignas(64) Plan {
     plan.adds_up = p.sums();
     plan.block = block_elements<T>(p.n_regs), plan.inner = s.inner(), plan.elements = s.elements;
     plan.rows = plan.empty ? 0 : s.elements / s.inner();
+    plan.groups = s.rank > 1 && keep_outermost(p, s) ? s.dims[0] : 1;
     plan.by_rows = s.rank > 1 && 2 * s.inner() <= plan.block && !s.any_repeats;
     std::byte* at = place + sizeof(Plan);
     T* immediates = take<T>(at, plan.n_immediates * kLanes<T>);
@@ -232,6 +235,12 @@ struct alignas(64) Plan {
     U* const taken = reinterpret_cast<U*>(at);
     at += count * static_cast<int64_t>(sizeof(U));
     return taken;
+  }
+
+  static bool keep_outermost(const Program& p, const Space& s) {
+    bool keep = p.sums();
+    for (int64_t o = 0; o < p.n_out; ++o) keep &= !(p.out_mode[o] & kSum) || s.strides[p.n_in + o][0] != 0;
+    return keep;
   }
 
   static Op decode(const Program& p, const int64_t* op, const Input* inputs) {
