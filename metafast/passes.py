@@ -29,6 +29,7 @@ PASSES = {
     "clusters": "pointwise ops of one shape become one instruction",
     "lazy": "a cheap function of one value is computed again by each cluster that reads it",
     "reductions": "a cluster adds up what it makes",
+    "parts": "a cluster adds up large arrays part by part, which threads share",
     "sums": "products that are added write into one buffer",
     "bias": "a product or convolution starts from its bias",
     # in the instructions

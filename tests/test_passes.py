@@ -107,11 +107,23 @@ def _operations(ins: Any) -> float:
     return float(ins.ints[3] * numel(tuple(ins.ints[5 : 5 + ins.ints[0]]))) if ins.kernel == "pointwise" else 0.0
 
 
+def _added_alone(ins: Any) -> float:
+    """Elements that one thread adds up, none of another's to share."""
+    if ins.kernel != "pointwise":
+        return 0.0
+    rank, n_in, n_out = ins.ints[:3]
+    strides = ins.ints[5 + rank : 5 + rank * (1 + n_in + n_out)]
+    modes = ins.ints[5 + rank * (1 + n_in + n_out) + n_out :][:n_out]
+    alone = [modes[k] >= 2 and (rank < 2 or strides[(n_in + k) * rank] == 0) for k in range(n_out)]
+    return float(any(alone) * numel(tuple(ins.ints[5 : 5 + rank])))
+
+
 instructions = _over_call(lambda ins: 1)
 flops = _over_call(lambda ins: ins.flops)
 operations = _over_call(_operations)
 written = _over_call(lambda ins: sum(numel(ins.operands[k].shape) for k in ins.writes))
 copies = _over_call(lambda ins: ins.note.startswith("copy"))
+added_alone = _over_call(_added_alone)
 direct_convolutions = _over_call(lambda ins: ins.kernel.startswith("conv_") and not ins.ints[20])
 
 #: A model and what the pass makes less of there.
@@ -125,6 +137,7 @@ LESS: Mapping[str, tuple[str, Measure]] = {
     "clusters": ("mlp_gelu", instructions),
     "lazy": ("mlp_relu", written),
     "reductions": ("anil", instructions),
+    "parts": ("large_images", added_alone),
     "sums": ("mlp_relu", operations),
     "bias": ("anil", instructions),
     "direct": ("mlp_relu", written),

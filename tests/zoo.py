@@ -398,6 +398,14 @@ def wide_conv(cast: Cast) -> Task:
     return Task(model, **classification(16, 7, 7), loss=F.cross_entropy)
 
 
+@entry(smooth=True)
+def large_images(cast: Cast) -> Task:
+    """So large that sums over them are made part by part."""
+    convs = [nn.Conv2d(2, 8, 3, padding=1), nn.BatchNorm2d(8, track_running_stats=False), nn.Tanh()]
+    model = nn.Sequential(*convs, nn.AvgPool2d(8), nn.Flatten(), nn.Linear(8 * 16, WAYS))
+    return Task(model, **classification(2, 32, 32), loss=F.cross_entropy)
+
+
 @entry()
 def strided_conv(cast: Cast) -> Task:
     model = nn.Sequential(

@@ -257,7 +257,7 @@ class Emitter:
 
     def _parted(self, sums: Sequence[Node], order: Sequence[int]) -> int | None:
         """The dim along which large sums are made part by part, so that threads can share the work: the outermost."""
-        if not sums:
+        if not sums or not enabled("parts"):
             return None
         shape = sums[0].inputs[0].shape
         outermost = next((d for d in order if shape[d] > 1), 0)
