@@ -237,6 +237,13 @@ def test_a_subclass_of_tensor_is_another_plan() -> None:
     assert torch.equal(inner.meta_gradient(support, query)[0], plain)
 
 
+def test_arguments_that_torch_forgets_under_a_mode_are_kept() -> None:
+    """`F.l1_loss` hands a mode all but its weights, and the run that the first use is compared with is under one."""
+    weight = torch.rand(4, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    agree(Net().double(), lambda p, y: F.l1_loss(p, y, weight=weight))
+
+
+
 def test_what_capture_cannot_see_fails_the_first_use_check() -> None:
     """A hook on an autograd node leaves no mark on tensors or modules; comparing one task's gradient finds it."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,7 +59,7 @@ class Functions(TorchFunctionMode):
         self._recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs = {**_forgotten(func, args, kwargs or {}), **(kwargs or {})}
         recorder = self._recorder
         constant = bool(args) and isinstance(args[0], Tensor) and recorder.is_static(args[0])
         if (reason := _WATCHED.get(func)) is not None and not constant:
@@ -70,6 +71,21 @@ class Functions(TorchFunctionMode):
         elif (name := _macro(func, args, kwargs)) is not None:
             return recorder.macro(name, func, args, kwargs)
         return func(*args, **kwargs)
+
+
+def _forgotten(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that a Python function of torch's was given and did not hand on to the mode.
+
+    `F.l1_loss` hands on all but `weight` (2.13): under any mode its weights are lost. Its own frame, which called
+    `handle_torch_function`, still has them.
+    """
+    code = getattr(func, "__code__", None)
+    frame = sys._getframe(3) if code is not None else None
+    if frame is None or frame.f_code is not code:
+        return {}
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    rest = [name for name in names[len(args) :] if name not in kwargs]
+    return {name: frame.f_locals[name] for name in rest if name in frame.f_locals} if rest else {}
 
 
 def _name(func: Any) -> str:
