@@ -22,18 +22,18 @@ class Buffers:
     A buffer that requires grad is no running statistic: it is read where it lies, and receives its meta-gradient.
     """
 
-    def __init__(self, buffers: Mapping[str, Tensor], aliases: Mapping[str, tuple[str, ...]]) -> None:
+    def __init__(self, buffers: Mapping[str, Tensor], places: Mapping[str, tuple[str, ...]]) -> None:
         self._own = buffers
-        self._aliases = aliases
+        self._places = places
         self.values = dict(buffers)
 
     def named(self) -> dict[str, Tensor]:
-        """Copies of the current values under every name of each buffer, for one pass to write.
+        """Copies of the current values for every place of each buffer, for one pass to write.
 
         A pass of its own copy each: the graph of an earlier one may have saved what a later one would overwrite.
         """
         values = copied(self.values)
-        return {alias: value for name, value in values.items() for alias in self._aliases.get(name, (name,))}
+        return {place: value for name, value in values.items() for place in self._places.get(name, (name,))}
 
     def update(self, named: Mapping[str, Tensor]) -> None:
         """Note what a pass left: a buffer may have been written in place or replaced."""

@@ -92,7 +92,7 @@ class FastWeights(Mapping[str, Tensor]):
             way_out = "pass inputs for the tasks that were adapted"
             raise InputError(message(place, f"{count} tasks", f"{self.tasks} tasks", way_out))
         structure = self._structure
-        buffers = Buffers(dict(zip(structure.buffer_names, structure.buffers(), strict=True)), structure.aliases)
+        buffers = Buffers(dict(zip(structure.buffer_names, structure.buffers(), strict=True)), structure.places)
         results = []
         with swapping, no_checkpoints():
             for index in range(self.tasks):
@@ -104,7 +104,8 @@ class FastWeights(Mapping[str, Tensor]):
         return tasks.stack(results, "output of the model")
 
     def _forward(self, index: int, args: Any, kwargs: Any, buffers: Buffers) -> Any:
-        named = {alias: self._tensors[name][index] for alias, name in self._first.items()}
+        places = self._structure.places
+        named = {place: t[index] for name, t in self._tensors.items() for place in places.get(name, (name,))}
         named.update(buffers.named())
         result = torch.func.functional_call(self._model, named, args, kwargs, tie_weights=False)
         buffers.update(named)

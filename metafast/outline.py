@@ -135,7 +135,7 @@ class Outline:
             return_outputs=inner.return_outputs and given.specs[1] is not None,
             reduction=inner.reduction,
             buffers=dict(zip(structure.buffer_names, given.buffers, strict=True)),
-            aliases=structure.aliases,
+            places=structure.places,
             reach=self.reach(),
         )
         if gradient or tracing():

@@ -135,7 +135,7 @@ class _Replay:
             self._exit = stack.pop_all()
             problem = self.problem
             self.frame = _Frame(problem.model)
-            self.buffers = Buffers(problem.buffers, problem.aliases)
+            self.buffers = Buffers(problem.buffers, problem.places)
             self.param_copies = self._copies("param")
             self.hyper_copies = self._copies("hyper")
             self.hyper = hyper_tree(self.hyper_copies)
@@ -207,9 +207,9 @@ class _Replay:
 
     def _call(self, objective: Objective, params: Params, batch: Any) -> tuple[Tensor, Any]:
         """Run an objective under the given parameters; the passes' buffers go from one to the next."""
-        aliases = self.problem.aliases
+        places = self.problem.places
         values = {**self.param_copies, **params}
-        named = {"model." + alias: value for name, value in values.items() for alias in aliases.get(name, (name,))}
+        named = {"model." + place: value for name, value in values.items() for place in places.get(name, (name,))}
         named.update({"model." + name: value for name, value in self.buffers.named().items()})
         result = torch.func.functional_call(self.frame, named, (objective, batch), tie_weights=False)
         self.buffers.update({name.removeprefix("model."): value for name, value in named.items()})

@@ -57,8 +57,8 @@ def _installed(problem: Problem) -> Iterator[None]:
     """Put the leaves themselves on the model, where functional_call may have left tensors of a transform."""
     slots = []
     for name, leaf in problem.group("param").items():
-        for alias in problem.aliases.get(name, (name,)):
-            path, _, key = alias.rpartition(".")
+        for place in problem.places.get(name, (name,)):
+            path, _, key = place.rpartition(".")
             slots.append((problem.model.get_submodule(path)._parameters, key, leaf))
     with swapping:
         before = [store[key] for store, key, _ in slots]

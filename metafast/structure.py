@@ -18,8 +18,10 @@ class Structure:
     """The parameters and buffers of a module by their first names, and where each lies.
 
     `parameter_names` and `buffer_names` hold first names; `aliases` maps each first name to all names of that tensor,
-    itself first. Values are read from the modules at each call, so a swapped tensor (`functional_call`, `.to()`) is
-    seen; `current` tells whether modules, parameters or buffers were added, removed, replaced or tied since.
+    itself first; `places` to one name for each dictionary entry that holds it. A module registered twice gives an entry
+    two names, and who swaps an entry twice restores what he swapped in. Values are read from the modules at each call,
+    so a swapped tensor (`functional_call`, `.to()`) is seen; `current` tells whether modules, parameters or buffers
+    were added, removed, replaced or tied since.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -33,6 +35,7 @@ class Structure:
         ]
         self._dicts = [m.__dict__ for m in modules if "training" in m.__dict__]
         self.aliases: dict[str, tuple[str, ...]] = {}
+        self.places: dict[str, tuple[str, ...]] = {}
         self._same: list[tuple[_Slot, _Slot]] = []
         self.parameter_names, self._parameters = self._find(module, "_parameters")
         self.buffer_names, self._buffers = self._find(module, "_buffers")
@@ -40,6 +43,7 @@ class Structure:
     def _find(self, module: nn.Module, kind: str) -> tuple[tuple[str, ...], list[_Slot]]:
         """First names and slots of the tensors of one kind; notes aliases on the way."""
         first: dict[int, tuple[str, _Slot]] = {}
+        met: set[tuple[int, str]] = set()
         for prefix, owner in module.named_modules(remove_duplicate=False):
             store: dict[str, Any] = getattr(owner, kind)
             for key, tensor in store.items():
@@ -48,6 +52,9 @@ class Structure:
                 name, slot = (f"{prefix}.{key}" if prefix else key), (store, key)
                 known = first.setdefault(id(tensor), (name, slot))
                 self.aliases[known[0]] = (*self.aliases.get(known[0], ()), name)
+                if (id(store), key) not in met:
+                    met.add((id(store), key))
+                    self.places[known[0]] = (*self.places.get(known[0], ()), name)
                 if known[1][0] is not store or known[1][1] != key:
                     self._same.append((known[1], slot))
         return tuple(name for name, _ in first.values()), [slot for _, slot in first.values()]

@@ -447,6 +447,33 @@ def test_nothing_of_the_users_changes(backend: str) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_a_module_registered_twice_keeps_its_parameters_and_buffers(backend: str) -> None:
+    """Two names for one place: who swaps both, and back in the same order, leaves there what he swapped in."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer, self.norm = nn.Linear(3, 3).double(), nn.BatchNorm1d(3).double()
+            self.also = nn.ModuleDict({"layer": self.layer, "norm": self.norm})
+
+        def forward(self, x: Tensor) -> Tensor:
+            h: Tensor = self.norm(self.also["layer"](torch.tanh(self.layer(x))))
+            return h
+
+    model = Twice()
+    before = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    inner = metafast.InnerLoop(model, F.mse_loss, update=metafast.SGD(lr=0.1), steps=2, backend=backend)
+    batch = torch.randn(2, 4, 3, dtype=torch.float64), torch.randn(2, 4, 3, dtype=torch.float64)
+    losses = [inner(batch, batch), inner(batch, batch)]
+    torch.testing.assert_close(*losses)
+    inner.adapt(batch)(batch[0])
+    after = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert after.keys() == before.keys() and all(after[name] is before[name] for name in before)
+
+
+
 @backends
 def test_two_threads_at_once(backend: str) -> None:
     model, support, query = mlp(), data(0), data(1)
