@@ -243,7 +243,7 @@ class InnerLoop(nn.Module):
     def _problem(self, support: Any, query: Any, *, gradient: bool) -> tuple[Problem, Outline]:
         """The problem that a call with these batches poses, validated, and the outline it was made from."""
         if traced():
-            place, got = "InnerLoop under make_fx, torch.export, linearize or fake tensors", "a call to trace"
+            place, got = "InnerLoop under make_fx, torch.export, jit.trace, linearize or fake tensors", "a call to trace"
             raise TransformError(message(place, got, "tensors with values", "call it outside of what is traced"))
         with swapping:  # another thread may have other tensors on the model just now
             outline = self._outline

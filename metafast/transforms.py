@@ -27,7 +27,10 @@ def tracing() -> bool:
 
 
 def traced() -> bool:
-    """Whether tensors may stand for values that are not there: make_fx, torch.export, linearize, a fake mode."""
+    """Whether tensors may stand for values that are not there: make_fx, torch.export, linearize, a fake mode; or their
+    uses are written down for other values: torch.jit.trace, which ends the process at a call of ours."""
+    if torch._C._is_tracing():
+        return True
     if not torch._C._len_torch_dispatch_stack():
         return False
     return any(torch._C._get_dispatch_mode(key) is not None for key in _TRACERS)

@@ -329,6 +329,16 @@ def test_what_is_traced_without_values_raises(backend: str) -> None:
 
 
 @backends
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_jit_trace_raises(backend: str) -> None:
+    """The tracer itself would end the process, by a segmentation fault."""
+    inner, support, query = loop(mlp(), backend), data(0), data(1)
+    for call in (lambda x: inner((x, support[1]), query), lambda x: inner.adapt((x, support[1]))["0.weight"]):
+        with pytest.raises(TransformError, match=r"jit.trace.*expected tensors with values"):
+            torch.jit.trace(call, (support[0],))
+
+
+@backends
 def test_adapt_under_func_grad_and_vmap(backend: str) -> None:
     model, support, query = mlp(), data(0), data(1)
     inner = loop(model, backend)
