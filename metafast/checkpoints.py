@@ -1,7 +1,8 @@
-"""Activation checkpointing inside a model whose parameters are swapped for the time of a call.
+"""Activation checkpointing inside a model whose parameters are swapped for the time of a call, and around a call.
 
 `torch.utils.checkpoint` runs a part of the model again during backward. By then the parameters that it ran with are no
-longer on the modules: PyTorch would differentiate at another point, and not say so.
+longer on the modules: PyTorch would differentiate at another point, and not say so. Around a call, it would run the
+call again wherever a graph inside it, which lives no longer than the call, asks for what it saved.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch.utils import checkpoint
 
-__all__ = ["no_checkpoints"]
+__all__ = ["no_checkpoints", "own_graphs"]
 
 
 _REENTRANT, _OTHER = "CheckpointFunction", "_checkpoint_without_reentrant_generator"
@@ -38,6 +40,18 @@ def no_checkpoints() -> Iterator[None]:
     finally:
         for name, original in before.items():
             setattr(checkpoint, name, original)
+
+
+def own_graphs() -> contextlib.AbstractContextManager[Any]:
+    """Graphs made inside keep what they save as it is, whatever hooks for saved tensors stand around the call."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if top is not None and top(True) is None:
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(_same, _same)
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def _call(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:

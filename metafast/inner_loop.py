@@ -243,8 +243,9 @@ class InnerLoop(nn.Module):
     def _problem(self, support: Any, query: Any, *, gradient: bool) -> tuple[Problem, Outline]:
         """The problem that a call with these batches poses, validated, and the outline it was made from."""
         if traced():
-            place, got = "InnerLoop under make_fx, torch.export, jit.trace, linearize or fake tensors", "a call to trace"
-            raise TransformError(message(place, got, "tensors with values", "call it outside of what is traced"))
+            place = "InnerLoop under make_fx, torch.export, jit.trace, linearize or fake tensors"
+            way_out = "call it outside of what is traced"
+            raise TransformError(message(place, "a call to trace", "tensors with values", way_out))
         with swapping:  # another thread may have other tensors on the model just now
             outline = self._outline
             if outline is None or not outline.current():

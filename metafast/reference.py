@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from . import tasks
 from .batchnorm import Buffers
-from .checkpoints import no_checkpoints
+from .checkpoints import no_checkpoints, own_graphs
 from .errors import InputError, InputTypeError, LabelError, MetafastError, TaskError, message, position
 from .problem import Objective, Outcome, Problem, hyper_tree
 
@@ -128,6 +128,7 @@ class _Replay:
         with contextlib.ExitStack() as stack:
             stack.enter_context(swapping)
             stack.enter_context(no_checkpoints())
+            stack.enter_context(own_graphs())
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.set_grad_enabled(self.differentiate))
             if self.second_order:  # PyTorch differentiates no other form of attention twice

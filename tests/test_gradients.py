@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
+import warnings
 from typing import Any
 
 import pytest
@@ -364,6 +365,31 @@ def test_activation_checkpoints(backend: str, reentrant: bool, way: str) -> None
     x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
     model(x).sum().backward()  # and elsewhere they are as they were
     assert x.grad is not None
+
+
+@backends
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("way", ["fused", "fast"])
+def test_a_call_inside_a_checkpoint(backend: str, reentrant: bool, way: str) -> None:
+    """Its hooks would run the whole call again wherever a graph inside the call asks for what it saved."""
+    model, support, query = mlp(), data(0), data(1)
+    inner = loop(model, backend)
+
+    def call(x: Tensor) -> Tensor:
+        if way == "fused":
+            loss: Tensor = inner((x, support[1]), query)
+            return loss
+        return inner.adapt((x, support[1]))(query[0]).square().mean()
+
+    plain, inside = (support[0].clone().requires_grad_() for _ in range(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", metafast.FallbackWarning)
+        checkpoint(call, inside, use_reentrant=reentrant).backward()
+    ours = [inside.grad, *(p.grad for p in model.parameters())]
+    model.zero_grad()
+    call(plain).backward()
+    for a, b in zip(ours, [plain.grad, *(p.grad for p in model.parameters())], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
 
 
 class Cumprod(nn.Module):

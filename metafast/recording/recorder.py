@@ -67,6 +67,7 @@ class Recorder:
         named = model.named_modules() if model is not None else ()
         self._modules = {id(m): n or type(m).__name__ for n, m in named}
         self._known = {id(t): key for key, t in (known or {}).items()}
+        self._task = torch._C._current_graph_task_id()  # a call may itself be part of a backward pass: a checkpoint's
         self._paused = False
         self._refs: dict[int, Ref] = {}
         self._keep: list[Tensor] = []  # every tensor seen: identities and storages stay unique
@@ -233,7 +234,7 @@ class Recorder:
             raise error
 
     def _refuse_before(self, info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any], static: bool) -> None:
-        if torch._C._current_graph_task_id() != -1:
+        if torch._C._current_graph_task_id() != self._task:
             self.refuse(info.name, "a gradient is taken inside the loss (autograd.grad or backward)")
         if info.steers and not static:
             self.refuse(info.name, "its result steers Python, or has a shape that depends on the data")
