@@ -33,6 +33,7 @@ from metafast.recording.swap import Swapped, copy_of
 from metafast.recording.trace import Call, OpInfo, Origin, Ref, Stat, TensorInfo, Trace, Unsupported, op_info
 from metafast.recording.watch import Calls, Functions
 from metafast.reference import swapping
+from metafast.transforms import eagerly
 
 __all__ = ["Call", "OpInfo", "Origin", "Ref", "Stat", "TensorInfo", "Trace", "Unsupported"]
 __all__ += ["capture", "capture_function", "find_externs", "op_info"]
@@ -154,9 +155,11 @@ def _run_model(
 def _record(recorder: Recorder, function: Callable[..., Any], *args: Any) -> Any:
     """Run the user's code under both modes."""
     try:
-        with _same_random_state(recorder), Calls(recorder), Functions(recorder):
+        with eagerly(), _same_random_state(recorder), Calls(recorder), Functions(recorder):
             result = run(function, *args)
     except RuntimeError as error:
+        if recorder.hazard is not None and recorder.strict:  # torch.jit's interpreter makes another error of it
+            raise recorder.hazard from error
         if any(words in str(error) for words in _ONLY_HERE):
             raise Unsupported("autograd", "", f"every parameter requires grad while captured: {error}") from error
         raise

@@ -70,6 +70,7 @@ class Outline:
     """Names, what adapts, objectives, and which tensors the losses read from outside."""
 
     def __init__(self, inner: InnerLoop) -> None:
+        _require_python(inner.model)
         self.structure = structure = Structure(inner.model)
         self.update = inner.update
         names, tensors = structure.parameter_names, structure.parameters()
@@ -298,6 +299,14 @@ def _taken(tensor: Tensor) -> Tensor:
         with torch.inference_mode(False):
             return tensor.clone()
     return tensor
+
+
+def _require_python(model: nn.Module) -> None:
+    """A scripted module keeps its parameters where no others can be put in their place."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            place, way_out = f"InnerLoop(model), {name or 'the model'}", "pass the module that it was scripted from"
+            raise InputTypeError(message(place, f"a {type(module).__name__}", "modules of Python", way_out))
 
 
 def _require_dtype(name: str, parameter: Tensor) -> None:

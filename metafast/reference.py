@@ -21,6 +21,7 @@ from .batchnorm import Buffers
 from .checkpoints import no_checkpoints, own_graphs
 from .errors import InputError, InputTypeError, LabelError, MetafastError, TaskError, message, position
 from .problem import Objective, Outcome, Problem, hyper_tree
+from .transforms import eagerly
 
 __all__ = ["Reference", "TaskError", "located", "swapping"]
 
@@ -129,6 +130,7 @@ class _Replay:
             stack.enter_context(swapping)
             stack.enter_context(no_checkpoints())
             stack.enter_context(own_graphs())
+            stack.enter_context(eagerly())
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.set_grad_enabled(self.differentiate))
             if self.second_order:  # PyTorch differentiates no other form of attention twice

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch.autograd import forward_ad
 
-__all__ = ["outside_compile", "traced", "tracing", "transformed"]
+__all__ = ["eagerly", "outside_compile", "traced", "tracing", "transformed"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -47,6 +48,15 @@ def _watched() -> bool:
     callback = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
     current = getattr(callback, "get_eval_frame_callback", None)
     return current is None or current() is not None
+
+
+def eagerly() -> contextlib.AbstractContextManager[Any]:
+    """What `torch.compile` has wrapped, a model or a loss, runs as it was written.
+
+    Dynamo would look at the frames of our modes as well, and what it makes of a model has no second derivative. The
+    setting is the process's: to be entered under a lock.
+    """
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
 
 
 def outside_compile(function: Function) -> Function:

@@ -463,11 +463,22 @@ def test_compile_of_func_grad_is_right_or_raises(backend: str, reduction: str, d
         close(got[name], want[name])
 
 
+@pytest.mark.parametrize("backend", ["torch", "native"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
-def test_a_compiled_model(dynamo: Any) -> None:
+@pytest.mark.parametrize("what", ["model", "model in place", "loss"])
+def test_what_is_compiled_already(backend: str, what: str, dynamo: Any) -> None:
+    """Dynamo would look at the frames of capture, and aot_autograd has no second derivative."""
     model, support, query = mlp(), data(0), data(1)
     answer = expected(model, support, query)
-    compiled = torch.compile(model, backend="eager")
-    loop(compiled, "torch")(support, query).backward()
+    used, loss = model, F.cross_entropy
+    if what == "model":
+        used = torch.compile(model, backend="aot_eager")
+    elif what == "model in place":
+        model.compile(backend="aot_eager")
+    else:
+        loss = torch.compile(loss, backend="aot_eager")
+    loss(used(support[0][0]), support[1][0])
+    loop(used, backend, loss)(support, query).backward()
     for name, parameter in model.named_parameters():
         close(parameter.grad, answer.params[name])
+    assert torch._dynamo.eval_frame._stance.stance == "default"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from loops import TASKS, WAYS, backends, close, data, expected, loop, mlp
+from loops import TASKS, WAYS, backends, close, data, expected, loop, minimised, mlp
 from torch import Tensor, nn
 
 import metafast
@@ -280,6 +280,24 @@ def test_a_model_that_raises_for_one_task(backend: str) -> None:
 
 
 @backends
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_loss_that_branches_on_data(backend: str) -> None:
+    """The interpreter makes an error of its own of what capture raises."""
+    scripted = torch.jit.script(_branching_loss)
+    model, support, query = mlp(), data(0), data(1)
+    answer = expected(model, support, query, minimised(_branching_loss))
+    loop(model, backend, scripted)(support, query).backward()
+    for name, parameter in model.named_parameters():
+        close(parameter.grad, answer.params[name])
+
+
+def _branching_loss(output: Tensor, target: Tensor) -> Tensor:
+    if bool(output.sum() > 1e9):
+        output = output * 2.0
+    return F.cross_entropy(output, target)
+
+
+@backends
 def test_a_model_that_branches_on_data(backend: str) -> None:
     class Branching(nn.Module):
         def __init__(self) -> None:
@@ -341,6 +359,15 @@ def test_model_and_loss() -> None:
         loop(nn.ReLU())
     with pytest.raises(InputError, match="got neither, expected one of them"):
         loop(mlp(), "torch", None)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_module() -> None:
+    """Its parameters lie where `functional_call` cannot put others."""
+    way_out = "expected modules of Python; pass the module that it was scripted from"
+    for model, place in ((torch.jit.script(mlp()), "the model"), (nn.Sequential(torch.jit.script(mlp())), "0")):
+        with pytest.raises(InputTypeError, match=rf"InnerLoop\(model\), {place}: got a .*ScriptModule, {way_out}"):
+            loop(model)
 
 
 @pytest.mark.parametrize("name", ["steps", "order", "reduction", "backend", "nonfinite"])
