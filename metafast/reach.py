@@ -5,19 +5,23 @@ names, class attributes, hooks. A walk over code and objects finds the places; i
 `same()` looks at the places again, which costs microseconds. Of an object that is no module only the attributes that
 some code reached by the walk names are looked at, so that a trainer's step counter makes no new plan.
 
-What no walk can see (files, clocks, environment variables, the state of iterators) must not steer a loss.
+What no walk can see (files, clocks, settings of libraries, the state of iterators other than counters and generators)
+must not steer a loss.
 """
 
 from __future__ import annotations
 
+import array
+import contextvars
 import enum
 import functools
+import itertools
 import operator
 import sys
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -36,6 +40,7 @@ _STORES = ("_parameters", "_buffers", "_modules")
 _INTERNAL = frozenset(nn.Module().__dict__) - {"training"}
 _HOOKS = tuple(name for name in nn.Module().__dict__ if name.endswith("_hooks"))
 _GLOBAL_HOOKS = tuple(name for name in vars(torch.nn.modules.module) if name.startswith("_global_") and "hooks" in name)
+_RAW = (bytearray, memoryview, array.array)
 _OF_A_FUNCTION = ("__code__", "__defaults__", "__kwdefaults__")
 _OF_A_RULE = frozenset({"_cache", "_changes"})
 _ENDS = frozenset({"torch", "metafast", "numpy", *sys.stdlib_module_names})  # code that reads its arguments only
@@ -188,7 +193,18 @@ class _Walk:
     def _tensor(self, tensor: Tensor) -> Any:
         """One that requires grad is a leaf of the call; any other is held, and read at each call, by the plan."""
         self.tensors.append(tensor)
-        return (tensor.requires_grad or _Identity(tensor), _tensor_facts(tensor))
+        key = [tensor.requires_grad or _Identity(tensor), _tensor_facts(tensor)]
+        if tensor.__dict__:
+            key.append(self._named(tensor.__dict__, 0, self._sorted))
+        if "grad" in self._wanted and tensor.is_leaf:
+            key.append(self._read(functools.partial(getattr, tensor, "grad"), 0))
+        return tuple(key)
+
+    def _read(self, read: Callable[[], Any], depth: int) -> Any:
+        """What a function without side effects returns, which may be another object next time."""
+        value = read()
+        self.computed.append((functools.partial(_same_result, read, value), True))
+        return self.visit(value, depth + 1)
 
     # -- places
 
@@ -248,6 +264,7 @@ class _Walk:
             names = sorted(set(_names(f.__code__)))
             self.names.update(names)
             key.append(self._named(f.__globals__, depth, names))
+            key.append(self._named(f.__dict__, depth, self._sorted))
         return tuple(key)
 
     def _class(self, cls: type, depth: int) -> Any:
@@ -255,6 +272,8 @@ class _Walk:
         key: list[Any] = [_Identity(cls)]
         if id(cls) in self._numbers:
             return key[0]
+        if _of_the_user(type(cls).__module__):
+            key.append(self._class(type(cls), depth))
         for base in cls.__mro__:
             own = vars(base)
             if not _of_the_user(base.__module__):
@@ -280,13 +299,16 @@ class _Walk:
         if (state := _generator_state(value)) is not None:
             self.generators.append(state)
             return _Identity(value)
-        owner = getattr(value, "__self__", None)
+        if (inside := self._of_a_library(value, depth)) is not None:
+            return (type(value), inside)
+        owner = _attribute(value, "__self__")
         if owner is not None and not isinstance(owner, types.ModuleType):  # a method written in C
             return (getattr(value, "__name__", ""), self.visit(owner, depth + 1))
         key: list[Any] = [self.visit(type(value), depth + 1)]
         self.places.append(("type", value, None, type(value)))
-        store = getattr(value, "__dict__", None)
-        slotted = [n for base in type(value).__mro__ for n in _slots_of(base) if hasattr(value, n)]
+        store = _attribute(value, "__dict__")
+        slots = [name for base in type(value).__mro__ for name in _slots_of(base)]
+        slotted = [name for name in slots if _attribute(value, name, _MISSING) is not _MISSING]
         if not isinstance(store, dict) and not slotted:
             return _Identity(value)
         if isinstance(store, dict):
@@ -296,6 +318,28 @@ class _Walk:
             self.computed.append((functools.partial(_same_attribute, value, name, getattr(value, name)), True))
             key.append((name, self.visit(getattr(value, name), depth + 1)))
         return tuple(key)
+
+    def _of_a_library(self, value: Any, depth: int) -> Any:
+        """What Python's own containers and callables hold, whose code no walk reads; None for anything else."""
+        if isinstance(value, _RAW):
+            raw = bytes(value)
+            self.computed.append((functools.partial(bytes, value), raw))
+            return raw
+        if isinstance(value, (operator.attrgetter, operator.methodcaller)):
+            named = [part for arg in value.__reduce__()[1] if isinstance(arg, str) for part in arg.split(".")]
+            self.names.update(named)
+            return tuple(named)
+        if isinstance(value, contextvars.ContextVar):
+            return self._read(functools.partial(value.get, None), depth)
+        if isinstance(value, weakref.ref):
+            return self._read(value, depth)
+        if isinstance(value, functools._lru_cache_wrapper):
+            return self.visit(value.__wrapped__, depth + 1)
+        if not isinstance(value, Mapping) or _of_the_user(type(value).__module__) or len(value) > _WIDTH:
+            return None
+        items = list(value.items())
+        self.computed.append((functools.partial(_same_entries, value, items), True))
+        return tuple([(self.visit(k, depth + 1), self.visit(v, depth + 1)) for k, v in items])
 
     def _array(self, value: Any) -> Any:
         if value.nbytes > _BYTES or value.dtype.hasobject:
@@ -316,7 +360,7 @@ def _watched(walk: _Walk) -> Any:
 def _code(root: Any) -> Any:
     """The code of a callable, without what it closes over."""
     for inside in ("loss", "func", "__func__"):  # a loss as an objective, a partial, a method
-        if (part := getattr(root, inside, None)) is not None and not isinstance(root, nn.Module):
+        if (part := _attribute(root, inside)) is not None and not isinstance(root, nn.Module):
             return _code(part)
     return getattr(root, "__code__", type(root))
 
@@ -337,7 +381,31 @@ def _same_items(items: Any, before: Any) -> bool:
 
 
 def _same_attribute(owner: Any, name: str, before: Any) -> bool:
-    return getattr(owner, name, _MISSING) is before
+    return _attribute(owner, name, _MISSING) is before
+
+
+def _same_result(read: Callable[[], Any], before: Any) -> bool:
+    return read() is before
+
+
+def _same_entries(mapping: Mapping[Any, Any], before: list[tuple[Any, Any]]) -> bool:
+    """The same keys in order, and the same objects or equal constants: `os.environ` makes its strings anew."""
+    now = list(mapping.items())
+    return len(now) == len(before) and all(
+        _same_constant(a, c) and _same_constant(b, d) for (a, b), (c, d) in zip(now, before, strict=True)
+    )
+
+
+def _same_constant(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is type(b) and isinstance(a, _CONSTANTS) and bool(a == b))
+
+
+def _attribute(owner: Any, name: str, default: Any = None) -> Any:
+    """`getattr`, where a `__getattr__` of the user's may raise whatever it likes."""
+    try:
+        return getattr(owner, name, default)
+    except Exception:
+        return default
 
 
 def _content(cell: Any) -> Any:
@@ -369,7 +437,12 @@ def _slots_of(cls: type) -> Iterator[str]:
 
 
 def _generator_state(value: Any) -> Callable[[], Any] | None:
-    """How to read the state of a random generator that is neither PyTorch's nor a module's global one."""
+    """How to read what a generator has come to: one of random numbers that is neither PyTorch's nor a module's global
+    one, a counter, a generator function's."""
+    if isinstance(value, itertools.count):
+        return lambda: value
+    if isinstance(value, types.GeneratorType):
+        return lambda: value.gi_frame and (value.gi_frame.f_lasti, *map(id, value.gi_frame.f_locals.values()))
     kind = f"{type(value).__module__}.{type(value).__name__}"
     if kind == "random.Random":
         state: Callable[[], Any] = value.getstate

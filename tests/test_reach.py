@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import array
+import collections
+import contextvars
 import dataclasses
+import functools
+import itertools
+import operator
 import random
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -207,11 +214,95 @@ def order_of_a_dict() -> tuple[Any, Callable[[], None]]:
     return loss, lambda: gains.__setitem__("a", gains.pop("a"))
 
 
-@pytest.mark.parametrize(
-    "make",
-    [keyword_default, other_module, attribute_of_a_callables_class, closure_in_a_closure, order_of_a_dict],
-    ids=lambda f: f.__name__,
-)
+def a_gain(read: Callable[[], Any], alter: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+    return (lambda out, y: F.mse_loss(out, y) * read()), alter
+
+
+class Meta(type):
+    @property
+    def gain(cls) -> float:
+        return cls.inner_gain  # type: ignore[attr-defined,no-any-return]
+
+
+def attribute_of_a_function() -> tuple[Any, Callable[[], None]]:
+    def loss(out: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(out, y) * loss.gain  # type: ignore[attr-defined,no-any-return]
+
+    loss.gain = 1.0  # type: ignore[attr-defined]
+    return loss, lambda: setattr(loss, "gain", 2.0)
+
+
+def attribute_of_a_tensor() -> tuple[Any, Callable[[], None]]:
+    one = torch.ones((), dtype=F64)
+    one.gain = 1.0  # type: ignore[attr-defined]
+    return a_gain(lambda: one * one.gain, lambda: setattr(one, "gain", 2.0))  # type: ignore[attr-defined]
+
+
+def gradient_of_a_tensor() -> tuple[Any, Callable[[], None]]:
+    one = torch.ones((), dtype=F64, requires_grad=True)
+    one.grad = torch.ones((), dtype=F64)
+    return a_gain(lambda: one.grad, lambda: setattr(one, "grad", torch.full((), 2.0, dtype=F64)))
+
+
+def property_of_a_metaclass() -> tuple[Any, Callable[[], None]]:
+    own = Meta("own", (), {"inner_gain": 1.0})
+    return a_gain(lambda: own.gain, lambda: setattr(own, "inner_gain", 2.0))  # type: ignore[attr-defined]
+
+
+def getattr_that_raises() -> tuple[Any, Callable[[], None]]:
+    store = {"gain": 1.0}
+    own = type("Own", (), {"__getattr__": lambda self, name: store[name]})()
+    return a_gain(lambda: own.gain, lambda: store.__setitem__("gain", 2.0))
+
+
+def weak_reference() -> tuple[Any, Callable[[], None]]:
+    space = Settings()
+    ref = weakref.ref(space)
+
+    def alter() -> None:
+        space.gain = 2.0
+
+    return a_gain(lambda: ref().gain, alter)  # type: ignore[union-attr]
+
+
+def attribute_getter() -> tuple[Any, Callable[[], None]]:
+    space, get = types.SimpleNamespace(deep=types.SimpleNamespace(gain=1.0)), operator.attrgetter("deep.gain")
+    return a_gain(lambda: get(space), lambda: setattr(space.deep, "gain", 2.0))
+
+
+def context_variable() -> tuple[Any, Callable[[], None]]:
+    var = contextvars.ContextVar("var", default=1.0)
+    return a_gain(var.get, lambda: var.set(2.0))
+
+
+def cached_function() -> tuple[Any, Callable[[], None]]:
+    gain = [1.0]
+    read = functools.lru_cache(lambda: gain[0])
+    return a_gain(read, lambda: (gain.__setitem__(0, 2.0), read.cache_clear()))
+
+
+def mapping(kind: Callable[[dict[str, float]], Any]) -> tuple[Any, Callable[[], None]]:
+    gains = {"gain": 1.0}
+    view = kind(gains)
+    return a_gain(lambda: view["gain"], lambda: gains.__setitem__("gain", 2.0))
+
+
+def raw_numbers(made: Any) -> tuple[Any, Callable[[], None]]:
+    return a_gain(lambda: float(made[0]), lambda: made.__setitem__(0, 2))
+
+
+_FUNCTIONS = (keyword_default, other_module, attribute_of_a_callables_class, closure_in_a_closure, order_of_a_dict)
+_FUNCTIONS += (attribute_of_a_function, attribute_of_a_tensor, gradient_of_a_tensor, property_of_a_metaclass)
+_FUNCTIONS += (getattr_that_raises, weak_reference, attribute_getter, context_variable, cached_function)
+_SEEN: dict[str, Any] = {f.__name__: f for f in _FUNCTIONS} | {
+    "proxy": lambda: mapping(types.MappingProxyType),
+    "chain": lambda: mapping(lambda d: collections.ChainMap({}, d)),  # type: ignore[arg-type]
+    "bytes": lambda: raw_numbers(bytearray([1])),
+    "array": lambda: raw_numbers(array.array("d", [1.0])),
+}
+
+
+@pytest.mark.parametrize("make", _SEEN.values(), ids=_SEEN)
 def test_a_change_of_what_the_loss_reads_is_seen(make: Callable[[], tuple[Any, Callable[[], None]]]) -> None:
     loss, alter = make()
     inner = metafast.InnerLoop(nn.Linear(3, 2).double(), loss, update=metafast.SGD(lr=0.1), steps=2)
@@ -281,7 +372,21 @@ def counter() -> Callable[[], float]:
     return draw
 
 
-@pytest.mark.parametrize("draw", [counter, lambda: np.random.default_rng(0).normal, lambda: random.Random(0).random])
+def generator() -> Callable[[], float]:
+    numbers = (float(n) for n in range(1, 100))
+    return lambda: next(numbers)
+
+
+def itertools_counter() -> Callable[[], float]:
+    numbers = itertools.count(1)
+    return lambda: float(next(numbers))
+
+
+_DRAWS = [counter, generator, itertools_counter]
+_DRAWS += [lambda: np.random.default_rng(0).normal, lambda: random.Random(0).random]
+
+
+@pytest.mark.parametrize("draw", _DRAWS)
 def test_a_loss_that_reads_what_it_changes_falls_back_once(draw: Callable[[], Callable[[], float]]) -> None:
     net, number = nn.Linear(3, 2).double(), draw()
     inner = metafast.InnerLoop(
