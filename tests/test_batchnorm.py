@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -134,6 +135,27 @@ def test_train_and_eval_in_turn(backend: str) -> None:
 @pytest.mark.parametrize("options", [{"track_running_stats": False}, {"affine": False}])
 def test_without_tracking_or_affine(backend: str, options: dict[str, bool]) -> None:
     model, support, query = net(**options), data(0), data(1)
+    answer = expected(model, support, query)
+    inner = loop(model, backend)
+    loss = inner(support, query)
+    loss.backward()
+    close(loss, answer.losses.mean())
+    same_buffers(model, answer.buffers)
+    for name, parameter in model.named_parameters():
+        close(parameter.grad, answer.params[name])
+
+
+class Counting(nn.BatchNorm1d):
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True, 0.2)
+
+
+@backends
+@pytest.mark.parametrize("layer", [nn.SyncBatchNorm, Counting])
+def test_layers_that_insist_on_their_counter(backend: str, layer: Callable[[int], nn.Module]) -> None:
+    model, support, query = nn.Sequential(nn.Linear(6, 7), layer(7), nn.Linear(7, WAYS)).double(), data(0), data(1)
     answer = expected(model, support, query)
     inner = loop(model, backend)
     loss = inner(support, query)

@@ -237,6 +237,16 @@ def test_a_subclass_of_tensor_is_another_plan() -> None:
     assert torch.equal(inner.meta_gradient(support, query)[0], plain)
 
 
+def test_channels_last_nets_with_global_pooling_go_native() -> None:
+    """`adaptive_avg_pool2d(1)` lays out such results anew, in place: the same elements in the same places."""
+    torch.manual_seed(0)
+    conv, pool = nn.Conv2d(2, 4, 3, padding=1), nn.AdaptiveAvgPool2d(1)
+    net = nn.Sequential(nn.Unflatten(1, (2, 5, 5)), conv, nn.ReLU(), pool, nn.Flatten(), nn.Linear(4, 2)).double()
+    net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x, y = torch.randn(3, 4, 50, dtype=torch.float64), torch.randn(3, 4, 2, dtype=torch.float64)
+    agree(net, batch=((x, y), (x, y)))
+
+
 def test_arguments_that_torch_forgets_under_a_mode_are_kept() -> None:
     """`F.l1_loss` hands a mode all but its weights, and the run that the first use is compared with is under one."""
     weight = torch.rand(4, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)

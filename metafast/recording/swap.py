@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from metafast.recording.recorder import Recorder
 
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None))
 _STORES = ("_parameters", "_buffers")
+_COUNTER = "num_batches_tracked"
 
 
 def copy_of(tensor: Tensor, requires_grad: bool) -> Tensor:
@@ -68,11 +69,15 @@ class Swapped:
         """A layer that sees no counter of its batches neither writes nor reads one; its passes are folded elsewhere."""
         if not (isinstance(module, _NormBase) and module.training and module.running_mean is not None):
             return
-        counted = module._buffers.get("num_batches_tracked") is not None
+        forward = getattr(module.forward, "__func__", module.forward)
+        code = getattr(forward, "__code__", None)
+        if forward is not _BatchNorm.forward and (code is None or _COUNTER in code.co_names):
+            return  # it may insist on its counter (SyncBatchNorm does), and writing to that is refused
+        counted = module._buffers.get(_COUNTER) is not None
         momentum = module.momentum if counted else module.momentum or 0.0
         self._recorder.momenta.setdefault(path, momentum)
         if counted:
-            module._buffers["num_batches_tracked"] = None
+            module._buffers[_COUNTER] = None
 
     def _save(self, path: str, module: nn.Module) -> None:
         plain = {k: v for k, v in module.__dict__.items() if k not in _STORES}
