@@ -2,6 +2,8 @@
 
 #include <pthread.h>
 
+#include <algorithm>
+
 namespace metafast {
 namespace {
 
@@ -31,7 +33,7 @@ void Engine::run(GroupRunner& runner, int groups, int workers, bool help) {
   workers_ = workers;
   look_.store(workers, std::memory_order_relaxed);
   help_.store(help, std::memory_order_relaxed);
-  groups_.open(groups, workers);
+  groups_.open(groups, std::min(groups, workers));
   pool_.wake(workers);
   work(0, [this] { return !groups_.finished(); });
   help_.store(false, std::memory_order_relaxed);

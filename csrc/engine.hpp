@@ -35,8 +35,9 @@ class Engine {
   std::vector<Buffer> arenas;  // one a worker
   Buffer accumulators;
 
-  // Runs groups 0..groups-1 on `workers` threads, this one included; returns when all have run. With `help`,
-  // idle workers look for shared instructions until then. Throws std::system_error before anything has run.
+  // Runs groups 0..groups-1 on `workers` threads, this one included; returns when all have run. Only workers
+  // 0..groups-1 run one. With `help`, idle workers look for shared instructions until then. Throws
+  // std::system_error before anything has run.
   void run(GroupRunner& runner, int groups, int workers, bool help);
 
   // How many workers would help right now. May be out of date when it is used: nothing depends on it but

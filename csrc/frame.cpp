@@ -23,7 +23,8 @@ int64_t bytes_of(int64_t slots, int64_t bytes) {
 
 }  // namespace
 
-Layout::Layout(const Program& program, int64_t steps) {
+Layout::Layout(const Program& program, int64_t steps, int64_t every)
+    : rolls(program.rolls_state()), every(every), shared(steps / every) {
   int64_t at = 0;
   const auto place = [&at](int64_t size) {
     const int64_t start = at;
@@ -37,9 +38,10 @@ Layout::Layout(const Program& program, int64_t steps) {
   bases = place(static_cast<int64_t>((kExternal + program.n_external()) * sizeof(std::byte*)));
   call = place(program.record_bytes());
   scratch = place(program.scratch_bytes());
+  helping = at;
   arena = place(sizes.arena);
   adjoint = place(2 * adjoint_stride);
-  state = place(bytes_of(program.rolls_state() ? 2 : steps + 1, state_stride));
+  state = place(bytes_of(rolls ? 2 : shared + every, state_stride));
   bytes = at;
 }
 
@@ -50,8 +52,7 @@ Frame::Frame(const Program& program, const Call& call, const Layout& layout, std
       memory_(memory),
       table_(reinterpret_cast<void**>(memory + layout.table)),
       bases_(reinterpret_cast<std::byte**>(memory + layout.bases)),
-      scratch_(memory + layout.scratch),
-      rolls_(program.rolls_state()) {
+      scratch_(memory + layout.scratch) {
   bases_[kArena] = memory + layout.arena;
   bases_[kConstant] = const_cast<std::byte*>(program.constants());  // validated: no kernel writes there
   bases_[kCall] = memory + layout.call;
@@ -60,7 +61,7 @@ Frame::Frame(const Program& program, const Call& call, const Layout& layout, std
 }
 
 std::byte* Frame::state_slot(int64_t k) const noexcept {
-  return memory_ + layout_.state + (rolls_ ? k % 2 : k) * layout_.state_stride;
+  return memory_ + layout_.state + layout_.slot(k) * layout_.state_stride;
 }
 
 void Frame::move_to(int s, int64_t t, int64_t k, int64_t adjoints) noexcept {

@@ -8,13 +8,22 @@
 
 namespace metafast {
 
-// Where the parts of a worker's memory lie, in bytes from its start.
+// Where the parts of a worker's memory lie, in bytes from its start. States 0, n, 2n, ... have slots of their own, for
+// n = `every`; those between two of them share n - 1 slots with those of every other segment. A program that never
+// comes back to a state has two slots.
 struct Layout {
-  Layout(const Program& program, int64_t steps);
+  Layout(const Program& program, int64_t steps, int64_t every);
+  int64_t slot(int64_t k) const noexcept {  // of state k
+    if (rolls) return k % 2;
+    if (every == 1) return k;  // without a division
+    return k % every ? shared + k % every : k / every;
+  }
 
-  int64_t table, bases, arena, state, adjoint, call, scratch;
+  bool rolls;
+  int64_t every, shared;  // slots that are not shared, less one
+  int64_t table, bases, call, scratch, arena, adjoint, state;
   int64_t state_stride, adjoint_stride;
-  int64_t bytes;
+  int64_t helping, bytes;  // all that running parts of instructions takes; all
 };
 
 class Frame {
@@ -45,7 +54,6 @@ class Frame {
   void** table_;
   std::byte** bases_;
   std::byte* scratch_;
-  bool rolls_;
 };
 
 }  // namespace metafast

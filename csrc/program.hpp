@@ -16,6 +16,9 @@
 //   7 call           [k, K, weight of the task] in the program's dtype; read only      every section
 //   8+j external j   pointer_j + t * task_stride_j + k * step_stride_j                 every section
 //
+// Where not every state is held (Call::every), inner runs a second time for some steps, between those of meta: what it
+// reads must be as it was the first time, and what it writes besides the state it must not add to.
+//
 // A program of more than one lane does so many tasks at once, interleaved: t counts blocks of them, and the call's
 // record holds the weight of every lane.
 //

@@ -55,6 +55,8 @@ class Replay final : GroupRunner {
   void tick(double nanoseconds) noexcept;
   void ask() noexcept;
   bool run_task(Group& group, int64_t t) noexcept;
+  bool run_steps(Group& group, int64_t t, int64_t first, int64_t end, int64_t steps) noexcept;
+  bool run_back(Group& group, int64_t t, int64_t steps) noexcept;
   bool run_section(Group& group, const Place& place) noexcept;
   int run_instruction(Group& group, const Instruction& instruction) noexcept;
   int run_timed(Group& group, const Instruction& instruction, InstructionTime& time) noexcept;
@@ -93,12 +95,12 @@ Replay::Replay(const Program& program, const Call& call, Engine& engine, Times* 
       call_(call),
       engine_(engine),
       times_(times),
-      layout_(program, call.steps),
+      layout_(program, call.steps, call.every),
       groups_(static_cast<int>(std::min(call.tasks, kMaxGroups))),
       workers_(times ? 1 : count_workers(program, call, groups_)),
       sums_(reserve_sums(program, engine, groups_), groups_, program.sizes().accumulator, program.dtype()) {
   if (engine.arenas.size() < static_cast<size_t>(workers_)) engine.arenas.resize(workers_);
-  for (int w = 0; w < workers_; ++w) engine.arenas[w].reserve(layout_.bytes);
+  for (int w = 0; w < workers_; ++w) engine.arenas[w].reserve(w < groups_ ? layout_.bytes : layout_.helping);
 }
 
 Outcome Replay::run() {
@@ -133,12 +135,27 @@ bool Replay::run_task(Group& group, int64_t t) noexcept {
   const int64_t steps = call_.steps_of ? call_.steps_of[t] : call_.steps;
   group.adjoints = 0;
   if (!run_section(group, {kPrologue, t, 0, steps})) return false;
-  for (int64_t k = 0; k < steps; ++k)
+  return run_steps(group, t, 0, steps, steps) && run_section(group, {kQuery, t, steps, steps}) &&
+         run_back(group, t, steps) && run_section(group, {kEpilogue, t, 0, steps});
+}
+
+bool Replay::run_steps(Group& group, int64_t t, int64_t first, int64_t end, int64_t steps) noexcept {
+  for (int64_t k = first; k < end; ++k)
     if (!run_section(group, {kInner, t, k, steps})) return false;
-  if (!run_section(group, {kQuery, t, steps, steps})) return false;
-  for (int64_t k = steps; k-- > 0; ++group.adjoints)
-    if (!run_section(group, {kMeta, t, k, steps})) return false;
-  return run_section(group, {kEpilogue, t, 0, steps});
+  return true;
+}
+
+// Segment by segment. The last one's states are there; those of an earlier one are made again from the first, which
+// has a slot of its own, as has the one behind the segment, with what the last step kept.
+bool Replay::run_back(Group& group, int64_t t, int64_t steps) noexcept {
+  if (program_.section(kMeta).instructions.empty()) return true;
+  for (int64_t end = steps, first; end > 0; end = first) {
+    first = (end - 1) / layout_.every * layout_.every;
+    if (end < steps && !run_steps(group, t, first, end - 1, steps)) return false;
+    for (int64_t k = end; k-- > first; ++group.adjoints)
+      if (!run_section(group, {kMeta, t, k, steps})) return false;
+  }
+  return true;
 }
 
 bool Replay::run_section(Group& group, const Place& place) noexcept {
@@ -251,6 +268,9 @@ void check_call(const Program& program, const Call& call) {
             std::to_string(call.externals.size()));
   check_count(call.tasks, "tasks");
   check_count(call.steps, "steps");
+  const int64_t most = std::max<int64_t>(call.steps, 1);
+  check(call.every >= 1 && call.every <= most,
+        "every: 1 to " + std::to_string(most) + " expected, got " + std::to_string(call.every));
   check(call.threads >= 1 && call.threads <= kMostThreads,
         "threads: 1 to " + std::to_string(kMostThreads) + " expected, got " + std::to_string(call.threads));
   check(!call.steps_of || program.lanes() == 1, "steps of each task: a program of one lane expected");

@@ -29,6 +29,7 @@ struct Call {
   int64_t tasks = 0;
   int64_t steps = 0;                         // of every task, or the most any task makes
   const int64_t* steps_of = nullptr;         // (T,), each 0..steps; null: all make `steps`
+  int64_t every = 1;                         // states are held of every so many steps, the rest made again
   const void* weights = nullptr;             // (T * lanes,) of the program's dtype; null: all 1
   std::span<const Sum> sums;                 // written where the status is 0
   int threads = 1;                           // the calling thread included

@@ -16,6 +16,9 @@ Instruction = tuple[str, Sequence[tuple[int, int]], Sequence[int], Sequence[floa
 CANCELLED: int
 """The status of a run stopped through `cancel_ptr`."""
 
+MOST_GROUPS: int
+"""Tasks run in at most so many groups, each on one thread."""
+
 class Program:
     """What is run for one task; immutable, may be run by several threads.
 
@@ -49,6 +52,7 @@ class Binding:
       of its elements are losses that are to be finite, the first `summed` make up the total.
     - `sums`: (offset, bytes, make) of each part of the accumulators that is wanted.
     - `total`: makes room for the total of the losses, or None.
+    - `every`: as for `run`.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class Binding:
         rooms: list[tuple[int, Callable[[], Any], int, int]],
         sums: list[tuple[int, int, Callable[[], Any]]],
         total: Callable[[], Any] | None,
+        every: int = 1,
     ) -> None: ...
     def run(
         self, tensors: list[Any], weights: Any | None, divisor: int, threads: int
@@ -106,6 +111,7 @@ def run(
     threads: int = 1,
     seed: int = 0,
     cancel_ptr: int = 0,
+    every: int = 1,
 ) -> tuple[int, int, int, str, int]:
     """Runs the program for all tasks; (status, task, step, section, instruction), status 0 where all went well.
 
@@ -118,6 +124,8 @@ def run(
     - `threads`: the calling one included. No result depends on it.
     - `seed`: reserved; no kernel draws random numbers yet.
     - `cancel_ptr`: an int32 polled before every section; other than 0 stops the run with status `CANCELLED`.
+    - `every`: a thread holds the states of every so many steps, and those of one stretch between two of them: of
+      `steps // every + every` in all; inner runs again for the others. No result depends on it.
 
     Statuses above 0 are the kernel's: 1, a label out of range. Where several task groups fail, the lowest is reported.
 

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from metafast import _C
 from metafast.batchnorm import fold
+from metafast.budget import held
 from metafast.errors import LabelError, message, position
 from metafast.lower import External, Lowered
 from metafast.lower.arrays import EXTERNAL, Instruction, dense_strides
@@ -28,14 +29,14 @@ __all__ = ["MOST_FORMS", "Call", "Form"]
 
 LABEL_OUT_OF_RANGE = 1  # a kernel's error codes, csrc/kernels/common/kernels.hpp
 
-MOST_FORMS = 64  # tasks and steps that a program is kept ready for
+MOST_FORMS = 64  # tasks, steps and intervals that a program is kept ready for
 _LOSSES = ("loss", "step_loss")
 
 
 class Form:
     """A program for so many tasks and steps: where its tensors lie, and how room for what it writes is made."""
 
-    def __init__(self, lowered: Lowered, dtype: torch.dtype, tasks: int, steps: int) -> None:
+    def __init__(self, lowered: Lowered, dtype: torch.dtype, tasks: int, steps: int, every: int) -> None:
         self.lowered, self.dtype, self.tasks, self.steps = lowered, dtype, tasks, steps
         blocks = lowered.blocks(tasks)
         self.slots = blocks * lowered.lanes  # tasks that there is room for
@@ -55,16 +56,17 @@ class Form:
             [(j, self._room(e), *self._looked(e)) for j, e in written],
             [(offset, numel(shape) * dtype.itemsize, self._dense(shape)) for offset, shape in lowered.sums.values()],
             self._dense(()) if any(kind == "loss" for kind, _ in self.made) else None,
+            every,
         )
 
     @classmethod
-    def of(cls, lowered: Lowered, dtype: torch.dtype, tasks: int, steps: int) -> Form:
+    def of(cls, lowered: Lowered, dtype: torch.dtype, tasks: int, steps: int, every: int) -> Form:
         """The one kept with the program, which keeps the last few."""
-        found = lowered.forms.get((tasks, steps))
+        found = lowered.forms.get((tasks, steps, every))
         if found is None:
             if len(lowered.forms) >= MOST_FORMS:
                 lowered.forms.clear()
-            found = lowered.forms[tasks, steps] = cls(lowered, dtype, tasks, steps)
+            found = lowered.forms[tasks, steps, every] = cls(lowered, dtype, tasks, steps, every)
         return cast(Form, found)
 
     def read_as(self, e: External) -> torch.dtype:
@@ -111,7 +113,8 @@ class Call:
 
     def __init__(self, plan: Plan, lowered: Lowered, problem: Problem, extra: Mapping[str, Tensor]) -> None:
         self.plan, self.lowered, self.problem = plan, lowered, problem
-        self.form = Form.of(lowered, plan.dtype, problem.tasks, problem.steps)
+        every = 1 if problem.memory_budget is None else held(lowered, problem).every
+        self.form = Form.of(lowered, plan.dtype, problem.tasks, problem.steps, every)
         leaves = {**problem.leaves, **extra} if extra else problem.leaves
         self.given = [leaves[e.name] if e.name in leaves else self._held(e.name) for e in self.form.leaves]
         for n in self.form.padded:

@@ -160,6 +160,8 @@ def profile(problem: Problem, backend: str, weights: Tensor, repeats: int) -> Pr
 
 
 def _explain_plan(plan: Any, problem: Problem) -> list[str]:
+    from metafast.budget import held
+
     lowered = plan.best("fused", problem.tasks, problem.steps)
     lines = ["", "support loss:", str(plan.loop.support), "", "query loss:", str(plan.loop.query)]
     for name, section in plan.sections("fused", problem.steps, lowered.lanes).items():
@@ -171,9 +173,9 @@ def _explain_plan(plan: Any, problem: Problem) -> list[str]:
     once = "a task" if lowered.lanes == 1 else f"{lowered.lanes} tasks side by side"
     lines += [f"flops: {name} {f:.3g} {once} and step" for name, f in flops.items()]
     lines += [f"flops of the call: {total:.4g}"]
-    state = (problem.steps + 1) * lowered.state_bytes
-    memory = f"arena {lowered.arena_bytes} B and state {state} B a worker"
-    lines += [f"memory: {memory}, sums {lowered.sum_bytes} B a group"]
+    kept = ", with products" if plan.keeps("fused", problem.steps, lowered.lanes) else ""
+    lines += [f"states: {held(lowered, problem)}{kept} (memory_budget={problem.memory_budget})"]
+    lines += [f"memory: arena {lowered.arena_bytes} B a worker, sums {lowered.sum_bytes} B a group"]
     return lines
 
 

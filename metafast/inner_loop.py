@@ -73,14 +73,20 @@ class InnerLoop(nn.Module):
       raises there; "torch" is eager PyTorch, task by task; "cuda" is kept for a backend that is not built yet. A model
       on a GPU runs on "torch".
     - `nonfinite`: "warn" or "raise" when a loss is not finite.
+    - `memory_budget`: the most bytes that all threads together may take natively for the states of steps (parameters
+      and state of the rule, with what is kept beside them), or None: a state of every step. Where these are too many,
+      every n-th is held and the others are made again from there, with the least n that fits: ⌊K/n⌋ + n states of each
+      task in work, (⌈K/n⌉ − 1)(n − 1) inner steps more, at most one more forward (Chen et al., arXiv:1604.06174;
+      Griewank & Walther 2000, Algorithm 799). No result depends on it. `explain` shows what was chosen.
 
-    `steps`, `order`, `reduction`, `return_outputs`, `backend` and `nonfinite` are attributes and may be set between
-    calls. `parameters()` yields the model's and the learnable hyper-parameters. Random draws in the losses follow
-    PyTorch's generators; a backward that replays draws the same numbers. Running statistics change as in an eager loop
-    over the tasks in order, once a call.
+    `steps`, `order`, `reduction`, `return_outputs`, `backend`, `nonfinite` and `memory_budget` are attributes and may
+    be set between calls. `parameters()` yields the model's and the learnable hyper-parameters. Random draws in the
+    losses follow PyTorch's generators; a backward that replays draws the same numbers. Running statistics change as in
+    an eager loop over the tasks in order, once a call.
 
     **Raises** `InputError` (a ValueError) or `InputTypeError` (a TypeError) for options that cannot be used; a call,
-    `BackendError` for a backend that is not there or cannot take the problem.
+    `BackendError` for a backend that is not there or cannot take the problem, `InputError` for a `memory_budget` that
+    no n fits, with the least that would do.
 
     **Accuracy**: the meta-gradient is within 1e-9 of eager autograd's in float64, relative, and in float32 within 4
     times the error of PyTorch's own float32 against float64. Subnormal numbers count as zero inside a native replay.
@@ -89,9 +95,10 @@ class InnerLoop(nn.Module):
     **Cost**, of a task: K support gradients and updates; the query loss and its gradient; then, backwards, K times the
     VJP of U and, for order 2, one Hessian-vector product, as the tangent of the gradient (forward over reverse, as
     MixFlow-MG, arXiv:2505.00793). Natively the memory beyond data and results is that of one step and of K + 1 copies
-    of parameters and state for each thread (and 256 KiB at most of products that steps keep), and at most 16 sums of
-    gradients, whatever T; eager PyTorch keeps the graph of one task's K steps. The first call with new shapes makes a
-    plan: it runs the losses of one task in eager PyTorch, compiles, and compares the two. A model keeps the last 64.
+    of parameters and state for each thread (and 256 KiB at most of products that steps keep), fewer with a
+    `memory_budget`, and at most 16 sums of gradients, whatever T; eager PyTorch keeps the graph of one task's K steps.
+    The first call with new shapes makes a plan: it runs the losses of one task in eager PyTorch, compiles, and compares
+    the two. A model keeps the last 64.
     """
 
     def __init__(
@@ -110,6 +117,7 @@ class InnerLoop(nn.Module):
         return_outputs: bool = False,
         backend: str = "auto",
         nonfinite: str = "warn",
+        memory_budget: int | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -129,6 +137,7 @@ class InnerLoop(nn.Module):
         self.return_outputs = return_outputs
         self.backend = backend
         self.nonfinite = nonfinite
+        self.memory_budget = memory_budget
         self._params = (params,)  # in a tuple: a module in here is no submodule
         self._outline: Outline | None = None
         self._outline = Outline(self)
@@ -136,10 +145,12 @@ class InnerLoop(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "steps":
             _require_steps(value)
+        elif name == "memory_budget":
+            _require_budget(value)
         elif name in _CHOICES:
             _require_choice(name, value)
         super().__setattr__(name, value)
-        if name not in _CHOICES and name != "_outline":
+        if name not in _CHOICES and name not in ("memory_budget", "_outline"):
             self.__dict__["_outline"] = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -147,7 +158,8 @@ class InnerLoop(nn.Module):
 
     def extra_repr(self) -> str:
         """The options, for `print(inner)`."""
-        return f"steps={self.steps}, order={self.order}, reduction={self.reduction!r}, backend={self.backend!r}"
+        budget = "" if self.memory_budget is None else f", memory_budget={self.memory_budget}"
+        return f"steps={self.steps}, order={self.order}, reduction={self.reduction!r}, backend={self.backend!r}{budget}"
 
     # What a user calls
 
@@ -314,6 +326,14 @@ def _require_steps(value: Any) -> None:
         raise InputTypeError(message("InnerLoop(steps=...)", repr(value), "an int", "pass steps=5"))
     if value < 0:
         raise InputError(message("InnerLoop(steps=...)", value, "0 or more", "steps=0 evaluates without adapting"))
+
+
+def _require_budget(value: Any) -> None:
+    place, way_out = "InnerLoop(memory_budget=...)", "pass e.g. 512 * 2**20, or None for a state of every step"
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise InputTypeError(message(place, repr(value), "an int, in bytes, or None", way_out))
+    if value is not None and value < 1:
+        raise InputError(message(place, value, "1 or more", way_out))
 
 
 def _require_choice(name: str, value: Any) -> None:

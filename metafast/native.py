@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from metafast import _C, collector
 from metafast.binding import MOST_FORMS, Call
+from metafast.budget import held
 from metafast.capture import Trace, Unsupported, capture, capture_function
 from metafast.errors import LabelError, position
 from metafast.graph import Builder, Graph, copy_into
@@ -239,6 +240,7 @@ class Native:
 
     def losses(self, problem: Problem, *, fold: bool) -> Outcome:
         """Losses (and outputs) only."""
+        self._require_budget(problem, "outputs" if problem.return_outputs else "fused")
         return self._outcome(problem, self._run(problem, "forward"), fold)
 
     def meta_gradient(
@@ -260,6 +262,7 @@ class Native:
 
     def adapt(self, problem: Problem, *, fold: bool) -> Outcome:
         """The adapted parameters of all tasks."""
+        self._require_budget(problem, "adapt_vjp")
         call = self._run(problem, "adapt")
         outcome = self._outcome(problem, call, fold)
         outcome.fast = {n: call.made["fast", n] for n in problem.adapted}
@@ -285,6 +288,11 @@ class Native:
         return Profile(tuple(rows), problem.tasks, problem.steps)
 
     # -- one call
+
+    def _require_budget(self, problem: Problem, backward: str) -> None:
+        """Refuse before the first pass a budget that the backward pass could not keep to."""
+        if problem.wrt and problem.memory_budget is not None:
+            held(self.plan.best(backward, problem.tasks, problem.steps), problem)
 
     def _run(
         self,

@@ -104,7 +104,7 @@ class Outline:
     def problem(self, inner: InnerLoop, support: Any, query: Any, *, gradient: bool) -> Problem:
         """The problem that a call with these batches poses, validated; one like the last is not looked into again."""
         given = _Given(self, support, query)
-        options = (inner.steps, inner.order, inner.return_outputs, inner.reduction, gradient)
+        options = (inner.steps, inner.order, inner.return_outputs, inner.reduction, inner.memory_budget, gradient)
         problem = None if self._last is None else self._last.again(given, options, self.reach())
         if problem is None:
             problem = self._validated(inner, given, gradient)
@@ -135,6 +135,7 @@ class Outline:
             wrt=(),
             return_outputs=inner.return_outputs and given.specs[1] is not None,
             reduction=inner.reduction,
+            memory_budget=inner.memory_budget,
             buffers=dict(zip(structure.buffer_names, given.buffers, strict=True)),
             places=structure.places,
             reach=self.reach(),

@@ -38,11 +38,11 @@ class Problem:
 
     `leaves` is ordered as the module docstring lists the kinds. `adapted` holds the names, without "param/", that the
     inner loop adapts; `wrt` the keys whose gradient is wanted; `reduction` what becomes of the losses ("mean", "sum",
-    "none"). `places` maps the first name of each parameter and buffer to a name for each place that holds it. `buffers`
-    holds the values the losses read, usually the model's own tensors; a deferred replay is given a copy from before the
-    first pass instead. `reach` knows what else model, objectives and update rule can read. `choices` is where
-    `dispatch` notes what it settled for problems of this form, `traces` what a capture of its losses has written down
-    on the way there; `replace` starts both afresh.
+    "none"); `memory_budget` how many bytes the states of steps may take. `places` maps the first name of each
+    parameter and buffer to a name for each place that holds it. `buffers` holds the values the losses read, usually the
+    model's own tensors; a deferred replay is given a copy from before the first pass instead. `reach` knows what else
+    model, objectives and update rule can read. `choices` is where `dispatch` notes what it settled for problems of this
+    form, `traces` what a capture of its losses has written down on the way there; `replace` starts both afresh.
     """
 
     model: nn.Module
@@ -59,6 +59,7 @@ class Problem:
     wrt: tuple[str, ...]
     return_outputs: bool = False
     reduction: str = "mean"
+    memory_budget: int | None = None
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
     places: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     reach: Reach | None = None

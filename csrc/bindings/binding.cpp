@@ -84,8 +84,9 @@ struct Binding::Bound {
 };
 
 Binding::Binding(std::shared_ptr<const Program> program, int64_t tasks, int64_t steps, const Strides& strides,
-                 const py::list& given, const py::list& rooms, const py::list& sums, py::object total)
-    : program_(std::move(program)), tasks_(tasks), steps_(steps), total_(std::move(total)) {
+                 const py::list& given, const py::list& rooms, const py::list& sums, py::object total,
+                 int64_t every)
+    : program_(std::move(program)), tasks_(tasks), steps_(steps), every_(every), total_(std::move(total)) {
   if (strides.ndim() != 2 || strides.shape(0) != program_->n_external() || strides.shape(1) != 2)
     throw py::value_error("Binding: strides of shape (n_external, 2) expected: of a task, of a step");
   for (int j = 0; j < program_->n_external(); ++j)
@@ -138,6 +139,7 @@ Call Binding::call(const Bound& bound, int threads) const {
   return {.externals = bound.externals,
           .tasks = tasks_,
           .steps = steps_,
+          .every = every_,
           .weights = reinterpret_cast<const void*>(bound.weights),
           .sums = bound.sums,
           .threads = threads,

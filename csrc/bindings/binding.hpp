@@ -17,7 +17,8 @@ class Binding {
  public:
   // As in metafast/_C.pyi.
   Binding(std::shared_ptr<const Program> program, int64_t tasks, int64_t steps, const Strides& strides,
-          const py::list& given, const py::list& rooms, const py::list& sums, py::object total);
+          const py::list& given, const py::list& rooms, const py::list& sums, py::object total,
+          int64_t every);
 
   py::object run(const py::list& tensors, const py::object& weights, int64_t divisor, int threads) const;
   py::object profile(const py::list& tensors, const py::object& weights) const;
@@ -49,7 +50,7 @@ class Binding {
   void require_external(int external) const;
 
   const std::shared_ptr<const Program> program_;
-  const int64_t tasks_, steps_;
+  const int64_t tasks_, steps_, every_;
   std::vector<External> externals_;
   std::vector<Given> given_;
   std::vector<Room> rooms_;

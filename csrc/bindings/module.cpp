@@ -105,7 +105,8 @@ class Result {
 };
 
 Call make_call(const Externals& externals, int64_t tasks, int64_t steps, uintptr_t steps_ptr,
-               uintptr_t weights_ptr, std::span<const Sum> sums, int threads, uintptr_t cancel_ptr) {
+               uintptr_t weights_ptr, std::span<const Sum> sums, int threads, uintptr_t cancel_ptr,
+               int64_t every) {
   if (externals.ndim() != 2 || externals.shape(1) != 3)
     throw py::value_error(
         "run: externals of shape (n_external, 3) expected: pointer, task stride, step stride");
@@ -115,6 +116,7 @@ Call make_call(const Externals& externals, int64_t tasks, int64_t steps, uintptr
           .tasks = tasks,
           .steps = steps,
           .steps_of = reinterpret_cast<const int64_t*>(steps_ptr),
+          .every = every,
           .weights = reinterpret_cast<const void*>(weights_ptr),
           .sums = sums,
           .threads = threads,
@@ -124,10 +126,10 @@ Call make_call(const Externals& externals, int64_t tasks, int64_t steps, uintptr
 
 py::tuple run(const Program& program, const Externals& externals, int64_t tasks, int64_t steps,
               uintptr_t steps_ptr, uintptr_t weights_ptr, uintptr_t result_ptr, int threads,
-              uint64_t /*seed*/, uintptr_t cancel_ptr) {
+              uint64_t /*seed*/, uintptr_t cancel_ptr, int64_t every) {
   const Result result(program, result_ptr);
   const Call call =
-      make_call(externals, tasks, steps, steps_ptr, weights_ptr, result.sums(), threads, cancel_ptr);
+      make_call(externals, tasks, steps, steps_ptr, weights_ptr, result.sums(), threads, cancel_ptr, every);
   return to_tuple(run_call(program, call));
 }
 
@@ -193,9 +195,9 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<Binding>(m, "Binding")
       .def(py::init<std::shared_ptr<const Program>, int64_t, int64_t, const Strides&, const py::list&,
-                    const py::list&, const py::list&, py::object>(),
+                    const py::list&, const py::list&, py::object, int64_t>(),
            py::arg("program"), py::arg("T"), py::arg("steps"), py::arg("strides").noconvert(),
-           py::arg("given"), py::arg("rooms"), py::arg("sums"), py::arg("total"))
+           py::arg("given"), py::arg("rooms"), py::arg("sums"), py::arg("total"), py::arg("every") = 1)
       .def("run", &Binding::run, py::arg("tensors"), py::arg("weights"), py::arg("divisor"),
            py::arg("threads"))
       .def("profile", &Binding::profile, py::arg("tensors"), py::arg("weights"));
@@ -209,7 +211,7 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("run", &run, py::arg("program"), py::arg("externals").noconvert(), py::arg("T"), py::arg("steps"),
         py::arg("steps_ptr") = 0, py::arg("weights_ptr") = 0, py::arg("result_ptr") = 0,
-        py::arg("threads") = 1, py::arg("seed") = 0, py::arg("cancel_ptr") = 0);
+        py::arg("threads") = 1, py::arg("seed") = 0, py::arg("cancel_ptr") = 0, py::arg("every") = 1);
   m.def("run_kernel", &run_one_kernel, py::arg("name"), py::arg("dtype"), py::arg("isa"), py::arg("ptrs"),
         py::arg("ints"), py::arg("floats"), py::arg("parts") = 1);
   m.def("isas", &isas);
@@ -220,4 +222,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("trim", [] { unlocked(&trim); });
   m.def("return_free_pages", &return_free_pages);
   m.attr("CANCELLED") = kCancelled;
+  m.attr("MOST_GROUPS") = kMaxGroups;
 }

@@ -67,11 +67,16 @@ class Lowered:
     itemsize: int
     lanes: int = 1  # tasks done at once
     constants: bytes = b""
-    forms: dict[tuple[int, int], Any] = field(default_factory=dict)  # by tasks and steps, what calls bind
+    forms: dict[tuple[int, ...], Any] = field(default_factory=dict)  # by tasks, steps, held: what calls bind
 
     def blocks(self, tasks: int) -> int:
         """How often the program runs for so many tasks: `lanes` at once, the last time perhaps for fewer."""
         return -(-tasks // self.lanes)
+
+    @property
+    def returns(self) -> bool:
+        """Whether it comes back to the states of earlier steps."""
+        return bool(self.code.get("meta") or self.code.get("epilogue"))
 
     def listing(self) -> str:
         """The program as text: section, kernel, operands with address and shape."""
