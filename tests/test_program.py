@@ -133,6 +133,43 @@ def test_states_adjoints_and_weights(dtype, threads):
     )
 
 
+@pytest.mark.parametrize("every", range(1, 11))
+@pytest.mark.parametrize("threads", [1, 2])
+def test_states_held_of_every_nth_step(every, threads):
+    """The same bits, also of tasks that make fewer steps."""
+    tasks, steps = 21, 10
+    s, x = np.random.default_rng(0).uniform(0.5, 1.5, (2, tasks))
+    steps_of = np.arange(tasks, dtype=np.int64) % (steps + 1)
+
+    def run(every):
+        out, result = np.zeros(tasks), np.zeros(2)
+        externals = external((s, 8, 0), (x, 0, 0), (out, 8, 0))
+        pointers = dict(steps_ptr=steps_of.ctypes.data, result_ptr=result.ctypes.data)
+        done(_C.run(power_program("f64"), externals, tasks, steps, **pointers, threads=threads, every=every))
+        return [*out, *result]
+
+    assert run(every) == run(1)
+    np.testing.assert_allclose(run(every)[:tasks], s * x[0] ** steps_of, rtol=1e-14)
+
+
+@pytest.mark.parametrize("every", [1, 3, 4, 5, 10])
+def test_inner_runs_again_within_segments(every):
+    """The sections in the order in which they run, as digits of a number that float64 just holds."""
+    steps, digits = 10, {"inner": 1, "query": 2, "meta": 3}
+    append = {name: pointwise([(ARENA, 0), (ARENA, 0)], [("fma", 1, 0, -1, -2)], floats=[4.0, float(d)])
+              for name, d in digits.items()}  # fmt: skip
+    sections = {"prologue": [fill((ARENA, 0), 1, 0.0)], **{name: [row] for name, row in append.items()}}
+    hand_out = [copy((ARENA, 0), (EXTERNAL, 0))]
+    program = _C.Program("f64", {**sections, "epilogue": hand_out}, arena_bytes=8, n_external=1)
+    out = np.zeros(1)
+    done(_C.run(program, external((out, 8, 0)), 1, steps, every=every))
+    order = "1" * steps + "2"
+    for start in reversed(range(0, steps, every)):
+        end = min(start + every, steps)
+        order += "1" * (end - start - 1 if end < steps else 0) + "3" * (end - start)
+    assert int(out[0]) == int(order, 4) < 2**53
+
+
 def record_program():
     """Hands out the record of the call: one row (k, K, weight) for every task and step."""
     row = copy((CALL, 0), (EXTERNAL, 0), dims=(3,))
@@ -376,6 +413,29 @@ def test_memory_grows_and_is_given_back():
     np.testing.assert_array_equal(run_chain(program, 18, 2)[3], first)
 
 
+def square_program(side=SIDE):
+    """A program that comes back to its states, whose large product is split."""
+    step = gemm((STATE, 0), (STATE, 0), (STATE_NEXT, 0), side, side, side)
+    sections = {"inner": [step], "meta": [copy((STATE, 0), (ARENA, 0), dims=(side * side,))]}
+    return _C.Program("f32", sections, arena_bytes=4 * side * side, state_bytes=4 * side * side)
+
+
+def bytes_held(*args, **options):
+    _C.trim()
+    done(_C.run(square_program(), external(), *args, **options))
+    return _C.arena_bytes()
+
+
+def test_fewer_states_take_less_memory():
+    every_one, some = bytes_held(1, 64), bytes_held(1, 64, every=8)
+    assert every_one - some == (65 - 16) * 4 * SIDE * SIDE
+
+
+def test_a_thread_that_only_helps_holds_no_state():
+    assert bytes_held(1, 64, threads=4) - bytes_held(1, 64) < 10 * 4 * SIDE * SIDE  # scratch memory
+    assert bytes_held(2, 64, threads=4) > 2 * 64 * 4 * SIDE * SIDE
+
+
 def test_forward_only_programs_keep_two_states():
     _C.trim()
     run_chain(chain_program(), 1, 1, steps=2)
@@ -536,6 +596,12 @@ def test_steps_beyond_the_most_are_refused():
     steps_of = np.array([1, 4], np.int64)
     with pytest.raises(ValueError, match="steps of task 1: 0 to 3 expected, got 4"):
         _C.run(record_program(), external((np.zeros((2, 4, 3)), 96, 24)), 2, 3, steps_of.ctypes.data)
+
+
+@pytest.mark.parametrize("every", [0, 4])
+def test_states_of_no_step_or_beyond_the_last_are_refused(every):
+    with pytest.raises(ValueError, match=f"every: 1 to 3 expected, got {every}"):
+        _C.run(record_program(), external((np.zeros((2, 4, 3)), 96, 24)), 2, 3, every=every)
 
 
 def test_run_kernel_checks_counts():
