@@ -72,13 +72,13 @@ def _scaled(total: Sequence[Tensor], tasks: int) -> list[Tensor]:
 
 
 class Metafast(Peer):
-    """metafast itself, through its public call to raw gradients. `backend` is what InnerLoop takes."""
+    """metafast itself, through its public call to raw gradients. The arguments are what InnerLoop takes."""
 
     family = "metafast"
     packages, install = ("metafast",), "pip install -e . in the checkout"
 
-    def __init__(self, backend: str = "auto") -> None:
-        self.backend = backend
+    def __init__(self, backend: str = "auto", memory_budget: int | None = None) -> None:
+        self.backend, self.memory_budget = backend, memory_budget
         self.name = "metafast" if backend == "auto" else f"metafast-{backend}"
 
     def loop(self, case: Case) -> nn.Module:
@@ -88,8 +88,9 @@ class Metafast(Peer):
         w = case.workload
         which = {} if w.adapted == "*" else {"params": w.adapted}
         update = metafast.SGD(lr=w.lr)
+        how = {"backend": self.backend, "memory_budget": self.memory_budget}
         return metafast.InnerLoop(
-            case.module, w.loss, update=update, steps=w.steps, order=w.order, backend=self.backend, **which
+            case.module, w.loss, update=update, steps=w.steps, order=w.order, **how, **which
         )
 
     def prepare(self, case: Case) -> Call:

@@ -114,7 +114,7 @@ def test_update_rules(model: str, rule: Rule, order: int, way: str) -> None:
 @pytest.mark.parametrize("way", WAYS_OUT)
 @pytest.mark.parametrize("name", ["mlp_gelu", "sinusoid", "mlp_layer_norm"])
 def test_tasks_side_by_side(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metafast.native.best_lanes", lambda state, itemsize, tasks: _C.vector_bytes() // itemsize)
+    monkeypatch.setattr("metafast.steps.best_lanes", lambda state, itemsize, tasks: _C.vector_bytes() // itemsize)
 
     def make() -> tuple[metafast.InnerLoop, Task]:
         task = entry_named(name).make(torch.float32)
@@ -126,7 +126,7 @@ def test_tasks_side_by_side(name: str, way: str, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("kept", [0, 1 << 40], ids=["nothing kept", "products kept"])
 def test_products(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products that a step keeps lie with the state behind it, be that one held or made again."""
-    monkeypatch.setattr("metafast.native.MOST_KEPT_BYTES", kept)
+    monkeypatch.setattr("metafast.steps.MOST_KEPT_BYTES", kept)
 
     def make() -> tuple[metafast.InnerLoop, Task]:
         task = entry_named("residual").make()
