@@ -370,7 +370,7 @@ def test_a_scripted_module() -> None:
             loop(model)
 
 
-@pytest.mark.parametrize("name", ["steps", "order", "reduction", "backend", "nonfinite"])
+@pytest.mark.parametrize("name", ["steps", "order", "reduction", "backend", "nonfinite", "memory_budget"])
 def test_options_set_later_are_checked_too(name: str) -> None:
     inner = loop(mlp())
     before = getattr(inner, name)
