@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
+#include <utility>
 
 namespace metafast {
 namespace {
@@ -88,6 +89,35 @@ Program::Program(ProgramSpec spec)
   std::byte* constants = constants_.reserve(std::max<int64_t>(constant_bytes_, 1));
   std::memcpy(constants, spec.constants.data(), spec.constants.size());
   for (int s = 0; s < kSections; ++s) add_section(s, spec.sections[s]);
+  find_setup();
+}
+
+// What makes state slot 0 of externals and constants alone. Slot 0 stays as it is through a task: later steps write to
+// later slots, unless two serve for all; what else writes to the current slot would spoil it.
+void Program::find_setup() {
+  std::vector<std::pair<Instruction*, int>> found;  // and how many operands it has
+  bool spoiled = rolls_state();
+  for (int s = 0; s < kSections; ++s)
+    for (size_t n = 0; n < sections_[s].instructions.size(); ++n) {
+      Instruction& instruction = sections_[s].instructions[n];
+      bool writes = false, alone = s == kPrologue;
+      for (int k = 0; k < sections_[s].info[n].n_operands; ++k) {
+        const int slot = instruction.first_operand + k, space = operands_[slot].space;
+        writes |= writes_[slot] && space == kStateCur;
+        alone &= writes_[slot]
+                     ? space == kStateCur
+                     : space == kConstant || (space >= kExternal && !externals_[space - kExternal].written);
+      }
+      if (writes && alone) found.push_back({&instruction, sections_[s].info[n].n_operands});
+      spoiled |= writes && !alone;
+    }
+  if (spoiled) return;
+  for (const auto& [instruction, operands] : found) {
+    instruction->sets_up = true;
+    for (int k = 0; k < operands; ++k)
+      if (const int space = operands_[instruction->first_operand + k].space; space >= kExternal)
+        setup_externals_.push_back(space - kExternal);
+  }
 }
 
 void Program::add_section(int s, const std::vector<InstructionSpec>& specs) {
@@ -157,6 +187,7 @@ void Program::add_operand(int s, const OperandSpec& spec, const Access& access, 
 
   const Operand operand{spec.space, static_cast<int>(operands_.size()), spec.offset};
   operands_.push_back(operand);
+  writes_.push_back(access.writes);
   if (moves(spec.space)) sections_[s].moving.push_back(operand);
   if (spec.space < kExternal) return;
   sections_[s].externals.push_back(spec.space - kExternal);

@@ -3,6 +3,8 @@
 //
 //   task t:  prologue(k=0) ; for k < K: inner(k) ; query(k=K) ; for k = K-1..0: meta(k) ; epilogue(k=0)
 //
+// State slot 0 is laid out once for all tasks of a worker, where what makes it is the same for all of them.
+//
 // An operand is a space and a byte offset in it; where a space lies is known when the program is replayed:
 //
 //   space            what it is                                                        may be used in
@@ -97,6 +99,7 @@ struct Instruction {
   const std::byte* prepared;  // what the kernel made of ints and floats, or null
   int first_operand;          // its pointers stand from here on in the table of pointers
   int most_parts;             // into how many parts it may be split with profit; 1: not at all
+  bool sets_up = false;       // of the prologue: does the same for every task, if its externals are the same
 };
 
 // What dump, error messages and profiles need of an instruction, kept apart from what replay reads.
@@ -142,6 +145,9 @@ class Program {
   const std::byte* constants() const { return constants_.data(); }
   const ExternalUse& external(int j) const { return externals_[j]; }
   bool splits() const;
+  // The externals that instructions which set up state slot 0 read; where no task has its own of these, a worker need
+  // run those instructions for its first task only.
+  std::span<const int> setup_externals() const { return setup_externals_; }
   // Forward-only programs never come back to a state: two slots serve any number of steps.
   bool rolls_state() const;
   double nanoseconds(int64_t tasks, int64_t steps) const;        // guess for one thread
@@ -155,6 +161,7 @@ class Program {
   void add_section(int s, const std::vector<InstructionSpec>& specs);
   void add_instruction(int s, const InstructionSpec& spec);
   void add_operand(int s, const OperandSpec& spec, const Access& access, size_t index);
+  void find_setup();
   int64_t bytes_of(int space) const;  // -1: unknown
 
   kernels::DType dtype_;
@@ -169,7 +176,9 @@ class Program {
   std::vector<double> floats_;
   std::vector<Buffer> prepared_;  // one an instruction whose kernel prepares; each stays where it is
   std::vector<Operand> operands_;
+  std::vector<bool> writes_;  // by slot, whether the operand is written
   std::vector<ExternalUse> externals_;
+  std::vector<int> setup_externals_;
   std::array<SectionCode, kSections> sections_;
 };
 

@@ -49,6 +49,7 @@ class Replay final : GroupRunner {
   };
 
   static int count_workers(const Program& program, const Call& call, int groups);
+  static bool share_setup(const Program& program, const Call& call);
   static std::byte* reserve_sums(const Program& program, Engine& engine, int groups);
   void run_group(int group, int worker) noexcept override;
   void poll() noexcept override { tick(kTick / 1000); }
@@ -70,6 +71,8 @@ class Replay final : GroupRunner {
   const Layout layout_;
   const int groups_;
   const int workers_;
+  const bool shares_setup_;                  // whether a worker's state slot 0 serves for all its tasks
+  std::array<bool, kMostThreads> set_up_{};  // by worker, each of which looks at its own
   AccumulatorTree sums_;
   const FlushSubnormals* flush_ = nullptr;  // while it runs; on the calling thread, as are the next two
   double since_tick_ = 0;                   // nanoseconds, a guess
@@ -86,6 +89,11 @@ int Replay::count_workers(const Program& program, const Call& call, int groups) 
   return program.splits() ? call.threads : std::clamp(groups, 1, call.threads);
 }
 
+bool Replay::share_setup(const Program& program, const Call& call) {
+  return std::ranges::all_of(program.setup_externals(),
+                             [&](int j) { return call.externals[j].task_stride == 0; });
+}
+
 std::byte* Replay::reserve_sums(const Program& program, Engine& engine, int groups) {
   return engine.accumulators.reserve(AccumulatorTree::bytes_needed(groups, program.sizes().accumulator));
 }
@@ -98,6 +106,7 @@ Replay::Replay(const Program& program, const Call& call, Engine& engine, Times* 
       layout_(program, call.steps, call.every),
       groups_(static_cast<int>(std::min(call.tasks, kMaxGroups))),
       workers_(times ? 1 : count_workers(program, call, groups_)),
+      shares_setup_(share_setup(program, call)),
       sums_(reserve_sums(program, engine, groups_), groups_, program.sizes().accumulator, program.dtype()) {
   if (engine.arenas.size() < static_cast<size_t>(workers_)) engine.arenas.resize(workers_);
   for (int w = 0; w < workers_; ++w) engine.arenas[w].reserve(w < groups_ ? layout_.bytes : layout_.helping);
@@ -165,8 +174,9 @@ bool Replay::run_section(Group& group, const Place& place) noexcept {
   if (stopped(group, place, code.nanoseconds)) return false;
   group.frame.write_record(place.task, place.step, place.steps);
   group.frame.move_to(place.section, place.task, place.step, group.adjoints);
-  const bool slow = code.nanoseconds > kTick;
+  const bool slow = code.nanoseconds > kTick, set_up = place.section == kPrologue && set_up_[group.worker];
   for (size_t n = 0; n < instructions.size(); ++n) {
+    if (set_up && instructions[n].sets_up) continue;
     if (slow && stopped(group, place, code.info[n].nanoseconds)) return false;
     const int status = times_ ? run_timed(group, instructions[n], (*times_)[place.section][n])
                               : run_instruction(group, instructions[n]);
@@ -175,6 +185,7 @@ bool Replay::run_section(Group& group, const Place& place) noexcept {
       return false;
     }
   }
+  if (place.section == kPrologue) set_up_[group.worker] = shares_setup_;
   return true;
 }
 

@@ -134,12 +134,13 @@ void reduce(Call& c) {
 void gemm(Call& c) {
   const auto& i = c.i;
   c.sizes(0, 4);
-  c.flag(13, "mode (0 assigns, 1 adds)");
-  c.flag(14, "flag of a bias");
+  c.within(13, 0, 3, "mode (0 assigns, 1 adds; 2 and 3: to, from D)");
+  c.within(14, 0, i[13] < 2, "flag of a bias");
   c.strided(in, {i[0], i[1], i[3]}, {i[4], i[5], i[6]});
   c.strided(in, {i[0], i[3], i[2]}, {i[7], i[8], i[9]});
   c.strided(out, {i[0], i[1], i[2]}, {i[10], i[11], i[12]});
   if (i[14]) c.dense(in, i[2]);
+  if (i[13] >= 2) c.strided(in, {i[0], i[1], i[2]}, {i[10], i[11], i[12]}), c.dense(in, 1);
   product({i[0], i[1], i[2]}), product({i[0], i[1], i[3]}), product({i[0], i[2], i[3]});
   c.result.nanoseconds = 2.0 * volume(i.first(4)) / kFlopsPerNanosecond;
 }

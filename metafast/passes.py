@@ -32,6 +32,7 @@ PASSES = {
     "parts": "a cluster adds up large arrays part by part, which threads share",
     "sums": "products that are added write into one buffer",
     "bias": "a product or convolution starts from its bias",
+    "onto": "what a product is added to, or taken from, takes it up where it is made",
     # in the instructions
     "direct": "what makes an output of the section writes it, or adds it, where it belongs",
     "layout": "a cluster writes in the layout of what it reads",

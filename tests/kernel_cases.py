@@ -125,6 +125,28 @@ def gemm(
     return Case(f"gemm {batch}x{m}x{n}x{k} {a}-{b}-{c} mode{mode} bias{bias}", make)
 
 
+def gemm_onto(
+    batch: int, m: int, n: int, k: int, a: str = ROW, b: str = ROW, c: str = ROW, sign: int = 1, inside: bool = False
+) -> Case:
+    """D + s A B or D - s A B; `inside`: the matrices of the batch side by side."""
+
+    def make(draw: Draw) -> Call:
+        def matrix(rows: int, columns: int, order: str) -> Tensor:
+            rs, cs = strides_of(rows, columns, order)
+            if inside:
+                return draw.strided((batch, rows, columns), (1, batch * rs, batch * cs))
+            return draw.strided((batch, rows, columns), (extent((rows, columns), (rs, cs)) + 1, rs, cs))
+
+        A, B, C, D, s = matrix(m, k, a), matrix(k, n, b), matrix(m, n, c), matrix(m, n, c), draw.dense(1)
+        product, magnitude = A.double() @ B.double(), A.double().abs() @ B.double().abs()
+        value = D.double() + sign * s.double() * product
+        bound = (k + 4) * draw.u * (s.double().abs() * magnitude + D.double().abs())
+        ints = [batch, m, n, k, *A.stride(), *B.stride(), *C.stride(), 2 if sign > 0 else 3, 0]
+        return Call("gemm", [given(A), given(B), wanted(C, value, bound), given(D), given(s)], ints)
+
+    return Case(f"gemm {batch}x{m}x{n}x{k} {a}-{b}-{c} onto{sign:+d} inside{inside:d}", make)
+
+
 def gemm_in_lanes(batch: int, m: int, n: int, k: int, shared: str = "", turned: bool = False, mode: int = 0) -> Case:
     """The matrices of the batch side by side in memory; `shared` names an operand that is one for all of them."""
 
@@ -167,6 +189,18 @@ def gemm_cases() -> Iterator[Case]:
         for a, b in [(ROW, ROW), (ROW, COLUMN), (COLUMN, ROW)]:
             yield gemm(1, m, n, k, a, b, mode=1)
             yield gemm(1, m, n, k, a, b, bias=1)
+    for k, (a, b, c) in enumerate(orders):
+        yield gemm_onto(1, 13, 37, 19, a, b, c, sign=1 - 2 * (k % 2))
+    for m, n, k in [*small, (256, 100, 5), (70, 80, 530), (4, 5, 0), (0, 4, 4)]:
+        yield gemm_onto(1, m, n, k, ROW, COLUMN)
+        yield gemm_onto(1, m, n, k, COLUMN, ROW, sign=-1)
+        yield gemm_onto(3, m, n, k, ROW, ROW, COLUMN)
+    for batch, k in [(16, 13), (24, 193), (6, 9)]:
+        yield gemm_onto(batch, 10, 7, k, inside=True, sign=-1)
+    for m, n, k in [(5, 256, 784), (5, 37, 301), (9, 11, 2000), (1, 6, 5000), (2, 3, 1537), (12, 64, 400), (6, 1, 200)]:
+        yield gemm(1, m, n, k, ROW, COLUMN, bias=1)
+        yield gemm(1, m, n, k, ROW, COLUMN, COLUMN, mode=1)
+        yield gemm_onto(1, m, n, k, ROW, COLUMN)
     yield gemm(1, 9, 1, 20, COLUMN, ROW, COLUMN)
     yield gemm(3, 7, 21, 12, ROW, COLUMN)
     yield gemm(4, 7, 21, 12, COLUMN, ROW, mode=1, bias=1)

@@ -140,6 +140,7 @@ LESS: Mapping[str, tuple[str, Measure]] = {
     "parts": ("large_images", added_alone),
     "sums": ("mlp_relu", operations),
     "bias": ("anil", instructions),
+    "onto": ("mlp_relu", operations),
     "direct": ("mlp_relu", written),
     "layout": ("anil", copies),
     "copies": ("wide_conv", copies),

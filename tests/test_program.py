@@ -111,6 +111,31 @@ def power_program(dtype):
     )
 
 
+@pytest.mark.parametrize("spoil", ["", "query", "meta", "prologue"])
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_a_first_state_that_tasks_share(steps, threads, spoil):
+    """What a worker does once for its tasks, it does for each where something else writes to their first state."""
+    tasks, out, again = 40, np.zeros(40), np.zeros(40)
+    double = pointwise([(STATE, 0), (STATE, 0)], [("add", 1, 0, 0)])
+    sections = {
+        "prologue": [copy((EXTERNAL, 0), (STATE, 0))],
+        "inner": [multiply((STATE, 0), (EXTERNAL + 1, 0), (STATE_NEXT, 0))],
+        "query": [copy((STATE, 0), (EXTERNAL + 2, 0)), fill((ADJOINT, 0), 1, 1.0)],
+        "meta": [multiply((ADJOINT, 0), (EXTERNAL + 1, 0), (ADJOINT_NEXT, 0))],
+        "epilogue": [multiply((ADJOINT, 0), (STATE, 0), (EXTERNAL + 3, 0))],
+    }
+    if spoil:
+        sections[spoil].append(double)
+    program = _C.Program("f64", sections, state_bytes=8, adjoint_bytes=8, n_external=4)
+    s, x = np.array([1.25]), np.linspace(0.5, 1.5, tasks)
+    done(_C.run(program, external((s, 0, 0), (x, 8, 0), (out, 8, 0), (again, 8, 0)), tasks, steps, threads=threads))
+    first = s * (2 if spoil == "prologue" else 1)
+    np.testing.assert_allclose(out, first * x**steps, rtol=1e-14)
+    spoiled = 2 if (spoil == "meta" and steps) or (spoil == "query" and not steps) else 1
+    np.testing.assert_allclose(again, first * spoiled * x**steps, rtol=1e-14)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("threads", [1, 2, 4])
 def test_states_adjoints_and_weights(dtype, threads):
@@ -532,7 +557,7 @@ ILL_FORMED = {
     "read-only record": (("fill", [(CALL, 0)], [1], [0.0]), "read only"),
     "opcode": (("pointwise", [(ARENA, 0)] * 2, [1, 1, 1, 1, 2, 1, 1, 1, 1, 0, 999, 1, 0, 0, 0], []), "make no sense"),
     "register": (("pointwise", [(ARENA, 0)] * 2, [1, 1, 1, 1, 2, 1, 1, 1, 1, 0, 0, 7, 0, 0, 0], []), "make no sense"),
-    "mode": (("gemm", [(ARENA, 0)] * 3, [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 0], []), "mode"),
+    "mode": (("gemm", [(ARENA, 0)] * 3, [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 4, 0], []), "mode"),
     "geometry": (
         ("conv_fwd", [(ARENA, 0)] * 3, [1, 4, 4, 1, 1, 3, 3, 1, 1, 0, 0, 1, 1, 3, 2, 9, 9, 3, 1, 0, 0, 0], []),
         "output height: 2 to 2 expected, got 3",

@@ -29,6 +29,7 @@ from metafast.lower.arrays import (
     memory_order,
     permuted,
     reshaped,
+    same_strides,
     sliced,
     viewed,
 )
@@ -115,6 +116,8 @@ class Emitter:
                 self._sum(unit)
             elif unit.kind == "biased":
                 self._biased(unit)
+            elif unit.kind == "onto":
+                self._onto(unit)
             else:
                 self._node(unit.nodes[0], self._direct(unit.nodes[0], unit.nodes[0].outputs[0]))
         return self.code
@@ -393,8 +396,32 @@ class Emitter:
         self._node(node, self._direct(node, unit.result), self.dense(bias))
         self.env[unit.result] = self.env[node.outputs[0]]
 
-    def _direct(self, node: Node, result: Value) -> tuple[Array, bool] | None:
-        """Where an accumulating kernel may write a section output itself, instead of a store copying it there."""
+    def _onto(self, unit: Unit) -> None:
+        """The first product is taken up by the base, those that follow by what is there then."""
+        assert unit.result is not None and unit.onto is not None
+        base, factor = self.array(unit.onto.base), unit.onto.factor
+        number = self.constants.array(torch.tensor(1.0)) if factor is None else self.array(factor)
+        into = self._direct(unit.nodes[0], unit.result, adding=False)
+        order = memory_order(base.shape, base.strides) if is_dense(base) else None
+        where = self.fresh(base.shape, order) if into is None else into[0]
+        if not same_strides(where.shape, base.strides, where.strides):
+            base = self._copied(base, memory_order(where.shape, where.strides))
+        for node in unit.nodes:
+            self._node(node, (where, False))
+            self._take_up(base, number, unit.onto.sign)
+            base = where
+        self.env[unit.result] = where
+
+    def _take_up(self, base: Array, number: Array, sign: int) -> None:
+        """Let the product written last be added to, or taken from, an array that lies as its result does."""
+        product = self.code[-1]
+        product.ints[-2] = 2 if sign > 0 else 3
+        product.operands += [base, number]
+        product.flops += 2 * numel(base.shape)
+
+    def _direct(self, node: Node, result: Value, *, adding: bool = True) -> tuple[Array, bool] | None:
+        """Where an accumulating kernel may write a section output itself, instead of a store copying it there; with
+        `adding` also where it adds to what is there."""
         if TABLE[node.op].kernel not in DIRECT or not enabled("direct"):
             return None
         for unit in self.storing.get(result, ()):
@@ -402,7 +429,7 @@ class Emitter:
                 continue
             store = unit.stores[0][1]
             where = self.target(store, result)
-            if where is None or (store.add and self._uses(result) > 1):
+            if where is None or (store.add and (self._uses(result) > 1 or not adding)):
                 continue
             if not lies_in(where, NHWC if node.op in ("conv2d", "conv2d_dx") else range(len(where.shape))):
                 continue

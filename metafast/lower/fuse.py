@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from metafast.graph import Graph, Node, Value
-from metafast.ops import TABLE
+from metafast.ops import TABLE, numel
 from metafast.ops.pointwise import POINTWISE
 from metafast.passes import enabled
 from metafast.sweep import Section, Store
@@ -27,21 +27,33 @@ ACCUMULATING = {  # the layout written
     "conv2d_dx": "pixels",
     "conv2d_dw": "weights",
 }
+PRODUCTS = {"matmul", "matmul_lanes"}  # kernels that another array can take up
 CHEAP = {"step", "neg", "sign", "gt", "ge", "lt", "le", "eq", "ne", "add", "sub", "mul"}
 MAX_OPS = 40  # registers and inputs of a cluster must fit L1 in blocks of some hundred elements
 MAX_INPUTS = 20
 
 
+@dataclass(frozen=True)
+class Onto:
+    """What a product is added to (`sign` 1) or taken from (-1), and its factor: one number, or None for 1."""
+
+    base: Value
+    factor: Value | None
+    sign: int
+
+
 @dataclass(eq=False)
 class Unit:
     """`nodes` in order: one node, or a cluster (`pointwise`), or the terms of a sum (`result` names their total), or
-    one node that starts from `bias` (`result` is what the addition would have made)."""
+    one node that starts from `bias` (`result` is what the addition would have made), or the terms of a sum that goes
+    `onto` a value."""
 
-    kind: str  # "node" | "pointwise" | "sum" | "biased"
+    kind: str  # "node" | "pointwise" | "sum" | "biased" | "onto"
     nodes: list[Node] = field(default_factory=list)
     stores: list[tuple[Value, Store]] = field(default_factory=list)
     result: Value | None = None
     bias: Value | None = None
+    onto: Onto | None = None
     sums: list[Node] = field(default_factory=list)
     order: int = 0
     inputs: set[Value] = field(default_factory=set)
@@ -88,6 +100,7 @@ class _Fuser:
         self.alias = aliases(self.graph, lambda node: node.op == "stop_gradient")
         self.root = aliases(self.graph, lambda node: TABLE[node.op].kernel == "view")
         self.lazy = self._lazy() if enabled("lazy") else set()
+        self.given = {i.value for i in self.graph.inputs}
         self.units: list[Unit] = []
         self.summed: dict[Value, int] = {}  # the sums that a cluster makes of its own values
         self.unit_of: dict[Value, int] = {}
@@ -100,6 +113,8 @@ class _Fuser:
             if node.op == "add" and enabled("sums") and self._sum(node, k):
                 continue
             if node.op == "add" and enabled("bias") and self._bias(node, k):
+                continue
+            if enabled("onto") and (self._scales_for_onto(node) or self._onto(node, k)):
                 continue
             if node.op == "sum" and enabled("reductions") and self._reduction(node):
                 continue
@@ -283,6 +298,60 @@ class _Fuser:
             self.unit_of[out] = new
             return True
         return False
+
+    # -- products that another array takes up
+
+    def _scales_for_onto(self, node: Node) -> bool:
+        """Whether the node is the factor's part of what `_onto` makes of its reader."""
+        readers = self.users[node.outputs[0]]
+        return node.op == "mul" and len(readers) == 1 and self._taken_up(readers[0]) is not None
+
+    def _onto(self, node: Node, k: int) -> bool:
+        found = self._taken_up(node)
+        if found is None:
+            return False
+        product, onto = found
+        old = self.unit_of[product]
+        terms, out = self.units[old].nodes, node.outputs[0]
+        read = [v for n in terms for v in n.inputs]
+        deps = self._deps((*read, onto.base, *([] if onto.factor is None else [onto.factor])))
+        new = self._new(Unit("onto", terms, result=out, onto=onto, order=k), deps)
+        self.units[old] = Unit("gone")
+        self.unit_of[out] = new
+        return True
+
+    def _taken_up(self, node: Node) -> tuple[Value, Onto] | None:
+        """The product and what takes it up, of `base ± product` or `base ± factor · product`, where a cluster would do
+        nothing else: it does not make the base and no other pointwise node reads the result."""
+        out = node.outputs[0]
+        if node.op not in ("add", "sub") or any(n.op in POINTWISE for n in self.users[out]):
+            return None
+        for base, v in (node.inputs, node.inputs[::-1])[: 1 + (node.op == "add")]:
+            product, factor = self._scaled(v)
+            if base.shape == out.shape == product.shape and self._is_product(product) and self._lies_ready(base):
+                return product, Onto(base, factor, 1 if node.op == "add" else -1)
+        return None
+
+    def _scaled(self, v: Value) -> tuple[Value, Value | None]:
+        """What a number multiplies, where nothing else reads the result, and the number."""
+        node = self.producer.get(v)
+        if node is None or node.op != "mul" or self.uses[v] != 1 or v in self.unit_of:
+            return v, None
+        for factor, of in (node.inputs, node.inputs[::-1]):
+            if numel(factor.shape) == 1 and self._is_product(of) and self.producer.get(factor) not in self.lazy:
+                return of, factor
+        return v, None
+
+    def _is_product(self, v: Value) -> bool:
+        u = self.unit_of.get(v)
+        if u is None or self.uses[v] != 1 or self.units[u].kind not in ("node", "sum"):
+            return False
+        return all(n.op in PRODUCTS for n in self.units[u].nodes)
+
+    def _lies_ready(self, v: Value) -> bool:
+        """Whether the value is given, or made by something other than a cluster."""
+        root = self.root.get(v, v)
+        return root in self.given or (root in self.unit_of and self.units[self.unit_of[root]].kind != "pointwise")
 
     # -- stores
 

@@ -123,6 +123,22 @@ class _Layout:
         return Array(buffer, shape, dense_strides(shape), self.itemsize)
 
 
+def _matrices_first(shapes: Mapping[str, Shape]) -> list[tuple[str, Shape]]:
+    """In the one order that state, adjoints and sums have: products update matrices where they make the gradient, so
+    what one pass is to do to the others lies together."""
+    return sorted(shapes.items(), key=lambda item: -len(item[1]))
+
+
+def _summed(sections: Mapping[str, Section]) -> dict[str, Shape]:
+    """The gradients that tasks share."""
+    found: dict[str, Shape] = {}
+    for section in sections.values():
+        for store in section.stores:
+            if store.kind == "gradient" and not per_task(store.name):
+                found[store.name] = section.graph.outputs[store.output].shape
+    return found
+
+
 class _Lowering:
     def __init__(
         self,
@@ -135,7 +151,7 @@ class _Lowering:
         self.opcodes = {name: k for k, name in enumerate(opcodes)}
         self.constants = Constants(dtype)
         self.state = _Layout(self.item)
-        for name, shape in state.items():
+        for name, shape in _matrices_first(state):
             self.state.add(name, shape)
         self.adjoint_bytes = self.state.nbytes
         self.sums = _Layout(self.item)
@@ -146,6 +162,9 @@ class _Lowering:
 
     def add(self, sections: Mapping[str, Section]) -> dict[str, list[Instruction]]:
         """The code of those sections, addresses and all. What is there stays where it is."""
+        for name, shape in _matrices_first(_summed(sections)):
+            if name not in self.sums.offsets:
+                self.sums.add(name, shape)
         code = {name: self._section(spell(section)) for name, section in sections.items()}
         self._keep_hoisted()
         self.arena = max([self.arena, *(place(c, self.base) for c in code.values())])
@@ -203,8 +222,6 @@ class _Lowering:
         if kind == "spill":
             return self._spill(name, shape)
         if kind == "gradient" and not per_task(name):
-            if name not in self.sums.offsets:
-                self.sums.add(name, shape)
             return self.sums.array(ACCUMULATOR, name)
         per_step = kind in ("step_loss", "support_stat")
         return self._external(kind, name, shape, value.dtype, True, per_step)

@@ -65,6 +65,8 @@ constexpr Shape kShapes[] = {
     {"cumsum", 2, 4, 0, -1},
 };
 
+constexpr int kGemmMode = 13;  // from 2 on a product is taken up by another matrix, times a number
+
 bool pointwise_arity(const int64_t* ints, int64_t n, Arity* arity) noexcept {
   if (n < 5) return false;
   const int64_t rank = ints[0], n_in = ints[1], n_out = ints[2], n_ops = ints[3], n_regs = ints[4];
@@ -148,6 +150,7 @@ bool kernel_arity(std::string_view name, const int64_t* ints, int64_t n, Arity* 
     if (name != s.name) continue;
     *arity = {s.ptrs, s.ints, s.floats};
     if (s.extra_flag >= 0 && n > s.extra_flag && ints[s.extra_flag]) arity->ptrs += 1;
+    if (name == "gemm" && n > kGemmMode && (ints[kGemmMode] == 2 || ints[kGemmMode] == 3)) arity->ptrs += 2;
     return true;
   }
   return false;

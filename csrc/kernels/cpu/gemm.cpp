@@ -1,23 +1,26 @@
 #include "gemm.hpp"
 
+#include "cut.hpp"
+#include "dots.hpp"
 #include "lanes.hpp"
 #include "pack.hpp"
-#include "sums.hpp"
 #include "tile.hpp"
 
 namespace metafast::kernels::METAFAST_ISA {
 namespace {
 
-// k a tile runs before C is touched: keeps a strip of B in cache and the chains of roundings short.
-constexpr int64_t kDepth = 192;
+// With so few rows, so long for each of them, B is better read along k than packed: measured on AVX2.
+constexpr int64_t kFewRows = 12, kLongRows = 32;
 
 // What a call is, after the operands are turned so that n lies together in C wherever that can be had.
 struct Sizes {
   int64_t batch, M, N, K, a_bs, a_rs, a_cs, b_bs, b_rs, b_cs, c_bs, c_rs, c_cs;
   bool add, has_bias;
+  int64_t scaled;   // 1, -1: C = D + or - s A B; else 0
   bool turned;      // computes the transposed product, whose bias goes with the rows
   bool stage;       // C has no unit stride: through scratch
   bool dots;        // element by element, vectors along k, which lies together in A and B
+  DotShape blocks;  // of those
   bool pack;        // B is copied into strips
   int64_t vectors;  // of a strip
   int64_t width;    // elements of a strip
@@ -30,6 +33,7 @@ struct Sizes {
     s.a_bs = i[4], s.a_rs = i[5], s.a_cs = i[6], s.b_bs = i[7], s.b_rs = i[8], s.b_cs = i[9];
     s.c_bs = i[10], s.c_rs = i[11], s.c_cs = i[12];
     s.add = i[13] != 0, s.has_bias = i[14] != 0;
+    s.scaled = i[13] < 2 ? 0 : (i[13] == 2 ? 1 : -1);
     s.lanes = lie_in_lanes<T>(i);
     if (s.lanes) return s;
     const bool column = s.N == 1 && s.M > 1;
@@ -38,6 +42,7 @@ struct Sizes {
       swap(s.M, s.N), swap(s.a_bs, s.b_bs), swap(s.a_rs, s.b_cs), swap(s.a_cs, s.b_rs), swap(s.c_rs, s.c_cs);
     }
     s.dots = s.a_cs == 1 && s.b_rs == 1 && few_elements<T>(s.M, s.N, s.K);
+    if (s.dots) s.blocks = dot_shape<T>(s.M, s.N, s.K);
     s.stage = s.c_cs != 1 && s.N > 1 && !s.dots;
     const int64_t vectors = (s.N + kLanes<T> - 1) / kLanes<T>;
     s.vectors = strip_vectors(s.M, vectors);
@@ -56,11 +61,12 @@ struct Sizes {
   }
 
   // Whether dot products beat tiles: adding up the lanes costs an element what 2 L steps along k do, and a
-  // tile pays for the unused lanes of a vector of columns and for transposing B.
+  // tile pays for the unused lanes of a vector of columns and for transposing B, which few rows share.
   template <class T>
   static bool few_elements(int64_t M, int64_t N, int64_t K) {
     constexpr int64_t L = kLanes<T>;
-    return K > 1 && L > 2 && (M <= 2 ? K >= L : N * (K + 4 * L) <= L * K);
+    if (K <= 1 || L <= 2) return false;
+    return M <= 2 ? K >= L : N * (K + 4 * L) <= L * K || (M <= kFewRows && K >= kLongRows * M);
   }
 
   static void swap(int64_t& a, int64_t& b) {
@@ -88,6 +94,8 @@ struct Product {
   const T *a, *b;
   T* c;
   const T* bias;  // of these columns (rows where turned), or null
+  int64_t from;   // elements from C to what it takes up
+  T scale;
 };
 
 template <class T>
@@ -107,12 +115,13 @@ void multiply(const Product<T>& p, const Sizes& s, T* c, int64_t c_rs, bool add,
   call.a_rs = s.a_rs, call.a_cs = s.a_cs;
   call.segment = &zero, call.segments = 1;
   call.b_rs = s.pack ? s.width : s.b_rs;
-  call.c_rs = c_rs;
+  call.c_rs = c_rs, call.scale = p.scale;
   for (int64_t k = 0; k < s.K; k += kDepth) {
     const int64_t depth = min64(kDepth, s.K - k);
     const bool last_depth = k + depth == s.K;
     if (s.pack) pack_strips(p, s, k, depth, packed);
     call.a = p.a + k * s.a_cs, call.length = depth, call.add = add || k > 0;
+    call.from = k > 0 ? 0 : p.from;
     for (int64_t n = 0; n < p.N; n += s.width) {
       const int64_t columns = min64(s.width, p.N - n), vectors = (columns + L - 1) / L;
       call.b = s.pack ? packed + n * depth : p.b + k * s.b_rs + n * s.b_cs;
@@ -124,71 +133,10 @@ void multiply(const Product<T>& p, const Sizes& s, T* c, int64_t c_rs, bool add,
   }
 }
 
-// Columns n..n+columns of rows m.. of p, as many rows as make a vector of elements.
-template <class T, int columns>
-void dot_block(const Product<T>& p, const Sizes& s, int64_t m, int64_t n) {
-  constexpr int L = kLanes<T>, rows = L / columns;
-  const T *a[rows], *b[columns];
-  METAFAST_UNROLL for (int r = 0; r < rows; ++r) a[r] = p.a + min64(m + r, p.M - 1) * s.a_rs;
-  METAFAST_UNROLL for (int c = 0; c < columns; ++c) b[c] = p.b + (n + c) * s.b_cs;
-  Vec<T> acc[L];
-  METAFAST_UNROLL for (int e = 0; e < L; ++e) acc[e] = Vec<T>{};
-  auto step = [&](auto get) {
-    Vec<T> y[columns];
-    METAFAST_UNROLL for (int c = 0; c < columns; ++c) y[c] = get(b[c]);
-    METAFAST_UNROLL for (int r = 0; r < rows; ++r) {
-      const Vec<T> x = get(a[r]);
-      METAFAST_UNROLL for (int c = 0; c < columns; ++c) acc[r * columns + c] =
-          fma<T>(x, y[c], acc[r * columns + c]);
-    }
-  };
-  int64_t k = 0;
-  for (; k + L <= s.K; k += L) step([&](const T* x) { return load(x + k); });
-  if (k < s.K) {
-    const Mask<T> rest(s.K - k);
-    step([&](const T* x) { return load(x + k, rest); });
-  }
-  T sums[L];
-  store(sums, join_lanes<T, Add<T>>(acc));
-  for (int r = 0; r < rows && m + r < p.M; ++r)
-    for (int c = 0; c < columns; ++c) {
-      T& y = p.c[(m + r) * s.c_rs + (n + c) * s.c_cs];
-      const T sum = sums[r * columns + c] + (p.bias && !s.turned ? p.bias[n + c] : T(0));
-      y = s.add ? y + sum : sum;
-    }
-}
-
-template <class T, int columns>
-void dot_columns(const Product<T>& p, const Sizes& s, int64_t n) {
-  if constexpr (columns <= kLanes<T>)
-    for (int64_t m = 0; m < p.M; m += kLanes<T> / columns) dot_block<T, columns>(p, s, m, n);
-}
-
 template <class T>
 void multiply_by_dots(const Product<T>& p, const Sizes& s) {
-  if (p.M == 0 || p.N == 0) return;
-  constexpr int64_t most = kLanes<T> < 5 ? kLanes<T> : 5;
-  const int64_t width = p.M == 1 ? most : (p.N + (p.N + most - 1) / most - 1) / ((p.N + most - 1) / most);
-  for (int64_t n = 0; n < p.N;) {
-    const int64_t columns = min64(width, p.N - n);
-    switch (columns) {
-      case 1:
-        dot_columns<T, 1>(p, s, n);
-        break;
-      case 2:
-        dot_columns<T, 2>(p, s, n);
-        break;
-      case 3:
-        dot_columns<T, 3>(p, s, n);
-        break;
-      case 4:
-        dot_columns<T, 4>(p, s, n);
-        break;
-      default:
-        dot_columns<T, 5>(p, s, n);
-    }
-    n += columns;
-  }
+  multiply_dots(DotProduct<T>{s.blocks, p.M, p.N, s.K, p.a, s.a_rs, p.b, s.b_cs, p.c, s.c_rs, s.c_cs,
+                              s.turned ? nullptr : p.bias, s.add, p.from, p.scale});
 }
 
 template <class T>
@@ -197,17 +145,20 @@ void without_depth(const Product<T>& p, const Sizes& s) {
     for (int64_t n = 0; n < p.N; ++n) {
       T& c = p.c[m * s.c_rs + n * s.c_cs];
       const T value = p.bias ? p.bias[s.turned ? m : n] : T(0);
-      c = s.add ? c + value : value;
+      c = s.add ? fma_one(p.scale, value, (&c)[p.from]) : value;
     }
 }
 
 template <class T>
-void multiply_staged(const Product<T>& p, const Sizes& s, T* staged, T* packed) {
+void multiply_staged(Product<T> p, const Sizes& s, T* staged, T* packed) {
+  const int64_t from = p.from;
+  const T scale = p.scale;
+  p.from = 0, p.scale = 1;
   multiply(p, s, staged, p.N, false, packed);
   for (int64_t m = 0; m < p.M; ++m)
     for (int64_t n = 0; n < p.N; ++n) {
       T& c = p.c[m * s.c_rs + n * s.c_cs];
-      c = s.add ? c + staged[m * p.N + n] : staged[m * p.N + n];
+      c = s.add ? fma_one(scale, staged[m * p.N + n], (&c)[from]) : staged[m * p.N + n];
     }
 }
 
@@ -237,6 +188,18 @@ void take_part(Product<T>& p, const Sizes& s, int part, int parts) {
   if (p.bias && by_columns != s.turned) p.bias += r.begin;
 }
 
+// What C takes up: itself, or D, and how often it takes the product.
+template <class T>
+struct TakenUp {
+  int64_t from = 0;
+  T scale = 1;
+  TakenUp(const Args& a, const Sizes& s) {
+    if (!s.scaled) return;
+    from = static_cast<const T*>(a.ptr[3]) - static_cast<const T*>(a.ptr[2]);
+    scale = static_cast<T>(s.scaled) * *static_cast<const T*>(a.ptr[4]);
+  }
+};
+
 // The share of a product whose batch lies in lanes: rows of every vector of it.
 template <class T>
 void run_lanes(const Args& a, const Sizes& s) {
@@ -244,11 +207,12 @@ void run_lanes(const Args& a, const Sizes& s) {
   const Range rows = share(s.M, a.part, a.parts);
   const T *x = static_cast<const T*>(a.ptr[0]), *y = static_cast<const T*>(a.ptr[1]);
   T* z = static_cast<T*>(a.ptr[2]);
+  const TakenUp<T> up(a, s);
   for (int64_t b = 0; b < s.batch; b += kLanes<T>) {
     const LaneMatrix<const T> A{x + b * i[4] + rows.begin * s.a_rs, s.a_rs, s.a_cs, i[4] == 1};
     const LaneMatrix<const T> B{y + b * i[7], s.b_rs, s.b_cs, i[7] == 1};
     const LaneMatrix<T> C{z + b + rows.begin * s.c_rs, s.c_rs, s.c_cs, true};
-    multiply_lanes(LaneProduct<T>{rows.end - rows.begin, s.N, s.K, A, B, C, i[13] != 0});
+    multiply_lanes(LaneProduct<T>{rows.end - rows.begin, s.N, s.K, A, B, C, s.add, up.from, up.scale});
   }
 }
 
@@ -278,10 +242,11 @@ int gemm(const Args& args) noexcept {
   const T *a = static_cast<const T*>(args.ptr[s.turned]), *b = static_cast<const T*>(args.ptr[!s.turned]);
   T* c = static_cast<T*>(args.ptr[2]);
   const T* bias = s.has_bias ? static_cast<const T*>(args.ptr[3]) : nullptr;
+  const TakenUp<T> up(args, s);
   const bool split_batch = s.batch >= args.parts;
   const Range batches = split_batch ? share(s.batch, args.part, args.parts) : Range{0, s.batch};
   for (int64_t n = batches.begin; n < batches.end; ++n) {
-    Product<T> p{s.M, s.N, a + n * s.a_bs, b + n * s.b_bs, c + n * s.c_bs, bias};
+    Product<T> p{s.M, s.N, a + n * s.a_bs, b + n * s.b_bs, c + n * s.c_bs, bias, up.from, up.scale};
     if (!split_batch) take_part(p, s, args.part, args.parts);
     run_product(p, s, reinterpret_cast<T*>(args.scratch));
   }

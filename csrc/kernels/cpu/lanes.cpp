@@ -1,10 +1,10 @@
 #include "lanes.hpp"
 
+#include "cut.hpp"
+
 namespace metafast::kernels::METAFAST_ISA {
 namespace {
 
-// k a tile runs before C is touched, as in gemm: keeps the chains of roundings short.
-constexpr int64_t kDepth = 192;
 // Bytes of A that stay in a first-level cache while strips of B pass by.
 constexpr int64_t kResident = 16384;
 
@@ -49,9 +49,11 @@ void tile(const LaneProduct<T>& p, int64_t m, int64_t n, int64_t k, int64_t dept
     b += p.B.rs;
   }
   const bool add = p.add || k > 0;
+  const int64_t from = k > 0 ? 0 : p.from;
+  const Vec<T> scale = splat(p.scale);
   METAFAST_UNROLL for (int r = 0; r < rows; ++r) METAFAST_UNROLL for (int c = 0; c < columns; ++c) {
     T* y = p.C.p + (m + r) * p.C.rs + (n + c) * p.C.cs;
-    store(y, add ? acc[r][c] + load(y) : acc[r][c]);
+    store(y, add ? fma<T>(acc[r][c], scale, load(y + from)) : acc[r][c]);
   }
 }
 
@@ -102,30 +104,9 @@ LaneTile<T> find(int64_t rows, int64_t columns, bool a, bool b) {
   }
 }
 
-// Lengths of the pieces that n is cut into: equal ones but for one, at most `most` long.
-struct Cut {
-  int64_t pieces, n;
-  Cut(int64_t count, int64_t most) : pieces((count + most - 1) / most), n(count) {}
-  int64_t begin(int64_t piece) const { return n * piece / pieces; }
-};
-
 int64_t most_rows(int64_t columns) {
   const int64_t rows = max_rows(static_cast<int>(columns));
   return rows < kMostRows ? rows : kMostRows;
-}
-
-// Vectors loaded for the whole product, by tiles of so many columns: what decides between widths.
-int64_t loads(int64_t M, int64_t N, int64_t columns) {
-  const int64_t strips = (N + columns - 1) / columns,
-                blocks = (M + most_rows(columns) - 1) / most_rows(columns);
-  return strips * M + blocks * N;
-}
-
-int64_t best_columns(int64_t M, int64_t N) {
-  int64_t best = 1;
-  for (int64_t c = 2; c <= kMostColumns && c <= N; ++c)
-    if (loads(M, N, c) < loads(M, N, best)) best = c;
-  return best;
 }
 
 }  // namespace
@@ -133,7 +114,7 @@ int64_t best_columns(int64_t M, int64_t N) {
 template <class T>
 void multiply_lanes(const LaneProduct<T>& p) noexcept {
   constexpr int64_t bytes = kLanes<T> * static_cast<int64_t>(sizeof(T));
-  const int64_t columns = best_columns(p.M, p.N);
+  const int64_t columns = best_columns(p.M, p.N, kMostColumns, most_rows);
   const Cut rows(p.M, most_rows(columns)), strips(p.N, columns);
   for (int64_t k = 0; k < p.K; k += kDepth) {
     const int64_t depth = min64(kDepth, p.K - k);

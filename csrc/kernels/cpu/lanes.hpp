@@ -21,7 +21,10 @@ struct LaneProduct {
   int64_t M, N, K;
   LaneMatrix<const T> A, B;
   LaneMatrix<T> C;
-  bool add;
+  bool
+      add;  // C = E + scale * product instead of C = product, where E lies as C does, `from` elements behind it
+  int64_t from;
+  T scale;
 };
 
 // One vector of lanes of the product; at least one of A and B has lanes.

@@ -40,9 +40,11 @@ void tile(const TileCall<T>& t) noexcept {
   T* const out = t.c;  // else the compiler reads these anew after every store
   const int64_t c_rs = t.c_rs;
   if (t.add) {
+    const T* const e = out + t.from;
+    const Vec<T> scale = splat(t.scale);
     METAFAST_UNROLL for (int r = 0; r < rows; ++r) METAFAST_UNROLL for (int v = 0; v < vectors; ++v) {
-      const T* c = out + r * c_rs + v * L;
-      acc[r][v] += masked && v == vectors - 1 ? load(c, mask) : load(c);
+      const T* x = e + r * c_rs + v * L;
+      acc[r][v] = fma<T>(acc[r][v], scale, masked && v == vectors - 1 ? load(x, mask) : load(x));
     }
   }
   METAFAST_UNROLL for (int r = 0; r < rows; ++r) METAFAST_UNROLL for (int v = 0; v < vectors; ++v) {

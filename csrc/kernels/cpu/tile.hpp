@@ -1,10 +1,11 @@
 // The register tile under gemm and the convolutions: `rows` × `vectors` accumulators that stay in registers
 // over the whole inner dimension.
 //
-// C(m, n) (+)= sum over segments s and steps j of A(m, s, j) * B(s * length + j, n) (+ bias[n])
+// C(m, n) = sum over segments s and steps j of A(m, s, j) * B(s * length + j, n) (+ bias[n])
 //   A(m, s, j) = a[m * a_rs + segment[s] + j * a_cs]   any strides; read one element at a time (broadcast)
 //   B(k, n)    = b[k * b_rs + n]                       n lies together
 //   C(m, n)    = c[m * c_rs + n]
+// or C = E + scale * that, where E lies as C does and may be C.
 // Columns beyond `last` in the last vector are neither read nor written. Each element is one chain of fma
 // over k in order, whatever the tile.
 #pragma once
@@ -23,8 +24,10 @@ struct TileCall {
   T* c;
   int64_t c_rs;
   const T* bias;  // or null
-  bool add;       // C += instead of C =
+  bool add;       // takes up E, which lies `from` elements behind C
   int64_t last;   // columns of the last vector, 1..kLanes
+  int64_t from = 0;
+  T scale = 1;
 };
 
 template <class T>

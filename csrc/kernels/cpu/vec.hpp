@@ -101,6 +101,16 @@ METAFAST_INLINE Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
 #endif
 }
 
+// The same of one number.
+template <class T>
+METAFAST_INLINE T fma_one(T a, T b, T c) {
+#if defined(__FMA__) || defined(__aarch64__)
+  return sizeof(T) == 4 ? static_cast<T>(__builtin_fmaf(a, b, c)) : static_cast<T>(__builtin_fma(a, b, c));
+#else
+  return a * b + c;
+#endif
+}
+
 template <class T>
 METAFAST_INLINE Vec<T> select(Bits<T> m, Vec<T> a, Vec<T> b) {
   return m ? a : b;
