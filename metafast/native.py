@@ -25,7 +25,7 @@ from metafast.ops import numel
 from metafast.problem import Objective, Outcome, Problem, hyper_tree
 from metafast.profile import Profile, Row
 from metafast.reference import located
-from metafast.steps import Steps, form_of
+from metafast.steps import Steps, steps_of
 from metafast.sweep import BACK, SECTIONS, Loop, Section, Store, gradient_section, query_section
 from metafast.tasks import require_outputs
 
@@ -116,8 +116,7 @@ def make_plan(problem: Problem, known: Iterable[Plan] = ()) -> tuple[Plan, dict[
         problem.wrt,
         problem.order,
     )
-    form = form_of(loop, problem.parameter.dtype)
-    steps = next((p.steps for p in known if p.steps.form == form), None) or Steps(loop, problem.parameter.dtype)
+    steps = steps_of(loop, problem.parameter.dtype, (plan.steps for plan in known))
     plan = Plan(loop, steps, {key: t for trace in traces.values() for key, t in trace.externs})
     plan.support_stats = support.stats
     if query is not None and query_graph is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +20,8 @@ MOST_KEPT_BYTES = 1 << 18  # half of a second-level cache
 class Steps:
     """The way there and back of a loop. `form` is equal for loops that differ in the query alone."""
 
-    def __init__(self, loop: Loop, dtype: torch.dtype) -> None:
-        self.form, self.dtype = form_of(loop, dtype), dtype
+    def __init__(self, loop: Loop, dtype: torch.dtype, form: Any) -> None:
+        self.form, self.dtype = form, dtype
         self._sweep = Sweep(replace(loop, query=None))
         self.state = self._sweep.state
         self._written: dict[bool, tuple[dict[str, Section], dict[str, Section], int]] = {}
@@ -55,7 +56,13 @@ class Steps:
         return self._written[back]
 
 
-def form_of(loop: Loop, dtype: torch.dtype) -> Any:
+def steps_of(loop: Loop, dtype: torch.dtype, known: Iterable[Steps]) -> Steps:
+    """The steps of a loop: those that are `known`, where they are the same."""
+    form = _form(loop, dtype)
+    return next((steps for steps in known if steps.form == form), None) or Steps(loop, dtype, form)
+
+
+def _form(loop: Loop, dtype: torch.dtype) -> Any:
     """A hashable value, equal for loops of one dtype, made with the same passes, that differ in the query alone."""
     graphs = tuple(map(form, (loop.support, loop.update, loop.init)))
     wanted = tuple([key for key in loop.wrt if not key.startswith("query/")])

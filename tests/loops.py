@@ -38,6 +38,18 @@ class Tied(nn.Module):
         return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
 
 
+class Reversal(torch.autograd.Function):
+    """Turns the gradient around (Ganin and Lempitsky 2015)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        return -cotangent
+
+
 def loop(model: nn.Module, backend: str = "torch", loss: Any = F.cross_entropy, **options: Any) -> metafast.InnerLoop:
     options.setdefault("update", metafast.SGD(lr=LR))
     options.setdefault("steps", 2)

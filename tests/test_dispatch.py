@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from loops import Reversal
 from torch import Tensor, nn
 
 import metafast
@@ -281,16 +282,6 @@ class StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, ct: Tensor) -> Tensor:
         return ct
-
-
-class Reversal(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, ct: Tensor) -> Tensor:
-        return -ct
 
 
 @pytest.mark.parametrize("function", [StraightThrough, Reversal])

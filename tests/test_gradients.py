@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from loops import LR, TASKS, WAYS, Tied, backends, check_grads, close, data, expected, loop, minimised, mlp
+from loops import LR, TASKS, WAYS, Reversal, Tied, backends, check_grads, close, data, expected, loop, minimised, mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -282,16 +282,6 @@ class StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Tensor:
         return cotangent
-
-
-class Reversal(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
-        return -cotangent
 
 
 def hooked(x: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from metafast.lower.arrays import (
     viewed,
 )
 from metafast.lower.fuse import Unit, aliases, units
+from metafast.lower.registers import Registers
 from metafast.ops import TABLE, numel
 from metafast.ops.shape import literal_tensor
 from metafast.passes import enabled
@@ -209,7 +210,7 @@ class Emitter:
         if not unit.nodes and not unit.stores:
             return
         inside = [n.outputs[0] for n in unit.nodes]
-        code = _Registers(self, unit, inside)
+        code = Registers(unit, self.alias, self.producer, self.opcodes)
         arrays = [broadcast_to(self.array(v), unit.shape) for v in code.inputs]
         order = self._layout(arrays, unit.shape)
         sums = self._adding(unit, order, arrays)
@@ -217,20 +218,17 @@ class Emitter:
             self.homes[n] = [unit] if n in sums else [Unit("node")]  # made by another instruction
         needed = [v for v in inside if self._needed(v, unit)]
         code.allocate(unit, [*needed, *(n.inputs[0] for n in sums)])
-        results, parted = self._results(unit, needed, code, order), self._parted(sums, order)
-        if parted is None:
-            results += [self._summed(n, code) for n in sums]
-        else:
-            parts = [self.fresh((unit.shape[parted], *n.outputs[0].shape)) for n in sums]
-            results += [
-                (_sum_view(n, a, parted), code.register(n.inputs[0]), SUM) for n, a in zip(sums, parts, strict=True)
-            ]
+        parted = self._parted(sums, order)
+        parts = {} if parted is None else {n: self.fresh((unit.shape[parted], *n.outputs[0].shape)) for n in sums}
+        results = self._results(unit, needed, code, order)
+        for n in sums:
+            out, mode = (parts[n], 0) if n in parts else self._result(n, self._direct(n, n.outputs[0]), None)
+            results.append((_sum_view(n, out, parted), code.register(n.inputs[0]), SUM + mode))
         self._emit_pointwise(
             arrays, results, code.ops, code.count, code.floats, unit.shape, order, self._note(unit), len(unit.nodes)
         )
-        if parted is not None:
-            for n, a in zip(sums, parts, strict=True):
-                self._total(n, a)
+        for n, each in parts.items():
+            self._total(n, each)
         for n in unit.sums:
             if n not in sums:
                 self._node(n, self._direct(n, n.outputs[0]))
@@ -273,10 +271,6 @@ class Emitter:
         kept, many = numel(out.shape), parts.shape[0]
         self.emit(node, "reduce", [parts, out], 1, [1, 1, kept, many, 1, kept, 1, mode, 0], [1.0])
 
-    def _summed(self, node: Node, code: _Registers) -> Result:
-        out, mode = self._result(node, self._direct(node, node.outputs[0]), None)
-        return _sum_view(node, out), code.register(node.inputs[0]), SUM + mode
-
     @staticmethod
     def _note(unit: Unit) -> str:
         names = [n.op for n in unit.nodes] or ["store"]
@@ -292,7 +286,7 @@ class Emitter:
                 return order
         return plain
 
-    def _results(self, unit: Unit, needed: Sequence[Value], code: _Registers, order: Sequence[int]) -> list[Result]:
+    def _results(self, unit: Unit, needed: Sequence[Value], code: Registers, order: Sequence[int]) -> list[Result]:
         """The cluster's outputs: array, register, mode. First what is kept here, then what is stored elsewhere."""
         stored: list[Result] = []
         for value, store in unit.stores:
@@ -636,78 +630,6 @@ class Emitter:
             end = at + p.shape[dim]
             self.copy(p, sliced(out, {"dim": dim, "start": at, "stop": end, "step": 1}))
             at = end
-
-
-class _Registers:
-    """Registers of one cluster: inputs first, then results, reused once nothing more reads them."""
-
-    def __init__(self, emitter: Emitter, unit: Unit, inside: Sequence[Value]) -> None:
-        self.emitter, self.alias, self.inside = emitter, emitter.alias, set(inside)
-        self.inputs: list[Value] = []
-        self.floats: list[float] = []
-        self.ops: list[int] = []
-        self.where: dict[Value, int] = {}
-        for n in unit.nodes:
-            for v in n.inputs:
-                self._outside(v)
-        for v, _ in unit.stores:
-            self._outside(v)
-        self.count = len(self.inputs)
-
-    def _outside(self, v: Value) -> None:
-        v = self.alias.get(v, v)
-        if v in self.inside or v in self.where:
-            return
-        n = self.emitter.producer.get(v)
-        while n is not None and n.op in ("expand", "reshape"):
-            n = self.emitter.producer.get(n.inputs[0])
-        if n is not None and n.op == "const":
-            self.floats.append(n.attrs["value"])
-            self.where[v] = -len(self.floats)
-        else:
-            self.where[v] = len(self.inputs)
-            self.inputs.append(v)
-
-    def allocate(self, unit: Unit, read_at_end: Sequence[Value]) -> None:
-        """Write the operations; what is stored or in `read_at_end` keeps its register."""
-        kept = {self.alias.get(v, v) for v in (*(v for v, _ in unit.stores), *read_at_end)}
-        operations = self._operations(unit, kept)
-        last = {v: k for k, (_, _, args) in enumerate(operations) for v in args}
-        free: list[int] = []
-        for k, (op, out, args) in enumerate(operations):
-            sources = [self.where[v] for v in args]
-            dst = free.pop() if free else self.count
-            self.count = max(self.count, dst + 1)
-            self.where[out] = dst
-            self.ops += [self.emitter.opcodes[op], dst, *(sources + [0, 0])[:3]]
-            for v in set(args):
-                if v in self.inside and last[v] == k and v not in kept:
-                    free.append(self.where[v])
-            if out not in last and out not in kept:
-                free.append(dst)
-
-    def _operations(self, unit: Unit, kept: set[Value]) -> list[tuple[str, Value, list[Value]]]:
-        """Opcode, result and sources of each; a choice by `step(x)` reads x, and the mask is made if others read it."""
-        signs = [n for n in unit.nodes if n.op == "step"] if enabled("masks") else []
-        masks = {n.outputs[0]: self.alias.get(n.inputs[0], n.inputs[0]) for n in signs}
-        found = []
-        for n in unit.nodes:
-            op, args = n.op, [self.alias.get(v, v) for v in n.inputs]
-            if op == "where" and args[0] in masks:
-                op, args[0] = "where_positive", masks[args[0]]
-            found.append((op, n.outputs[0], args))
-        read = kept.union(*(args for _, _, args in found))
-        return [operation for operation in found if operation[1] in read or operation[1] not in masks]
-
-    def register(self, v: Value) -> int:
-        """The register that holds the value at the end; a constant gets one by a copy."""
-        v = self.alias.get(v, v)
-        r = self.where[v]
-        if r < 0:
-            self.ops += [self.emitter.opcodes["copy"], self.count, r, 0, 0]
-            r = self.where[v] = self.count
-            self.count += 1
-        return r
 
 
 def _sum_view(node: Node, out: Array, parted: int | None = None) -> Array:
