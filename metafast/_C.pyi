@@ -93,6 +93,16 @@ class Places:
     def hold(self) -> bool:
         """Whether every place holds the very object that it held, and every container is as long as it was."""
 
+class Slots:
+    """Entries of dictionaries that hold tensors, as (dict, key); `ties` are (number of a slot, dict, key) of further
+    entries that are to hold the same as that slot. Keeps the dictionaries alive."""
+
+    def __init__(
+        self, slots: list[tuple[dict[str, Any], str]], ties: list[tuple[int, dict[str, Any], str]]
+    ) -> None: ...
+    def read(self) -> list[Any] | None:
+        """What the slots hold. None where one is missing or holds None, a tie is broken, or two hold the same."""
+
 class Facts:
     """What a plan depends on in tensors, values aside: class, shape, dtype, device, layout, requires_grad, nested."""
 

@@ -43,10 +43,13 @@ class Form:
         externals = list(enumerate(lowered.externals))
         read, written = ([(j, e) for j, e in externals if (e.kind == "leaf") is leaf] for leaf in (True, False))
         self.leaves = [e for _, e in read]
+        self.names = [e.name for e in self.leaves]
         self.padded = [n for n, e in enumerate(self.leaves) if e.per_task and self.slots > tasks]
         self.rooms = [e for _, e in written]
         self.made = [(e.kind, e.name) for e in self.rooms]
+        self.gradients = [(key[1], key) for key in self.made if key[0] == "gradient"]
         self.sums = tuple(lowered.sums)
+        self.cut = self.slots > tasks or not steps  # what is written is more than what was asked for
         self.binding = _C.Binding(
             lowered.program,
             blocks,
@@ -101,10 +104,10 @@ class Form:
 
     def shown(self, rooms: Sequence[Tensor]) -> dict[tuple[str, str], Tensor]:
         """What was written, by kind and name: `(T, ...)`, or `(T, steps, ...)` where each step wrote."""
-        if self.slots > self.tasks:
-            rooms = [room[: self.tasks] for room in rooms]
-        if not self.steps:
-            rooms = [room[:, :0] if e.per_step else room for room, e in zip(rooms, self.rooms, strict=True)]
+        if self.cut:
+            tasks, steps = slice(self.tasks), slice(None if self.steps else 0)
+            pairs = zip(rooms, self.rooms, strict=True)
+            rooms = [room[tasks, steps] if e.per_step else room[tasks] for room, e in pairs]
         return dict(zip(self.made, rooms, strict=True))
 
 
@@ -116,7 +119,7 @@ class Call:
         every = 1 if problem.memory_budget is None else held(lowered, problem).every
         self.form = Form.of(lowered, plan.dtype, problem.tasks, problem.steps, every)
         leaves = {**problem.leaves, **extra} if extra else problem.leaves
-        self.given = [leaves[e.name] if e.name in leaves else self._held(e.name) for e in self.form.leaves]
+        self.given = [leaves[name] if name in leaves else self._held(name) for name in self.form.names]
         for n in self.form.padded:
             self.given[n] = self._padded(n, cotangent=self.form.leaves[n].name in extra)
         self.made: dict[tuple[str, str], Tensor] = {}
@@ -216,5 +219,6 @@ class Call:
         """The gradient of every wanted leaf; None where nothing depends on it."""
         out: dict[str, Tensor | None] = dict.fromkeys(wanted)
         out.update(zip(self.form.sums, self.sums, strict=True))
-        out.update({name: t for (kind, name), t in self.made.items() if kind == "gradient"})
+        for name, key in self.form.gradients:
+            out[name] = self.made[key]
         return out

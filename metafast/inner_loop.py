@@ -24,7 +24,7 @@ from .errors import (
     warn,
 )
 from .fast_weights import FastWeights
-from .outline import NO_QUERY, Outline
+from .outline import NO_QUERY, Given, Outline
 from .problem import Loss, Objective, Outcome, Problem
 from .reference import swapping
 from .transforms import outside_compile, traced, tracing
@@ -260,9 +260,11 @@ class InnerLoop(nn.Module):
             raise TransformError(message(place, "a call to trace", "tensors with values", way_out))
         with swapping:  # another thread may have other tensors on the model just now
             outline = self._outline
-            if outline is None or not outline.current():
+            given = None if outline is None else outline.given(support, query)
+            if outline is None or given is None:
                 outline = self.__dict__["_outline"] = Outline(self)
-            return outline.problem(self, support, query, gradient=gradient), outline
+                given = cast(Given, outline.read(support, query))
+            return outline.problem(self, given, gradient=gradient), outline
 
     def _with_gradient(self, outline: Outline, problem: Problem) -> Outcome:
         backend = dispatch.choose(problem, self.backend)

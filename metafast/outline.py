@@ -28,7 +28,7 @@ from .transforms import tracing, transformed
 if TYPE_CHECKING:
     from .inner_loop import InnerLoop
 
-__all__ = ["LossObjective", "Outline", "require_labels"]
+__all__ = ["Given", "LossObjective", "Outline", "require_labels"]
 
 NO_QUERY = object()  # in place of a query batch: adapt alone
 
@@ -97,13 +97,19 @@ class Outline:
         self._weights: dict[Any, Tensor] = {}
         self._last: _Last | None = None
 
-    def current(self) -> bool:
-        """Whether it still describes the model and the update rule."""
-        return self._changes == self.update.changes and self.structure.current()
+    def given(self, support: Any, query: Any) -> Given | None:
+        """The tensors of a call with these batches; None where it no longer describes the model and the update rule."""
+        if self._changes != self.update.changes or not self.structure.current():
+            return None
+        return self.read(support, query)
 
-    def problem(self, inner: InnerLoop, support: Any, query: Any, *, gradient: bool) -> Problem:
-        """The problem that a call with these batches poses, validated; one like the last is not looked into again."""
-        given = _Given(self, support, query)
+    def read(self, support: Any, query: Any) -> Given | None:
+        """The same for an outline that was just made."""
+        tensors = self.structure.read()
+        return None if tensors is None else Given(self, tensors, support, query)
+
+    def problem(self, inner: InnerLoop, given: Given, *, gradient: bool) -> Problem:
+        """The problem that a call poses, validated; one like the last is not looked into again."""
         options = (inner.steps, inner.order, inner.return_outputs, inner.reduction, inner.memory_budget, gradient)
         problem = None if self._last is None else self._last.again(given, options, self.reach())
         if problem is None:
@@ -111,7 +117,7 @@ class Outline:
             self._last = _Last.of(problem, given, options)
         return problem
 
-    def _validated(self, inner: InnerLoop, given: _Given, gradient: bool) -> Problem:
+    def _validated(self, inner: InnerLoop, given: Given, gradient: bool) -> Problem:
         structure = self.structure
         first = given.parameters[self._first]
         _require_dtype(self.adapted[0], first)
@@ -144,7 +150,7 @@ class Outline:
             self._want(problem, leaves)
         return problem
 
-    def _check_batches(self, given: _Given, device: torch.device) -> int:
+    def _check_batches(self, given: Given, device: torch.device) -> int:
         """Validate the batches; returns the number of tasks."""
         for (place, _, tensors), spec, pair in zip(given.batches, given.specs, self._pairs, strict=False):
             if pair:
@@ -217,17 +223,19 @@ class Outline:
         return key
 
 
-class _Given:
+class Given:
     """The tensors of a call: parameters, hyper-parameters, batches, buffers, read from where they are now."""
 
-    def __init__(self, outline: Outline, support: Any, query: Any) -> None:
-        structure = outline.structure
-        self.parameters, self.buffers = structure.parameters(), structure.buffers()
-        self.hyper = outline.update.hyper(self.parameters[outline._first])
+    __slots__ = ("_keys", "batches", "buffers", "hyper", "parameters", "specs", "tensors")
+
+    def __init__(self, outline: Outline, tensors: list[Tensor], support: Any, query: Any) -> None:
+        self._keys = outline._keys
+        count = len(self._keys)
+        self.parameters, self.buffers = tensors[:count], tensors[count:]
+        self.hyper = outline.update.hyper(tensors[outline._first])
         self.batches: list[tuple[str, Any, list[Tensor]]] = []
         self.specs: list[Any] = []
         self.tensors = [*self.parameters, *self.hyper.values()]
-        self._keys = outline._keys
         for place, batch in (("support", support), ("query", query)):
             if batch is NO_QUERY:
                 self.specs.append(None)
@@ -251,7 +259,7 @@ class _Given:
 class _Last:
     """The problem of the last call without its tensors, and what must hold for the next to be like it."""
 
-    def __init__(self, problem: Problem, given: _Given, options: tuple[Any, ...], externs: list[Tensor]) -> None:
+    def __init__(self, problem: Problem, given: Given, options: tuple[Any, ...], externs: list[Tensor]) -> None:
         from . import _C
 
         self._problem, self._keys, self._buffers = problem.over({}, {}), tuple(problem.leaves), tuple(problem.buffers)
@@ -260,7 +268,7 @@ class _Last:
         self._facts = _C.Facts([*given.tensors, *externs, *given.buffers])
 
     @classmethod
-    def of(cls, problem: Problem, given: _Given, options: tuple[Any, ...]) -> _Last | None:
+    def of(cls, problem: Problem, given: Given, options: tuple[Any, ...]) -> _Last | None:
         """None where the call is to be looked into each time: under a transform, or where a leaf is a copy."""
         leaves = list(problem.leaves.values())
         if tracing() or not all(map(operator.is_, leaves, given.tensors)):
@@ -270,7 +278,7 @@ class _Last:
         except (ImportError, RuntimeError):  # no compiled module; a nested tensor has no shape
             return None
 
-    def again(self, given: _Given, options: tuple[Any, ...], reach: Reach) -> Problem | None:
+    def again(self, given: Given, options: tuple[Any, ...], reach: Reach) -> Problem | None:
         """The problem over the tensors of this call, if it is like the last."""
         if reach is not self._problem.reach or options != self._options or given.specs != self._specs or tracing():
             return None

@@ -1,5 +1,6 @@
 #include "binding.hpp"
 
+#include <optional>
 #include <utility>
 
 namespace metafast {
@@ -13,13 +14,20 @@ py::object call_method(const py::handle& object, PyObject* name) {
   return checked(PyObject_CallMethodNoArgs(object.ptr(), name));
 }
 
-// Whether a kernel may read the tensor where it lies.
+// Whether a kernel may read the tensor where it lies, through its attributes.
 bool readable(const py::handle& tensor, const py::object& dtype) {
   static PyObject* const of_dtype = interned("dtype");
   static PyObject* const contiguous = interned("is_contiguous");
-  static PyObject* const negated = interned("is_neg");  // a sign that is not in memory
+  static PyObject* const is_neg = interned("is_neg");  // a sign that is not in memory
   return attribute(tensor, of_dtype).is(dtype) && call_method(tensor, contiguous).ptr() == Py_True &&
-         call_method(tensor, negated).ptr() == Py_False;
+         call_method(tensor, is_neg).ptr() == Py_False;
+}
+
+// torch.float32, torch.float64 or torch.int64 as a view shows it.
+View::Type as_viewed(const py::object& dtype) {
+  const auto name = py::str(dtype).cast<std::string>();
+  const bool whole = name == "torch.int64";
+  return {static_cast<uint8_t>(whole ? 0 : 2), static_cast<uint8_t>(name == "torch.float32" ? 32 : 64), 1};
 }
 
 int64_t address(const py::handle& tensor) {
@@ -94,7 +102,8 @@ Binding::Binding(std::shared_ptr<const Program> program, int64_t tasks, int64_t 
   for (const py::handle& row : given) {
     auto [external, type] = row.cast<std::pair<int, py::object>>();
     require_external(external);
-    given_.push_back({external, std::move(type)});
+    const View::Type viewed = as_viewed(type);
+    given_.push_back({external, std::move(type), viewed});
   }
   for (const py::handle& row : rooms) {
     auto [external, make, looked, summed] = row.cast<std::tuple<int, py::object, int64_t, int64_t>>();
@@ -113,6 +122,14 @@ void Binding::require_external(int external) const {
                           " expected, got " + std::to_string(external));
 }
 
+std::optional<int64_t> Binding::Given::where(const py::handle& tensor) const {
+  if (View now; view(tensor.ptr(), &now)) {
+    const bool lies_ready = now.type == viewed && now.contiguous() && !negated(tensor.ptr());
+    return lies_ready ? std::optional(now.address()) : std::nullopt;
+  }
+  return readable(tensor, dtype) ? std::optional(address(tensor)) : std::nullopt;
+}
+
 Binding::Bound Binding::bind(const py::list& tensors, const py::object& weights) const {
   if (tensors.size() != given_.size())
     throw py::value_error("Binding: " + std::to_string(given_.size()) + " tensors expected, got " +
@@ -121,11 +138,12 @@ Binding::Bound Binding::bind(const py::list& tensors, const py::object& weights)
   bound.externals = externals_;
   for (size_t n = 0; n < given_.size(); ++n) {
     const py::handle tensor = PyList_GET_ITEM(tensors.ptr(), static_cast<py::ssize_t>(n));
-    if (!readable(tensor, given_[n].dtype)) {
+    const std::optional<int64_t> found = given_[n].where(tensor);
+    if (!found) {
       bound.refused = static_cast<int>(n);
       return bound;
     }
-    bound.externals[given_[n].external].pointer = address(tensor);
+    bound.externals[given_[n].external].pointer = *found;
   }
   if (!weights.is_none()) bound.weights = address(weights);
   for (const Room& wanted : rooms_) bound.externals[wanted.external].pointer = room(wanted.make, bound.rooms);

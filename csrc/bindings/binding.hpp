@@ -1,13 +1,14 @@
-// What one call does between Python's tensors and the replay: read addresses, make room, run, look at the losses. Of a
-// tensor it knows data_ptr(), is_contiguous(), is_neg() and dtype alone.
+// What one call does between Python's tensors and the replay: read addresses, make room, run, look at the losses.
 #pragma once
 #include <pybind11/numpy.h>
 
+#include <optional>
 #include <vector>
 
 #include "program.hpp"
 #include "python.hpp"
 #include "replay.hpp"
+#include "tensors.hpp"
 
 namespace metafast {
 
@@ -27,6 +28,9 @@ class Binding {
   struct Given {
     int external;
     py::object dtype;
+    View::Type viewed;
+    // Its address, if a kernel may read it there.
+    std::optional<int64_t> where(const py::handle& tensor) const;
   };
   struct Room {
     int external;

@@ -165,17 +165,18 @@ std::vector<std::string> pointwise_opcodes() {
 }
 
 // Lets the garbage collector look into it.
-void collect_places(PyHeapTypeObject* heap_type) {
+template <class Holder>
+void collect(PyHeapTypeObject* heap_type) {
   PyTypeObject* const type = &heap_type->ht_type;
   type->tp_flags |= Py_TPFLAGS_HAVE_GC;
   type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
     Py_VISIT(Py_TYPE(self));
     return py::detail::is_holder_constructed(self)
-               ? py::handle(self).cast<const Places&>().traverse(visit, arg)
+               ? py::handle(self).cast<const Holder&>().traverse(visit, arg)
                : 0;
   };
   type->tp_clear = [](PyObject* self) {
-    if (py::detail::is_holder_constructed(self)) py::handle(self).cast<Places&>().clear();
+    if (py::detail::is_holder_constructed(self)) py::handle(self).cast<Holder&>().clear();
     return 0;
   };
 }
@@ -202,9 +203,12 @@ PYBIND11_MODULE(_C, m) {
            py::arg("threads"))
       .def("profile", &Binding::profile, py::arg("tensors"), py::arg("weights"));
 
-  py::class_<Places>(m, "Places", py::custom_type_setup(&collect_places))
+  py::class_<Places>(m, "Places", py::custom_type_setup(&collect<Places>))
       .def(py::init<const py::list&, const py::list&>(), py::arg("places"), py::arg("sizes"))
       .def("hold", &Places::hold);
+  py::class_<Slots>(m, "Slots", py::custom_type_setup(&collect<Slots>))
+      .def(py::init<const py::list&, const py::list&>(), py::arg("slots"), py::arg("ties"))
+      .def("read", &Slots::read);
   py::class_<Facts>(m, "Facts")
       .def(py::init<const py::list&>(), py::arg("tensors"))
       .def("hold", &Facts::hold, py::arg("tensors"));

@@ -1,5 +1,6 @@
 #include "places.hpp"
 
+#include <algorithm>
 #include <iterator>
 #include <string_view>
 #include <utility>
@@ -102,6 +103,65 @@ void Places::clear() {
   known_ = false;
 }
 
+Slots::Slot Slots::parse_slot(py::object store, py::object key) {
+  if (!PyDict_Check(store.ptr())) throw py::type_error("Slots: a dict expected");
+  return {std::move(store), std::move(key)};
+}
+
+Slots::Slots(const py::list& slots, const py::list& ties) {
+  for (const py::handle& row : slots) {
+    auto [store, key] = row.cast<std::pair<py::object, py::object>>();
+    slots_.push_back(parse_slot(std::move(store), std::move(key)));
+  }
+  for (const py::handle& row : ties) {
+    auto [slot, store, key] = row.cast<std::tuple<size_t, py::object, py::object>>();
+    if (slot >= slots_.size()) throw py::value_error("Slots: a tie to one of the slots expected");
+    ties_.push_back({slot, parse_slot(std::move(store), std::move(key))});
+  }
+}
+
+// Borrowed; null where there is none.
+PyObject* Slots::held(const Slot& slot) {
+  PyObject* const found = PyDict_GetItemWithError(slot.store.ptr(), slot.key.ptr());
+  if (found == nullptr) forget_error();
+  return found == Py_None ? nullptr : found;
+}
+
+py::object Slots::read() const {
+  py::list tensors(slots_.size());
+  std::vector<PyObject*> apart;
+  apart.reserve(slots_.size());
+  for (const Slot& slot : slots_) {
+    PyObject* const found = held(slot);
+    if (found == nullptr) return py::none();
+    PyList_SET_ITEM(tensors.ptr(), static_cast<py::ssize_t>(apart.size()), Py_NewRef(found));
+    apart.push_back(found);
+  }
+  for (const Tie& tie : ties_)
+    if (held(tie.other) != apart[tie.slot]) return py::none();
+  std::sort(apart.begin(), apart.end());
+  if (std::adjacent_find(apart.begin(), apart.end()) != apart.end()) return py::none();
+  return tensors;
+}
+
+int Slots::traverse(visitproc visit, void* arg) const {
+  for (const Slot& slot : slots_) {
+    Py_VISIT(slot.store.ptr());
+    Py_VISIT(slot.key.ptr());
+  }
+  for (const Tie& tie : ties_) {
+    Py_VISIT(tie.other.store.ptr());
+    Py_VISIT(tie.other.key.ptr());
+  }
+  return 0;
+}
+
+void Slots::clear() {
+  std::vector<Slot> slots;
+  std::vector<Tie> ties;
+  slots.swap(slots_), ties.swap(ties_);
+}
+
 PyObject* const* Facts::single_names() {
   static PyObject* const names[kSingle] = {interned("dtype"), interned("requires_grad"), interned("layout"),
                                            interned("is_nested")};
@@ -114,19 +174,36 @@ PyObject* const* Facts::equal_names() {
 }
 
 Facts::Facts(const py::list& tensors) {
-  for (const py::handle& tensor : tensors) {
-    Tensor& known = tensors_.emplace_back();
-    known.type = py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr())));
-    for (int n = 0; n < kSingle; ++n)
-      known.single[n] = checked(PyObject_GetAttr(tensor.ptr(), single_names()[n]));
-    for (int n = 0; n < kEqual; ++n)
-      known.equal[n] = checked(PyObject_GetAttr(tensor.ptr(), equal_names()[n]));
+  for (const py::handle& tensor : tensors) tensors_.push_back(known(tensor.ptr()));
+}
+
+Facts::Tensor Facts::known(PyObject* tensor) {
+  Tensor facts;
+  facts.type = py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(Py_TYPE(tensor)));
+  if (View now; view(tensor, &now)) {
+    facts.viewed = true;
+    facts.wants = requires_grad(tensor);
+    facts.device = now.device;
+    facts.dtype = now.type;
+    facts.shape.assign(now.shape, now.shape + now.dims);
+    return facts;
   }
+  for (int n = 0; n < kSingle; ++n) facts.single[n] = checked(PyObject_GetAttr(tensor, single_names()[n]));
+  for (int n = 0; n < kEqual; ++n) facts.equal[n] = checked(PyObject_GetAttr(tensor, equal_names()[n]));
+  return facts;
+}
+
+bool Facts::same_view(const Tensor& known, PyObject* tensor) {
+  View now;
+  return view(tensor, &now) && now.type == known.dtype && now.device == known.device &&
+         std::equal(known.shape.begin(), known.shape.end(), now.shape, now.shape + now.dims) &&
+         requires_grad(tensor) == known.wants && !made_in_inference_mode(tensor);
 }
 
 bool Facts::same(const Tensor& known, PyObject* tensor) {
   static PyObject* const is_inference = interned("is_inference");
   if (reinterpret_cast<PyObject*>(Py_TYPE(tensor)) != known.type.ptr()) return false;
+  if (known.viewed) return same_view(known, tensor);
   for (int n = 0; n < kSingle; ++n)
     if (!is(PyObject_GetAttr(tensor, single_names()[n]), known.single[n])) return false;
   for (int n = 0; n < kEqual; ++n)

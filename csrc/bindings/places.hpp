@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "python.hpp"
+#include "tensors.hpp"
 
 namespace metafast {
 
@@ -36,6 +37,32 @@ class Places {
   bool known_ = true;  // false once cleared
 };
 
+// Entries of dictionaries that hold tensors, read at every call.
+class Slots {
+ public:
+  // (dict, key) each; of each tie, the number of a slot, and another (dict, key) that is to hold the same.
+  Slots(const py::list& slots, const py::list& ties);
+  // What they hold, in order. None where one is missing or holds None, where a tie is broken, or a tensor is held twice.
+  py::object read() const;
+  int traverse(visitproc visit, void* argument) const;
+  void clear();
+
+ private:
+  struct Slot {
+    py::object store, key;
+  };
+  struct Tie {
+    size_t slot;
+    Slot other;
+  };
+
+  static Slot parse_slot(py::object store, py::object key);
+  static PyObject* held(const Slot& slot);
+
+  std::vector<Slot> slots_;
+  std::vector<Tie> ties_;
+};
+
 // What a plan depends on in tensors, their values aside: class, shape, dtype, device, layout, requires_grad, nested.
 class Facts {
  public:
@@ -47,12 +74,19 @@ class Facts {
   static constexpr int kSingle = 4, kEqual = 2;  // attributes compared by identity, by value
   struct Tensor {
     py::object type;
-    py::object single[kSingle], equal[kEqual];
+    bool viewed = false;  // all of it shows in a view but the first
+    bool wants = false;
+    View::Device device{};
+    View::Type dtype{};
+    std::vector<int64_t> shape;
+    py::object single[kSingle], equal[kEqual];  // where there is no view
   };
 
   static PyObject* const* single_names();
   static PyObject* const* equal_names();
+  static Tensor known(PyObject* tensor);
   static bool same(const Tensor& known, PyObject* tensor);
+  static bool same_view(const Tensor& known, PyObject* tensor);
 
   std::vector<Tensor> tensors_;
 };
