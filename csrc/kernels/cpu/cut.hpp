@@ -7,11 +7,13 @@ namespace metafast::kernels::METAFAST_ISA {
 // Terms that one accumulator adds up before C is touched: keeps chains of roundings short, and a strip of B in cache.
 inline constexpr int64_t kDepth = 192;
 
-// Lengths of the pieces that n is cut into: equal ones but for one, at most `most` long.
+// n cut into pieces of at most `most`: the first `more` are one longer than the others, which have `length`.
 struct Cut {
-  int64_t pieces, n;
-  Cut(int64_t count, int64_t most) : pieces((count + most - 1) / most), n(count) {}
-  int64_t begin(int64_t piece) const { return n * piece / pieces; }
+  int64_t pieces, length, more;
+  Cut(int64_t n, int64_t most) : pieces((n + most - 1) / most), length(0), more(0) {
+    if (pieces) length = n / pieces, more = n - length * pieces;
+  }
+  int64_t begin(int64_t piece) const { return piece * length + min64(piece, more); }
 };
 
 // The longest piece where n is cut evenly into pieces of at most `most`.

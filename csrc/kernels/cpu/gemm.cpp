@@ -25,6 +25,7 @@ struct Sizes {
   int64_t vectors;  // of a strip
   int64_t width;    // elements of a strip
   bool lanes;       // the matrices of the batch lie in the lanes of vectors
+  int64_t columns;  // of a block of those
 
   template <class T>
   static Sizes of(const int64_t* i) {
@@ -35,7 +36,7 @@ struct Sizes {
     s.add = i[13] != 0, s.has_bias = i[14] != 0;
     s.scaled = i[13] < 2 ? 0 : (i[13] == 2 ? 1 : -1);
     s.lanes = lie_in_lanes<T>(i);
-    if (s.lanes) return s;
+    if (s.lanes) return s.columns = lane_columns<T>(s.M, s.N), s;
     const bool column = s.N == 1 && s.M > 1;
     s.turned = s.c_rs == 1 && (column ? s.a_rs == 1 : s.c_cs != 1) && s.M > 1;
     if (s.turned) {
@@ -212,7 +213,8 @@ void run_lanes(const Args& a, const Sizes& s) {
     const LaneMatrix<const T> A{x + b * i[4] + rows.begin * s.a_rs, s.a_rs, s.a_cs, i[4] == 1};
     const LaneMatrix<const T> B{y + b * i[7], s.b_rs, s.b_cs, i[7] == 1};
     const LaneMatrix<T> C{z + b + rows.begin * s.c_rs, s.c_rs, s.c_cs, true};
-    multiply_lanes(LaneProduct<T>{rows.end - rows.begin, s.N, s.K, A, B, C, s.add, up.from, up.scale});
+    multiply_lanes(
+        LaneProduct<T>{rows.end - rows.begin, s.N, s.K, A, B, C, s.add, up.from, up.scale, s.columns});
   }
 }
 

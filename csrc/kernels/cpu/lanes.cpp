@@ -109,27 +109,39 @@ int64_t most_rows(int64_t columns) {
   return rows < kMostRows ? rows : kMostRows;
 }
 
+// Blocks of one width, `first` to `end` of those that the rows are cut into.
+template <class T>
+void run_strip(const LaneProduct<T>& p, const Cut& rows, int64_t first, int64_t end, int64_t n, int64_t width,
+               int64_t k, int64_t depth) noexcept {
+  const LaneTile<T> longer = find<T>(rows.length + 1, width, p.A.lanes, p.B.lanes);
+  const LaneTile<T> other = find<T>(rows.length, width, p.A.lanes, p.B.lanes);
+  for (int64_t r = first; r < end; ++r) (r < rows.more ? longer : other)(p, rows.begin(r), n, k, depth);
+}
+
 }  // namespace
+
+template <class T>
+int64_t lane_columns(int64_t M, int64_t N) noexcept {
+  return best_columns(M, N, kMostColumns, most_rows);
+}
 
 template <class T>
 void multiply_lanes(const LaneProduct<T>& p) noexcept {
   constexpr int64_t bytes = kLanes<T> * static_cast<int64_t>(sizeof(T));
-  const int64_t columns = best_columns(p.M, p.N, kMostColumns, most_rows);
-  const Cut rows(p.M, most_rows(columns)), strips(p.N, columns);
+  const Cut rows(p.M, most_rows(p.columns)), strips(p.N, p.columns);
   for (int64_t k = 0; k < p.K; k += kDepth) {
     const int64_t depth = min64(kDepth, p.K - k);
-    const int64_t together = max64(1, kResident / (bytes * depth * most_rows(columns)));
+    const int64_t together = max64(1, kResident / (bytes * depth * most_rows(p.columns)));
     for (int64_t first = 0; first < rows.pieces; first += together)
       for (int64_t s = 0; s < strips.pieces; ++s) {
-        const int64_t n = strips.begin(s), width = strips.begin(s + 1) - n;
-        for (int64_t r = first; r < min64(first + together, rows.pieces); ++r) {
-          const int64_t m = rows.begin(r);
-          find<T>(rows.begin(r + 1) - m, width, p.A.lanes, p.B.lanes)(p, m, n, k, depth);
-        }
+        const int64_t n = strips.begin(s), end = min64(first + together, rows.pieces);
+        run_strip(p, rows, first, end, n, strips.begin(s + 1) - n, k, depth);
       }
   }
 }
 
+template int64_t lane_columns<float>(int64_t, int64_t) noexcept;
+template int64_t lane_columns<double>(int64_t, int64_t) noexcept;
 template void multiply_lanes<float>(const LaneProduct<float>&) noexcept;
 template void multiply_lanes<double>(const LaneProduct<double>&) noexcept;
 

@@ -25,12 +25,19 @@ struct LaneProduct {
       add;  // C = E + scale * product instead of C = product, where E lies as C does, `from` elements behind it
   int64_t from;
   T scale;
+  int64_t columns;  // of a block of accumulators, as lane_columns says
 };
+
+// The best width of blocks for a product of M × N.
+template <class T>
+int64_t lane_columns(int64_t M, int64_t N) noexcept;
 
 // One vector of lanes of the product; at least one of A and B has lanes.
 template <class T>
 void multiply_lanes(const LaneProduct<T>&) noexcept;
 
+extern template int64_t lane_columns<float>(int64_t, int64_t) noexcept;
+extern template int64_t lane_columns<double>(int64_t, int64_t) noexcept;
 extern template void multiply_lanes<float>(const LaneProduct<float>&) noexcept;
 extern template void multiply_lanes<double>(const LaneProduct<double>&) noexcept;
 
