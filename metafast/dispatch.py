@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +19,21 @@ from metafast.reference import Reference
 from metafast.tasks import nesting
 
 if TYPE_CHECKING:
+    from metafast.capture import Trace
     from metafast.profile import Profile
 
-__all__ = ["choose", "explain", "profile"]
+__all__ = ["choose", "explain", "known_traces", "profile"]
 
 MOST_PLANS = 64  # a model keeps so many, the oldest go first
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What was captured of all but the query, and what held then. The reach, which may hold the model, may go."""
+
+    key: Any
+    reach: weakref.ref[Reach]
+    traces: Mapping[str, Trace]
 
 
 @dataclass(frozen=True)
@@ -34,9 +45,10 @@ class Choice:
     native: bool
     restless: bool = False  # the forward changes its module: at the next call it is another one
     support: Any = None  # what the support half of the plan is keyed by
+    steps: Steps | None = None
 
 
-_plans: WeakKeyDictionary[nn.Module, dict[Any, Choice]] = WeakKeyDictionary()
+_plans: weakref.WeakKeyDictionary[nn.Module, dict[Any, Choice]] = weakref.WeakKeyDictionary()
 
 
 def choose(problem: Problem, backend: str) -> Backend:
@@ -110,16 +122,17 @@ def _plan(problem: Problem) -> Choice:
     except ImportError as error:
         return Choice(Reference(), f"the compiled module cannot be imported ({error})", False)
     from metafast.capture import Unsupported
-    from metafast.native import Native, disagreement, make_plan
+    from metafast.native import Native, captured, disagreement, make_plan
 
     support = plan_key(_support_half(problem))
     others = [c for c in _plans.get(problem.model, {}).values() if c.native]
     checked = any(c.support == support for c in others)
     try:
-        plan, traces = make_plan(problem, [c.backend.plan for c in others])  # type: ignore[attr-defined]
-        if checked:
-            del traces["support"]
-        differs = disagreement(plan, problem, traces)
+        traces = dict(problem.traces) or captured(problem, known_traces(problem))
+        if not checked and traces["support"].loss is None:
+            traces = captured(problem)
+        plan = make_plan(problem, traces, [c.backend.plan for c in others])  # type: ignore[attr-defined]
+        differs = disagreement(plan, problem, traces, ("query",) if checked else ("support", "query"))
     except Unsupported as error:
         return Choice(Reference(), str(error), False, restless=error.op == "attribute")
     except (MetafastError, MemoryError):  # what is wrong with the call, or with the machine
@@ -129,7 +142,21 @@ def _plan(problem: Problem) -> Choice:
     if differs is not None:
         return Choice(Reference(), f"capture lost something of the forward: {differs}", False)
     reason = "every op has a native kernel; the first task agrees with PyTorch's autograd"
-    return Choice(Native(plan), reason, True, support=support)
+    steps = {part: trace.written() for part, trace in traces.items() if part != "query"}
+    key = plan_key(_captured_half(problem))
+    return Choice(Native(plan), reason, True, support=support, steps=Steps(key, weakref.ref(_reach(problem)), steps))
+
+
+def known_traces(problem: Problem) -> dict[str, Trace]:
+    """What a plan of the same model, which is told apart by its query alone, has captured of all else; or nothing."""
+    found = [c.steps for c in _plans.get(problem.model, {}).values() if c.steps is not None]
+    if found:
+        key, reach = plan_key(_captured_half(problem)), _reach(problem)
+        for steps in found:
+            before = steps.reach()
+            if before is not None and steps.key == key and (before is reach or reach.finds(before)):
+                return dict(steps.traces)
+    return {}
 
 
 def _tidy() -> None:
@@ -211,6 +238,14 @@ def _support_half(problem: Problem) -> Problem:
     """The problem without its query: what one plan has checked of that holds for every other."""
     leaves = {key: leaf for key, leaf in problem.leaves.items() if not key.startswith("query/")}
     return replace(problem, leaves=leaves, query_spec=None, return_outputs=False)
+
+
+def _captured_half(problem: Problem) -> Problem:
+    """What of the support half is known before the losses have run: who wants a gradient shows in the leaves."""
+    half = _support_half(problem)
+    leaves = {key: leaf for key, leaf in half.leaves.items() if not key.startswith("extern/")}
+    wrt = tuple([key for key, leaf in leaves.items() if leaf.requires_grad])
+    return replace(half, leaves=leaves, wrt=wrt)
 
 
 def _reach(problem: Problem) -> Reach:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import collector
+from .dispatch import known_traces
 from .problem import Problem
 from .reference import Reference
 
@@ -47,7 +48,7 @@ def _captured(problem: Problem) -> dict[str, Trace] | None:
     reach = problem.reach
     draws = reach.draws() if reach is not None else []
     try:
-        traces = captured(problem)
+        traces = captured(problem, known_traces(problem))
     except Exception:  # the run below raises what is the user's, the plan's maker says why it is none
         return None
     if reach is not None and reach.same() and draws == reach.draws():

@@ -96,13 +96,9 @@ class Plan:
 # ---- making a plan --------------------------------------------------------------------------------------------
 
 
-def make_plan(problem: Problem, known: Iterable[Plan] = ()) -> tuple[Plan, dict[str, Trace]]:
-    """Capture the losses and the update rule of a problem, if that is still to do. What it has in common with plans
-    that are `known` is theirs. Raises Unsupported where something cannot go native.
-
-    Returns the plan and the traces of the support and the query loss on the first task, with eager PyTorch's gradients.
-    """
-    traces = dict(problem.traces) or captured(problem)
+def make_plan(problem: Problem, traces: Mapping[str, Trace], known: Iterable[Plan] = ()) -> Plan:
+    """The plan for a problem that was captured as `traces`. What it has in common with plans that are `known` is
+    theirs. Raises Unsupported where something cannot go native."""
     support, query = traces["support"], traces.get("query")
     graph = normalise(support, outputs=False)
     query_graph = normalise(query, outputs=problem.return_outputs) if query is not None else None
@@ -124,15 +120,18 @@ def make_plan(problem: Problem, known: Iterable[Plan] = ()) -> tuple[Plan, dict[
         plan.output_spec = query.output_spec
         plan.output_keys = tuple(k for k in query_graph.outputs if k.startswith("output/"))
         plan.output_dtypes = tuple(query.tensors[query.outputs[k].id].dtype for k in plan.output_keys)
-    return plan, {part: trace for part, trace in traces.items() if part in ("support", "query")}
+    return plan
 
 
-def captured(problem: Problem) -> dict[str, Trace]:
-    """What a plan is made of: the traces of support, query, init and update. Raises Unsupported."""
+def captured(problem: Problem, known: Mapping[str, Trace] | None = None) -> dict[str, Trace]:
+    """What a plan is made of: the traces of support, query, init and update, where they are not `known` yet. Those of
+    support and query come with eager PyTorch's loss and gradients on the first task. Raises Unsupported."""
     params = {n: p.detach() for n, p in problem.group("param").items()}
-    parts = ["support"] if problem.query_spec is None else ["support", "query"]
-    traces = {part: _trace(problem, part, params) for part in parts}
-    traces["init"], traces["update"] = _rule_traces(problem, params)
+    traces = dict(known or {"support": _trace(problem, "support", params)})
+    if problem.query_spec is not None:
+        traces["query"] = _trace(problem, "query", params)
+    if "init" not in traces:
+        traces["init"], traces["update"] = _rule_traces(problem, params)
     return traces
 
 
@@ -334,7 +333,9 @@ class Native:
 # ---- the first-use check --------------------------------------------------------------------------------------
 
 
-def disagreement(plan: Plan, problem: Problem, traces: Mapping[str, Trace]) -> str | None:
+def disagreement(
+    plan: Plan, problem: Problem, traces: Mapping[str, Trace], parts: Sequence[str] = ("support", "query")
+) -> str | None:
     """Run losses and gradients of the first task natively and compare with what eager autograd gave at capture.
 
     Returns None where they agree, else what differs. Capture cannot see everything a forward does (a custom backward, a
@@ -342,23 +343,35 @@ def disagreement(plan: Plan, problem: Problem, traces: Mapping[str, Trace]) -> s
     Where a gradient differs, PyTorch itself is asked how well it knows it: a gradient that is zero but for rounding
     agrees with nobody's.
     """
-    first = _first_task(problem)
     tolerance = 1e-6 if plan.dtype == torch.float64 else 5e-2
-    graphs = {"support": plan.loop.support, "query": plan.loop.query}
-    for part, trace in traces.items():
-        graph = graphs[part]
-        assert graph is not None
+    for part in parts:
+        if part not in traces:
+            continue
+        trace = traces[part]
         keys = tuple(trace.gradients)
-        section = gradient_section(graph, keys)
-        call = Call(plan, lower(section, plan.dtype), replace(first, steps=0, wrt=keys), {})
-        if failed := call.run(None):
-            call.fail(*failed)
+        call = _first_run(plan, problem, part, keys)
         if found := _loss_differs(trace, float(call.made["loss", "loss"][0]), tolerance):
             return found
         off, size = _distance(call.gradients(keys), trace.gradients)
         if off > tolerance * size + 1e-6 and off > _ROUNDINGS * _uncertainty(problem, part, trace):
             return f"the gradient of the first task differs from PyTorch's by {off / (size or 1.0):.2g} of its norm"
     return None
+
+
+def _first_run(plan: Plan, problem: Problem, part: str, keys: Sequence[str]) -> Call:
+    """Loss and gradient of the first task: of the query by the program that the call itself will run, without a step,
+    where that gives all of them."""
+    first = replace(_first_task(problem), steps=0, memory_budget=None)
+    if part == "query" and problem.wrt and not problem.return_outputs and set(keys) <= set(problem.wrt):
+        lowered = plan.best("fused", problem.tasks, problem.steps)
+    else:
+        graph = plan.loop.query if part == "query" else plan.loop.support
+        assert graph is not None
+        first, lowered = replace(first, wrt=tuple(keys)), lower(gradient_section(graph, tuple(keys)), plan.dtype)
+    call = Call(plan, lowered, first, {})
+    if failed := call.run(torch.ones(1, dtype=plan.dtype)):
+        call.fail(*failed)
+    return call
 
 
 _ROUNDINGS = 10.0  # of one rounding of every parameter: what two right programs may differ by

@@ -335,26 +335,60 @@ def test_each_loss_runs_once_for_a_plan(monkeypatch: pytest.MonkeyPatch) -> None
     assert runs == [["support/0", "support/1"], ["query/0", "query/1"]]
 
 
-def test_a_support_half_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another query shape checks the query alone; another support shape, or another net, both."""
+def test_a_support_half_is_captured_and_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another query shape captures and checks the query alone; another support shape, or another net, both."""
     from metafast import native
 
-    checked = []
-    section = native.gradient_section
-    monkeypatch.setattr(native, "gradient_section", lambda *args: checked.append(args) or section(*args))
+    met: list[tuple[str, str]] = []
+
+    def note(name: str, at: int) -> None:
+        function = getattr(native, name)
+        monkeypatch.setattr(native, name, lambda *args: met.append((name, args[at])) or function(*args))
+
+    note("_trace", 1)
+    note("_first_run", 2)
+    query_alone = {("_trace", "query"), ("_first_run", "query")}
+    both = query_alone | {("_trace", "support"), ("_first_run", "support")}
     net, (support, query) = Net().double(), tasks()
+    inner = metafast.InnerLoop(net, F.mse_loss, update=metafast.SGD(lr=0.1), steps=2, backend="native")
     rows = lambda batch, n: tuple(t[:, :n] for t in batch)  # noqa: E731
-    for batch, sections in [
-        ((support, query), 2),
-        ((support, rows(query, 3)), 3),
-        ((rows(support, 3), query), 5),
-        ((rows(support, 3), rows(query, 3)), 6),
+    for batch, expected in [
+        ((support, query), both),
+        ((support, rows(query, 3)), query_alone),
+        ((rows(support, 3), query), both),
+        ((rows(support, 3), rows(query, 3)), query_alone),
     ]:
+        met.clear()
+        inner.meta_gradient(*batch)
+        assert sorted(met) == sorted(expected)
         agree(net, batch=batch)
-        assert len(checked) == sections
     set_kind(net)
-    agree(net, batch=(support, rows(query, 2)))
-    assert len(checked) == 8
+    met.clear()
+    inner.meta_gradient(support, rows(query, 2))
+    assert sorted(met) == sorted(both)
+
+
+def test_what_was_captured_of_the_support_half_holds_its_tensors_alone() -> None:
+    """A tensor of a closure that another takes the place of is captured anew; and differentiated."""
+    kept = {"scale": torch.full((), 2.0, dtype=torch.float64, requires_grad=True)}
+    loss = lambda out, y: F.mse_loss(out * kept["scale"], y)  # noqa: E731
+    net, (support, query) = nn.Linear(3, 2).double(), tasks()
+    options = {"update": metafast.SGD(lr=0.1), "steps": 2}
+    loops = [metafast.InnerLoop(net, loss, backend=b, **options) for b in ("native", "torch")]
+    for n in (4, 3, 2, 1):
+        ours, theirs = (inner.meta_gradient(support, tuple(t[:, :n] for t in query)) for inner in loops)
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+        kept["scale"] = torch.full((), 1.0 + n, dtype=torch.float64, requires_grad=True)
+
+
+def test_who_wants_a_gradient_is_part_of_what_was_captured() -> None:
+    net, (support, query) = Net().double(), tasks()
+    options = {"update": metafast.SGD(lr=0.1), "steps": 2}
+    loops = [metafast.InnerLoop(net, F.mse_loss, backend=b, **options) for b in ("native", "torch")]
+    for n, wants in ((4, True), (3, False), (2, True)):
+        net.a.bias.requires_grad_(wants)
+        ours, theirs = (inner.meta_gradient(support, tuple(t[:, :n] for t in query)) for inner in loops)
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
 def test_plans_are_capped() -> None:

@@ -12,7 +12,7 @@ from zoo import ENTRIES, Entry
 import metafast
 from metafast.keep import keep
 from metafast.lower import Lowered
-from metafast.native import Plan, make_plan
+from metafast.native import Plan, captured, make_plan
 from metafast.steps import MOST_KEPT_BYTES
 
 _C = pytest.importorskip("metafast._C", reason="the native backend is not built", exc_type=ImportError)
@@ -23,7 +23,8 @@ BATCH = (torch.linspace(-1, 1, 2 * 4 * 20, dtype=torch.float64).reshape(2, 4, 20
 def plan_of(width: int = 20, order: int = 2) -> Plan:
     model = nn.Sequential(nn.Linear(20, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 3))
     inner = metafast.InnerLoop(model.double(), F.mse_loss, update=metafast.SGD(lr=0.1), steps=3, order=order)
-    return make_plan(inner._problem(BATCH, BATCH, gradient=True)[0])[0]
+    problem = inner._problem(BATCH, BATCH, gradient=True)[0]
+    return make_plan(problem, captured(problem))
 
 
 def products(lowered: Lowered, section: str) -> int:

@@ -22,7 +22,7 @@ from zoo import named as entry_named
 import metafast
 from metafast import dispatch
 from metafast.lower import Lowered
-from metafast.native import make_plan
+from metafast.native import captured, make_plan
 from metafast.ops import numel
 from metafast.passes import PASSES, enabled, left_out, without
 
@@ -168,7 +168,7 @@ def program(entry: Entry) -> Lowered:
     task = entry.make(torch.float32)
     inner = inner_loop(task, "native", steps=STEPS, order=2)
     problem = inner._problem(task.support, task.query, gradient=True)[0]
-    return make_plan(problem)[0].best("fused", TASKS, STEPS)
+    return make_plan(problem, captured(problem)).best("fused", TASKS, STEPS)
 
 
 @pytest.mark.shows("winograd")

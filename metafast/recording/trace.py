@@ -5,7 +5,7 @@ from __future__ import annotations
 import linecache
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import CodeType
 from typing import Any
 
@@ -122,6 +122,10 @@ class Trace:
             self._gradients = dict(zip(keys, grads, strict=True))
             self._root, self._leaves = None, {}
         return self._gradients
+
+    def written(self) -> Trace:
+        """What was written down, without the numbers of the run."""
+        return replace(self, loss=None, _leaves={}, _root=None, _gradients={})
 
     def rename(self, keys: Mapping[str, str]) -> None:
         """Give leaves other keys."""
