@@ -10,7 +10,7 @@ namespace {
 struct Dims {
   int rank = 0;
   int64_t size[kReduceRank], in[kReduceRank], out[kReduceRank];
-  int64_t count = 1;
+  int64_t count = 1, outer = 1;  // of all; of all but the last
 
   Dims(int64_t n, const int64_t* dims, const int64_t* in_strides, const int64_t* out_strides) {
     int order[kReduceRank];
@@ -31,16 +31,26 @@ struct Dims {
       size[rank - 1] *= dims[d], in[rank - 1] = in_strides[d], out[rank - 1] = out_stride;
     }
     if (rank == 0) rank = 1, size[0] = 1, in[0] = 0, out[0] = 0;
+    for (int d = 0; d < rank - 1; ++d) outer *= size[d];
   }
 
   int64_t inner() const { return size[rank - 1]; }
   int64_t inner_in() const { return in[rank - 1]; }
   int64_t inner_out() const { return out[rank - 1]; }
-  int64_t outer() const { return count / inner(); }
   int64_t offset(int64_t row, const int64_t* strides) const {  // of a row: all dimensions but the last
+    if (row == 0) return 0;
     int64_t at = 0;
     for (int d = rank - 2; d >= 0; --d) at += row % size[d] * strides[d], row /= size[d];
     return at;
+  }
+};
+
+// Numbers k as pairs: k / n, k % n, without a division for each.
+struct Pair {
+  int64_t n, row, at;
+  Pair(int64_t k, int64_t n) : n(n), row(k / n), at(k % n) {}
+  void operator++() {
+    if (++at == n) at = 0, ++row;
   }
 };
 
@@ -66,7 +76,7 @@ struct Reduction {
   // Up to a vector of kept elements at once, over all that is reduced.
   template <class Load>
   METAFAST_INLINE Vec<T> columns(const T* p, Load load_at) const {
-    const int64_t rows = reduced.inner(), stride = reduced.inner_in(), outer = reduced.outer();
+    const int64_t rows = reduced.inner(), stride = reduced.inner_in(), outer = reduced.outer;
     Vec<T> total[1];
     if (outer == 1) {
       join_rows<T, 1, Join>(total, rows, [&](int64_t r, Vec<T>* q) { q[0] = load_at(p + r * stride); });
@@ -86,10 +96,11 @@ struct Reduction {
   void keep_inner(int part, int parts) const {
     const int64_t inner = kept.inner(), in_stride = kept.inner_in(), out_stride = kept.inner_out();
     const int64_t vectors = (inner + L - 1) / L;
-    const Range mine = share(kept.outer() * vectors, part, parts);
-    for (int64_t k = mine.begin; k < mine.end; ++k) {
-      const int64_t row = k / vectors, at = k % vectors * L, n = min64(L, inner - at);
-      const T* p = in + kept.offset(row, kept.in) + at * in_stride;
+    const Range mine = share(kept.outer * vectors, part, parts);
+    Pair place(mine.begin, vectors);
+    for (int64_t k = mine.begin; k < mine.end; ++k, ++place) {
+      const int64_t at = place.at * L, n = min64(L, inner - at);
+      const T* p = in + kept.offset(place.row, kept.in) + at * in_stride;
       const Mask<T> mask(n);
       Vec<T> v;
       if (in_stride == 1 && n == L)
@@ -98,8 +109,11 @@ struct Reduction {
         v = columns(p, [&](const T* x) { return load(x, mask); });
       else
         v = columns(p, [&](const T* x) { return load_strided(x, in_stride, n); });
-      T* y = out + kept.offset(row, kept.out) + at * out_stride;
-      if (out_stride == 1) {
+      T* y = out + kept.offset(place.row, kept.out) + at * out_stride;
+      if (out_stride == 1 && n == L) {
+        v *= splat(scale);
+        store(y, add ? v + load(y) : v);
+      } else if (out_stride == 1) {
         v *= splat(scale);
         store(y, add ? v + load(y, mask) : v, mask);
       } else {
@@ -112,7 +126,7 @@ struct Reduction {
   T run(const T* p) const {
     const int64_t n = reduced.inner(), stride = reduced.inner_in(), whole = n / L;
     Pairwise<T, 1, Join> pairwise;
-    for (int64_t o = 0; o < reduced.outer(); ++o) {
+    for (int64_t o = 0; o < reduced.outer; ++o) {
       const T* base = p + reduced.offset(o, reduced.in);
       Vec<T> part[1];
       if (stride == 1)
@@ -138,23 +152,23 @@ struct Reduction {
 
   void reduce_inner(int part, int parts) const {
     const Range mine = share(kept.count, part, parts);
-    for (int64_t k = mine.begin; k < mine.end; ++k) {
-      const int64_t row = k / kept.inner(), at = k % kept.inner();
-      write(out + kept.offset(row, kept.out) + at * kept.inner_out(),
-            run(in + kept.offset(row, kept.in) + at * kept.inner_in()));
-    }
+    Pair place(mine.begin, kept.inner());
+    for (int64_t k = mine.begin; k < mine.end; ++k, ++place)
+      write(out + kept.offset(place.row, kept.out) + place.at * kept.inner_out(),
+            run(in + kept.offset(place.row, kept.in) + place.at * kept.inner_in()));
   }
 
   // A vector of kept elements, each over the lanes of one vector that lies next to its neighbour's.
   void reduce_lanes(int part, int parts) const {
     const int64_t inner = kept.inner(), vectors = (inner + L - 1) / L;
-    const Range mine = share(kept.outer() * vectors, part, parts);
-    for (int64_t k = mine.begin; k < mine.end; ++k) {
-      const int64_t row = k / vectors, at = k % vectors * L, n = min64(L, inner - at);
-      const T* p = in + kept.offset(row, kept.in) + at * kept.inner_in();
+    const Range mine = share(kept.outer * vectors, part, parts);
+    Pair place(mine.begin, vectors);
+    for (int64_t k = mine.begin; k < mine.end; ++k, ++place) {
+      const int64_t at = place.at * L, n = min64(L, inner - at);
+      const T* p = in + kept.offset(place.row, kept.in) + at * kept.inner_in();
       Vec<T> v[L];
       METAFAST_UNROLL for (int j = 0; j < L; ++j) v[j] = load(p + min64(j, n - 1) * kept.inner_in());
-      T* y = out + kept.offset(row, kept.out) + at;
+      T* y = out + kept.offset(place.row, kept.out) + at;
       const Mask<T> mask(n);
       const Vec<T> joined = join_lanes<T, Join>(v) * splat(scale);
       store(y, add ? joined + load(y, mask) : joined, mask);
