@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import metafast
 from metafast.differentiate import with_gradient
-from metafast.native import make_plan
+from metafast.native import captured, make_plan
 from metafast.sweep import Section
 
 TASKS, STEPS = 2, 3
@@ -37,7 +37,8 @@ def stages() -> dict[str, str]:
     """The text of each stage, by name."""
     inner, support, query = example()
     problem = inner._problem(support, query, gradient=True)[0]
-    plan, traces = make_plan(problem)
+    traces = captured(problem)
+    plan = make_plan(problem, traces)
     lowered = plan.program("fused", STEPS)
     sections = plan.sections("fused", STEPS)
     graph, gradient = str(plan.loop.support), with_gradient(plan.loop.support, "loss", [("param", "0.weight")])

@@ -72,6 +72,7 @@ def test_peers_in_float64_agree_with_the_oracle(workload, order, adapted, peer):
         assert found.loss < 1e-12 and found.l2 < 1e-12
 
 
+@pytest.mark.filterwarnings("ignore::SyntaxWarning", "ignore::DeprecationWarning")  # a first import compiles the peer
 @pytest.mark.parametrize("name", ["learn2learn", "higher", "torchopt", "jax-vmap", "jax-scan"])
 @pytest.mark.parametrize("order", [1, 2])
 def test_installed_peers_agree_with_the_oracle(name, order):

@@ -11,7 +11,7 @@ from parity import assert_same, require
 from torch import Tensor, nn
 
 import metafast
-from metafast.native import Plan, make_plan
+from metafast.native import Plan, captured, make_plan
 
 pytest.importorskip("metafast._C", reason="the native backend is not built", exc_type=ImportError)
 
@@ -61,7 +61,8 @@ def inner_loop(model: str, update: str, backend: str) -> metafast.InnerLoop:
 
 
 def plan_of(model: str, update: str) -> Plan:
-    return make_plan(inner_loop(model, update, "native")._problem(BATCH, BATCH, gradient=True)[0])[0]
+    problem = inner_loop(model, update, "native")._problem(BATCH, BATCH, gradient=True)[0]
+    return make_plan(problem, captured(problem))
 
 
 @pytest.mark.parametrize("update", UPDATES)
