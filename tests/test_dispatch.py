@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -461,3 +463,34 @@ def test_a_child_forked_while_a_thread_plans_collects_garbage() -> None:
     planner.join()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert gc.isenabled()
+
+
+WITHOUT_THE_MODULE = """
+import sys
+sys.modules["metafast._C"] = None
+import torch, metafast, torch.nn.functional as F
+torch.manual_seed(0)
+model = torch.nn.Linear(3, 2).double()
+x, y = torch.randn(2, 4, 3).double(), torch.randn(2, 4, 2).double()
+inner = metafast.InnerLoop(model, F.mse_loss, update=metafast.SGD(lr=0.1), steps=1)
+
+def wanted():
+    losses = []
+    for t in range(2):
+        w = model.weight, model.bias
+        grads = torch.autograd.grad(F.mse_loss(F.linear(x[t], *w), y[t]), w, create_graph=True)
+        losses.append(F.mse_loss(F.linear(x[t], *(a - 0.1 * g for a, g in zip(w, grads))), y[t]))
+    return torch.autograd.grad(sum(losses) / 2, w)
+
+for value in range(3):
+    got = inner.meta_gradient((x, y), (x, y))[1]
+    torch.testing.assert_close([got["weight"], got["bias"]], list(wanted()))
+    model.bias = torch.nn.Parameter(torch.full((2,), float(value)).double())
+"""
+
+
+def test_without_the_compiled_module_the_reference_answers() -> None:
+    """Every call finds the names of the model anew."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT_THE_MODULE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("the compiled module cannot be imported") >= 1
