@@ -21,7 +21,7 @@ SECOND_SHAPE = 0.1
 
 
 def child(given: argparse.Namespace) -> dict:
-    """Seconds of the first call, of one like it, of the first with fewer query rows, and of what that asks of PyTorch."""
+    """Seconds of the first call, of one like it, of one with fewer query rows, and of what that asks of PyTorch."""
     machine.bind(given.threads)
     import torch
 
