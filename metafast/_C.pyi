@@ -85,7 +85,8 @@ class Places:
     """Places that held certain objects, and containers that had certain lengths; keeps all of them alive.
 
     `places` are (kind, owner, name, value): "item", `owner[name]`; "attribute", `getattr(owner, name)`; "type",
-    `type(owner)`; "cell", `owner.cell_contents`; "empty cell", that there is none (`name` is None in the last three).
+    `type(owner)`; "cell", `owner.cell_contents`; "empty cell", that there is none; "order", the tuple of the keys of a
+    dict (`name` is None in the last four).
     `sizes` are (container, length).
     """
 

@@ -62,8 +62,8 @@ def _met(problem: Problem, traces: dict[str, Trace]) -> list[Tensor]:
     met = [t for part in parts if part in traces for _, t in traces[part].externs if t.requires_grad]
     found = list({id(t): t for t in met}.values())
     keys = {id(t): f"extern/{index}" for index, t in enumerate(found)}
-    for trace in traces.values():
-        trace.rename({key: keys[id(t)] for key, t in trace.externs if id(t) in keys})
+    if problem.traces:
+        problem.traces.update({part: trace.with_externs(keys) for part, trace in traces.items()})
     return found
 
 

@@ -126,6 +126,9 @@ def make_plan(problem: Problem, traces: Mapping[str, Trace], known: Iterable[Pla
 def captured(problem: Problem, known: Mapping[str, Trace] | None = None) -> dict[str, Trace]:
     """What a plan is made of: the traces of support, query, init and update, where they are not `known` yet. Those of
     support and query come with eager PyTorch's loss and gradients on the first task. Raises Unsupported."""
+    own = set(map(id, problem.group("param").values()))
+    if both := [name for name, buffer in problem.buffers.items() if id(buffer) in own]:
+        raise Unsupported(both[0], "", "a buffer that is a parameter as well")
     params = {n: p.detach() for n, p in problem.group("param").items()}
     traces = dict(known or {"support": _trace(problem, "support", params)})
     if problem.query_spec is not None:

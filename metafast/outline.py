@@ -105,8 +105,8 @@ class Outline:
 
     def read(self, support: Any, query: Any) -> Given | None:
         """The same for an outline that was just made."""
-        tensors = self.structure.read()
-        return None if tensors is None else Given(self, tensors, support, query)
+        found = self.structure.read()
+        return None if found is None else Given(self, *found, support, query)
 
     def problem(self, inner: InnerLoop, given: Given, *, gradient: bool) -> Problem:
         """The problem that a call poses, validated; one like the last is not looked into again."""
@@ -228,11 +228,12 @@ class Given:
 
     __slots__ = ("_keys", "batches", "buffers", "hyper", "parameters", "specs", "tensors")
 
-    def __init__(self, outline: Outline, tensors: list[Tensor], support: Any, query: Any) -> None:
+    def __init__(
+        self, outline: Outline, parameters: list[Tensor], buffers: list[Tensor], support: Any, query: Any
+    ) -> None:
         self._keys = outline._keys
-        count = len(self._keys)
-        self.parameters, self.buffers = tensors[:count], tensors[count:]
-        self.hyper = outline.update.hyper(tensors[outline._first])
+        self.parameters, self.buffers = parameters, buffers
+        self.hyper = outline.update.hyper(parameters[outline._first])
         self.batches: list[tuple[str, Any, list[Tensor]]] = []
         self.specs: list[Any] = []
         self.tensors = [*self.parameters, *self.hyper.values()]

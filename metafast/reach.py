@@ -224,8 +224,8 @@ class _Walk:
             return (_Identity(value), len(value))
         if isinstance(value, dict):
             items = list(value.items())
-            if len(value) > 1:  # an order
-                self.computed.append((functools.partial(tuple, value), tuple(value)))
+            if len(value) > 1:
+                self.places.append(("order", value, None, tuple(value)))
             self.places += [("item", value, key, entry) for key, entry in items]
             return (type(value), tuple([(self.visit(k, depth + 1), self.visit(v, depth + 1)) for k, v in items]))
         before = value.copy() if isinstance(value, set) else tuple(value)

@@ -35,19 +35,17 @@ class Structure:
         self._dicts = [m.__dict__ for m in modules if "training" in m.__dict__]
         self.aliases: dict[str, tuple[str, ...]] = {}
         self.places: dict[str, tuple[str, ...]] = {}
-        same: list[tuple[_Slot, _Slot]] = []
-        self.parameter_names, parameters = self._find(module, "_parameters", same)
-        self.buffer_names, buffers = self._find(module, "_buffers", same)
-        self._slots = [*parameters, *buffers]
+        self.parameter_names, self._parameters, tied = self._find(module, "_parameters")
+        self.buffer_names, self._buffers, tied_buffers = self._find(module, "_buffers")
         if Places is not None:
             self._fixed = Places(*_fixed(modules))
-            number = {(id(store), key): n for n, (store, key) in enumerate(self._slots)}
-            self._tensors = Slots(self._slots, [(number[id(store), key], *slot) for (store, key), slot in same])
+            self._read = Slots(self._parameters, tied).read, Slots(self._buffers, tied_buffers).read
 
     def _find(
-        self, module: nn.Module, kind: str, same: list[tuple[_Slot, _Slot]]
-    ) -> tuple[tuple[str, ...], list[_Slot]]:
-        """First names and slots of the tensors of one kind; notes aliases, and slots that hold the same, on the way."""
+        self, module: nn.Module, kind: str
+    ) -> tuple[tuple[str, ...], list[_Slot], list[tuple[int, dict[str, Any], str]]]:
+        """First names, slots and ties (as `Slots` has them) of the tensors of one kind; notes aliases on the way."""
+        same: list[tuple[_Slot, _Slot]] = []
         first: dict[int, tuple[str, _Slot]] = {}
         met: set[tuple[int, str]] = set()
         for prefix, owner in module.named_modules(remove_duplicate=False):
@@ -63,24 +61,30 @@ class Structure:
                     self.places[known[0]] = (*self.places.get(known[0], ()), name)
                 if known[1][0] is not store or known[1][1] != key:
                     same.append((known[1], slot))
-        return tuple(name for name, _ in first.values()), [slot for _, slot in first.values()]
+        slots = [slot for _, slot in first.values()]
+        number = {(id(store), key): n for n, (store, key) in enumerate(slots)}
+        ties = [(number[id(store), key], *slot) for (store, key), slot in same]
+        return tuple(name for name, _ in first.values()), slots, ties
 
     def current(self) -> bool:
-        """Whether the modules found at construction still are where they were, and no name was added or removed."""
+        """Whether the modules found at construction still are where they were, and all names are there, in order."""
         return Places is not None and self._fixed.hold()
 
-    def read(self) -> list[Tensor] | None:
-        """The tensors as they are now, parallel to `parameter_names`, then to `buffer_names`. None where the ties found
-        at construction no longer hold, or a name has lost its tensor."""
-        return [store[key] for store, key in self._slots] if Places is None else self._tensors.read()
+    def read(self) -> tuple[list[Tensor], list[Tensor]] | None:
+        """Parameters and buffers as they are now. None where the ties found at construction no longer hold, or a name
+        has lost its tensor."""
+        if Slots is None:
+            return self.parameters(), self.buffers()
+        parameters, buffers = self._read[0](), self._read[1]()
+        return None if parameters is None or buffers is None else (parameters, buffers)
 
     def parameters(self) -> list[Tensor]:
         """The parameters as they are now, parallel to `parameter_names`."""
-        return [store[key] for store, key in self._slots[: len(self.parameter_names)]]
+        return [store[key] for store, key in self._parameters]
 
     def buffers(self) -> list[Tensor]:
         """The buffers as they are now, parallel to `buffer_names`."""
-        return [store[key] for store, key in self._slots[len(self.parameter_names) :]]
+        return [store[key] for store, key in self._buffers]
 
     def training(self) -> tuple[bool, ...]:
         """The training flag of every module that has one of its own, in the order of `modules()`."""
@@ -88,7 +92,8 @@ class Structure:
 
 
 def _fixed(modules: list[nn.Module]) -> tuple[list[tuple[str, Any, Any, Any]], list[tuple[Any, int]]]:
-    """Places that hold modules or nothing, and how many names there are, as `Places` wants them."""
+    """Places that hold modules or nothing, how many names there are and in what order, as `Places` wants them."""
     stores: list[dict[str, Any]] = [d for m in modules for d in (m._parameters, m._buffers, m._modules)]
-    held = [(d, key, value) for d in stores for key, value in d.items() if not isinstance(value, Tensor)]
-    return [("item", *place) for place in held], [(d, len(d)) for d in stores]
+    held = [("item", d, key, value) for d in stores for key, value in d.items() if not isinstance(value, Tensor)]
+    orders = [("order", d, None, tuple(d)) for d in stores if len(d) > 1]
+    return [*held, *orders], [(d, len(d)) for d in stores]

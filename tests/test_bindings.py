@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -93,6 +94,28 @@ def test_slots_read_nothing_once_a_tie_is_broken() -> None:
     assert slots.read() is None
     one["w"] = two["w"]
     assert slots.read() == [one["w"]]
+
+
+@pytest.mark.parametrize("make", [dict, OrderedDict])
+def test_places_know_the_order_of_a_dict(make: Callable[..., Any]) -> None:
+    held = make(a=1, b=2)
+    places = _C.Places([("order", held, None, tuple(held))], [])
+    assert places.hold()
+    held["a"] = held.pop("a")
+    assert not places.hold()
+    held["b"] = held.pop("b")
+    assert places.hold()
+    held["c"] = 3
+    assert not places.hold()
+    del held["c"], held["b"]
+    assert not places.hold()
+
+
+def test_places_know_the_order_of_an_ordered_dict_that_was_moved_in() -> None:
+    held = OrderedDict(a=1, b=2)
+    places = _C.Places([("order", held, None, tuple(held))], [])
+    held.move_to_end("a")
+    assert not places.hold()
 
 
 def test_slots_refuse_what_makes_no_sense() -> None:

@@ -465,6 +465,95 @@ def test_a_child_forked_while_a_thread_plans_collects_garbage() -> None:
     assert gc.isenabled()
 
 
+def test_order_of_modules_is_part_of_a_plan() -> None:
+    """A Sequential runs its children in the order of their dict, and so may any forward."""
+
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.d = nn.ModuleDict({name: nn.Linear(3, 3) for name in "abc"})
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.d.values():
+                x = layer(x).tanh()
+            return x[..., :2]
+
+    net, (support, query) = Chain().double(), tasks()
+    options = {"update": metafast.SGD(lr=0.1), "steps": 2}
+    loops = [metafast.InnerLoop(net, F.mse_loss, backend=b, **options) for b in ("native", "torch")]
+    for n, name in ((4, "a"), (4, "c"), (3, "b"), (3, "a")):
+        ours, theirs = (inner.meta_gradient(support, tuple(t[:, :n] for t in query)) for inner in loops)
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+        net.d[name] = net.d.pop(name)
+
+
+def test_order_of_buffers_is_part_of_a_plan() -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+            self.register_buffer("scale", torch.full((), 2.0))
+            self.register_buffer("shift", torch.full((), 0.5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            first, second = self.buffers()
+            return self.linear(x) * first + second
+
+    net = Shifted().double()
+    agree(net)
+    shift = net.shift
+    del net.shift
+    net._buffers = {"shift": shift, **net._buffers}
+    agree(net)
+
+
+@pytest.mark.parametrize("returns", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_tensors_of_closures_keep_apart_where_queries_read_others(returns: bool, frozen: bool) -> None:
+    """Without a step the query alone says how they are numbered, while the support loss is not captured again."""
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    weights = torch.tensor([0.3, 0.4], dtype=torch.float64, requires_grad=True)
+
+    def query_loss(out: Tensor, y: Tensor) -> Tensor:
+        first = (out * weights).sum()
+        return first if len(out) % 2 else F.mse_loss(out, y) * scale + first
+
+    net, (support, query) = nn.Linear(3, 2).double(), tasks()
+    net.weight.requires_grad_(not frozen)
+    options = {"update": metafast.SGD(lr=0.1), "steps": 0, "query_loss": query_loss, "return_outputs": returns}
+    loss = lambda out, y: F.mse_loss(out, y) * scale  # noqa: E731
+    loops = [metafast.InnerLoop(net, loss, backend=b, **options) for b in ("native", "torch")]
+    for n in (4, 3, 2, 1):
+        ours, theirs = (inner.meta_gradient(support, tuple(t[:, :n] for t in query)) for inner in loops)
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_parameter_that_is_a_buffer_as_well_falls_back(frozen: bool) -> None:
+    net = nn.Linear(3, 2).double()
+    net.register_buffer("alias", net.weight)
+    net.weight.requires_grad_(not frozen)
+    inner = metafast.InnerLoop(net, F.mse_loss, update=metafast.SGD(lr=0.1), steps=1)
+    with pytest.warns(metafast.FallbackWarning, match="alias"):
+        got = inner.meta_gradient(*tasks())
+    reference = metafast.InnerLoop(net, F.mse_loss, update=metafast.SGD(lr=0.1), steps=1, backend="torch")
+    torch.testing.assert_close(got, reference.meta_gradient(*tasks()))
+
+
+def test_empty_tensors_of_any_strides_are_read() -> None:
+    net, (support, query) = nn.Linear(3, 2).double(), tasks()
+
+    def objective(model: nn.Module, batch: Any) -> Tensor:
+        return F.mse_loss(model(batch[0]), batch[1]) + batch[2].square().sum()
+
+    options = {"update": metafast.SGD(lr=0.1), "steps": 1}
+    loops = [metafast.InnerLoop(net, objective=objective, backend=b, **options) for b in ("native", "torch")]
+    for odd in (torch.randn(3, 0, 4).double(), torch.randn(3, 6, 8).double()[:, :0, ::2]):
+        given = (*support, torch.randn(3, 0, 4).double()), (*query, odd)
+        ours, theirs = (inner.meta_gradient(*given) for inner in loops)
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
 WITHOUT_THE_MODULE = """
 import sys
 sys.modules["metafast._C"] = None

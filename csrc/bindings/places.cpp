@@ -32,7 +32,7 @@ bool equals(PyObject* reference, const py::object& value) {
 }  // namespace
 
 Places::Kind Places::parse_kind(const std::string& name) {
-  constexpr std::string_view kNames[] = {"item", "attribute", "type", "cell", "empty cell"};
+  constexpr std::string_view kNames[] = {"item", "attribute", "type", "cell", "empty cell", "order"};
   for (int n = 0; n < static_cast<int>(std::size(kNames)); ++n)
     if (name == kNames[n]) return static_cast<Kind>(n);
   throw py::value_error("Places: one of the kinds in _C.pyi expected, got \"" + name + "\"");
@@ -42,7 +42,10 @@ Places::Places(const py::list& places, const py::list& sizes) {
   for (const py::handle& row : places) {
     auto [kind, owner, name, value] = row.cast<std::tuple<std::string, py::object, py::object, py::object>>();
     const Kind parsed = parse_kind(kind);
-    if (parsed >= kCell && !PyCell_Check(owner.ptr())) throw py::type_error("Places: a cell expected");
+    const bool cell = parsed == kCell || parsed == kEmptyCell;
+    if (cell && !PyCell_Check(owner.ptr())) throw py::type_error("Places: a cell expected");
+    if (parsed == kOrder && !(PyDict_Check(owner.ptr()) && PyTuple_Check(value.ptr())))
+      throw py::type_error("Places: a dict and a tuple of its keys expected");
     places_.push_back({parsed, std::move(owner), std::move(name), std::move(value)});
   }
   for (const py::handle& row : sizes) {
@@ -69,8 +72,27 @@ bool Places::holds(const Place& place) {
       return PyCell_GET(owner) == place.value.ptr();
     case kEmptyCell:
       return PyCell_GET(owner) == nullptr;
+    case kOrder:
+      return in_order(owner, place.value.ptr());
   }
   return false;
+}
+
+// An OrderedDict has an order of its own beside that of the dict it is.
+bool Places::in_order(PyObject* dict, PyObject* keys) {
+  const Py_ssize_t count = PyTuple_GET_SIZE(keys);
+  Py_ssize_t n = 0;
+  if (PyDict_CheckExact(dict)) {
+    PyObject* key;
+    for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &key, nullptr); ++n)
+      if (n >= count || key != PyTuple_GET_ITEM(keys, n)) return false;
+    return n == count;
+  }
+  const py::object now = py::reinterpret_steal<py::object>(PySequence_Tuple(dict));
+  if (!now) return forget_error(), false;
+  const int equal = PyObject_RichCompareBool(now.ptr(), keys, Py_EQ);
+  if (equal < 0) forget_error();
+  return equal == 1;
 }
 
 bool Places::hold() const {

@@ -19,7 +19,7 @@ class Places {
   void clear();
 
  private:
-  enum Kind { kItem, kAttribute, kType, kCell, kEmptyCell };
+  enum Kind { kItem, kAttribute, kType, kCell, kEmptyCell, kOrder };
   struct Place {
     Kind kind;
     py::object owner, name, value;
@@ -31,6 +31,7 @@ class Places {
 
   static Kind parse_kind(const std::string& name);
   static bool holds(const Place& place);
+  static bool in_order(PyObject* dict, PyObject* keys);
 
   std::vector<Place> places_;
   std::vector<Size> sizes_;

@@ -47,9 +47,10 @@ bool is_true(PyObject* made) { return checked(made).ptr() == Py_True; }
 }  // namespace
 
 bool View::contiguous() const {
+  for (int d = 0; d < dims; ++d)
+    if (shape[d] == 0) return true;
   int64_t dense = 1;
   for (int d = dims - 1; d >= 0; --d) {
-    if (shape[d] == 0) return true;
     if (shape[d] != 1 && strides[d] != dense) return false;
     dense *= shape[d];
   }

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metafast.recording.trace import Call, OpInfo, Origin, Ref, Stat, TensorInfo, Unsupported, op_info
+from metafast.recording.trace import Call, OpInfo, Origin, Ref, Stat, TensorInfo, Unsupported, extern_key, op_info
 
 _LIFT = {"lift", "lift_fresh"}
 _SHAPE_ONLY = {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"}
@@ -88,7 +88,7 @@ class Recorder:
         found = self._refs.get(id(tensor))
         if found is None:
             self._refuse_stranger(tensor, op)
-            key = self._known.get(id(tensor)) or f"extern/{id(tensor):x}"
+            key = self._known.get(id(tensor)) or extern_key(tensor)
             self.externs.append((key, tensor))
             return self.leaf(key, tensor)
         if self._dirty and not updates and (kind := self.kind(tensor)) in self._dirty:

@@ -127,16 +127,23 @@ class Trace:
         """What was written down, without the numbers of the run."""
         return replace(self, loss=None, _leaves={}, _root=None, _gradients={})
 
-    def rename(self, keys: Mapping[str, str]) -> None:
-        """Give leaves other keys."""
-        for info in self.tensors:
-            if info.key is not None:
-                info.key = keys.get(info.key, info.key)
-        self.externs = [(keys.get(key, key), t) for key, t in self.externs]
-        self._leaves = {keys.get(key, key): t for key, t in self._leaves.items()}
+    def with_externs(self, keys: Mapping[int, str]) -> Trace:
+        """The same with these keys, by `id`, for the tensors found outside; the others are named by what they are."""
+        new = {key: keys.get(id(t), extern_key(t)) for key, t in self.externs}
+        return replace(
+            self,
+            tensors=[replace(info, key=new[info.key]) if info.key in new else info for info in self.tensors],
+            externs=[(new[key], t) for key, t in self.externs],
+            _leaves={new.get(key, key): t for key, t in self._leaves.items()},
+        )
 
     def __str__(self) -> str:
         return show(self)
+
+
+def extern_key(tensor: Tensor) -> str:
+    """The key of a tensor found outside that is no leaf of the call."""
+    return f"extern/{id(tensor):x}"
 
 
 def show(trace: Trace) -> str:
