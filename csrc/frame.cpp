@@ -1,5 +1,6 @@
 #include "frame.hpp"
 
+#include <algorithm>
 #include <new>
 
 namespace metafast {
@@ -45,34 +46,44 @@ Layout::Layout(const Program& program, int64_t steps, int64_t every)
   bytes = at;
 }
 
-Frame::Frame(const Program& program, const Call& call, const Layout& layout, std::byte* memory) noexcept
-    : program_(program),
-      call_(call),
-      layout_(layout),
+Part::Part(const Call& call, const Portion& portion, int64_t first, int64_t lanes_before)
+    : program(*portion.program),
+      externals(portion.externals),
+      weights(call.weights
+                  ? static_cast<const std::byte*>(call.weights) + lanes_before * size_of(program.dtype())
+                  : nullptr),
+      layout(program, call.steps, call.every),
+      first(first),
+      end(first + portion.tasks),
+      shares_setup(std::ranges::all_of(program.setup_externals(),
+                                       [&](int j) { return externals[j].task_stride == 0; })) {}
+
+Frame::Frame(const Part& part, std::byte* memory) noexcept
+    : part_(part),
       memory_(memory),
-      table_(reinterpret_cast<void**>(memory + layout.table)),
-      bases_(reinterpret_cast<std::byte**>(memory + layout.bases)),
-      scratch_(memory + layout.scratch) {
-  bases_[kArena] = memory + layout.arena;
-  bases_[kConstant] = const_cast<std::byte*>(program.constants());  // validated: no kernel writes there
-  bases_[kCall] = memory + layout.call;
-  for (const Operand& operand : program.operands())
+      table_(reinterpret_cast<void**>(memory + part.layout.table)),
+      bases_(reinterpret_cast<std::byte**>(memory + part.layout.bases)),
+      scratch_(memory + part.layout.scratch) {
+  bases_[kArena] = memory + part.layout.arena;
+  bases_[kConstant] = const_cast<std::byte*>(part.program.constants());  // validated: no kernel writes there
+  bases_[kCall] = memory + part.layout.call;
+  for (const Operand& operand : part.program.operands())
     if (!moves(operand.space)) table_[operand.slot] = bases_[operand.space] + operand.offset;
 }
 
 std::byte* Frame::state_slot(int64_t k) const noexcept {
-  return memory_ + layout_.state + layout_.slot(k) * layout_.state_stride;
+  return memory_ + part_.layout.state + part_.layout.slot(k) * part_.layout.state_stride;
 }
 
 void Frame::move_to(int s, int64_t t, int64_t k, int64_t adjoints) noexcept {
-  const SectionCode& code = program_.section(s);
-  std::byte* const adjoint = memory_ + layout_.adjoint;
+  const SectionCode& code = part_.program.section(s);
+  std::byte* const adjoint = memory_ + part_.layout.adjoint;
   bases_[kStateCur] = state_slot(k);
   bases_[kStateNext] = state_slot(k + 1);
-  bases_[kAdjointCur] = adjoint + adjoints % 2 * layout_.adjoint_stride;
-  bases_[kAdjointNext] = adjoint + (adjoints + 1) % 2 * layout_.adjoint_stride;
+  bases_[kAdjointCur] = adjoint + adjoints % 2 * part_.layout.adjoint_stride;
+  bases_[kAdjointNext] = adjoint + (adjoints + 1) % 2 * part_.layout.adjoint_stride;
   for (const int j : code.externals) {
-    const External& external = call_.externals[j];
+    const External& external = part_.externals[j];
     bases_[kExternal + j] =
         reinterpret_cast<std::byte*>(external.pointer + t * external.task_stride + k * external.step_stride);
   }
@@ -80,11 +91,11 @@ void Frame::move_to(int s, int64_t t, int64_t k, int64_t adjoints) noexcept {
 }
 
 void Frame::write_record(int64_t t, int64_t k, int64_t steps) noexcept {
-  std::byte* const record = memory_ + layout_.call;
-  if (program_.dtype() == kernels::DType::f32)
-    write<float>(record, k, steps, call_.weights, t, program_.lanes());
+  std::byte* const record = memory_ + part_.layout.call;
+  if (part_.program.dtype() == kernels::DType::f32)
+    write<float>(record, k, steps, part_.weights, t, part_.program.lanes());
   else
-    write<double>(record, k, steps, call_.weights, t, program_.lanes());
+    write<double>(record, k, steps, part_.weights, t, part_.program.lanes());
 }
 
 }  // namespace metafast

@@ -26,12 +26,23 @@ struct Layout {
   int64_t helping, bytes;  // all that running parts of instructions takes; all
 };
 
+// What one program does of a call, made ready.
+struct Part {
+  Part(const Call& call, const Portion& portion, int64_t first, int64_t lanes_before);
+  const Program& program;
+  std::span<const External> externals;
+  const void* weights;  // of its first task, or null
+  Layout layout;
+  int64_t first, end;  // among the tasks of the call
+  bool shares_setup;   // whether a worker's state slot 0 serves for all of them
+};
+
 class Frame {
  public:
-  Frame(const Program& program, const Call& call, const Layout& layout, std::byte* memory) noexcept;
+  Frame(const Part& part, std::byte* memory) noexcept;
 
   void begin_group(std::byte* accumulators) noexcept { bases_[kAccumulator] = accumulators; }
-  // Points every operand of section s at task t, step k. `adjoints` counts the exchanges of the two adjoint
+  // Points every operand of section s at task t of the part, step k. `adjoints` counts the exchanges of the two adjoint
   // slots.
   void move_to(int s, int64_t t, int64_t k, int64_t adjoints) noexcept;
   void write_record(int64_t t, int64_t k, int64_t steps) noexcept;
@@ -47,9 +58,7 @@ class Frame {
  private:
   std::byte* state_slot(int64_t k) const noexcept;
 
-  const Program& program_;
-  const Call& call_;
-  const Layout& layout_;
+  const Part& part_;
   std::byte* memory_;
   void** table_;
   std::byte** bases_;

@@ -17,7 +17,6 @@ namespace metafast {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-using Times = std::array<std::vector<InstructionTime>, kSections>;
 
 // Waking a sleeping thread costs its waker 10 µs, and it comes 15 µs later: what it could share is to be worth that.
 constexpr double kShortestJob = 60000;  // nanoseconds, a guess that is rather high
@@ -38,19 +37,22 @@ struct Place {
 // One call. Groups are run by whichever worker takes them, in an order that no result depends on.
 class Replay final : GroupRunner {
  public:
-  Replay(const Program& program, const Call& call, Engine& engine, Times* times);
+  Replay(const Call& call, Engine& engine, std::vector<Times>* times);
   Outcome run();
 
  private:
   struct Group {  // one being run
-    int index, worker;
+    int index, worker, part;
     Frame frame;
     int64_t adjoints = 0;  // exchanges of the adjoint slots so far in this task
   };
 
-  static int count_workers(const Program& program, const Call& call, int groups);
-  static bool share_setup(const Program& program, const Call& call);
-  static std::byte* reserve_sums(const Program& program, Engine& engine, int groups);
+  static std::vector<Part> parts_of(const Call& call);
+  int count_workers() const;
+  template <class Count>
+  auto most(Count count) const;
+  std::byte* reserve_sums() const;
+  bool run_part(int part, int group, int worker, std::byte* sums, int64_t first, int64_t end) noexcept;
   void run_group(int group, int worker) noexcept override;
   void poll() noexcept override { tick(kTick / 1000); }
   void tick(double nanoseconds) noexcept;
@@ -64,15 +66,15 @@ class Replay final : GroupRunner {
   bool stopped(Group& group, const Place& place, double nanoseconds) noexcept;
   void record(const Group& group, const Place& place, int instruction, int status) noexcept;
 
-  const Program& program_;
   const Call& call_;
   Engine& engine_;
-  Times* const times_;
-  const Layout layout_;
+  std::vector<Times>* const times_;
+  const std::vector<Part> parts_;
   const int groups_;
+  const bool splits_;
   const int workers_;
-  const bool shares_setup_;                  // whether a worker's state slot 0 serves for all its tasks
-  std::array<bool, kMostThreads> set_up_{};  // by worker, each of which looks at its own
+  std::array<int, kMostThreads>
+      set_up_{};  // by worker: the part whose state slot 0 is laid out, counted from 1
   AccumulatorTree sums_;
   const FlushSubnormals* flush_ = nullptr;  // while it runs; on the calling thread, as are the next two
   double since_tick_ = 0;                   // nanoseconds, a guess
@@ -82,41 +84,61 @@ class Replay final : GroupRunner {
   std::array<Outcome, kMaxGroups> outcomes_;
 };
 
-int Replay::count_workers(const Program& program, const Call& call, int groups) {
-  const double shared = groups > 1 ? program.nanoseconds(call.tasks, call.steps)
-                                   : program.split_nanoseconds(call.tasks, call.steps);
+std::vector<Part> Replay::parts_of(const Call& call) {
+  std::vector<Part> parts;
+  parts.reserve(call.portions.size());
+  int64_t first = 0, lanes = 0;
+  for (const Portion& portion : call.portions) {
+    parts.emplace_back(call, portion, first, lanes);
+    first += portion.tasks;
+    lanes += portion.tasks * portion.program->lanes();
+  }
+  return parts;
+}
+
+// Of what each part counts.
+template <class Count>
+auto Replay::most(Count count) const {
+  auto found = count(parts_.front());
+  for (const Part& part : parts_) found = std::max(found, count(part));
+  return found;
+}
+
+int Replay::count_workers() const {
+  double shared = 0;
+  for (const Part& part : parts_)
+    shared += groups_ > 1 ? part.program.nanoseconds(part.end - part.first, call_.steps)
+                          : part.program.split_nanoseconds(part.end - part.first, call_.steps);
   if (shared < kShortestJob) return 1;
-  return program.splits() ? call.threads : std::clamp(groups, 1, call.threads);
+  return splits_ ? call_.threads : std::clamp(groups_, 1, call_.threads);
 }
 
-bool Replay::share_setup(const Program& program, const Call& call) {
-  return std::ranges::all_of(program.setup_externals(),
-                             [&](int j) { return call.externals[j].task_stride == 0; });
+std::byte* Replay::reserve_sums() const {
+  const int64_t bytes = parts_.front().program.sizes().accumulator;
+  return engine_.accumulators.reserve(AccumulatorTree::bytes_needed(groups_, bytes));
 }
 
-std::byte* Replay::reserve_sums(const Program& program, Engine& engine, int groups) {
-  return engine.accumulators.reserve(AccumulatorTree::bytes_needed(groups, program.sizes().accumulator));
-}
-
-Replay::Replay(const Program& program, const Call& call, Engine& engine, Times* times)
-    : program_(program),
-      call_(call),
+Replay::Replay(const Call& call, Engine& engine, std::vector<Times>* times)
+    : call_(call),
       engine_(engine),
       times_(times),
-      layout_(program, call.steps, call.every),
-      groups_(static_cast<int>(std::min(call.tasks, kMaxGroups))),
-      workers_(times ? 1 : count_workers(program, call, groups_)),
-      shares_setup_(share_setup(program, call)),
-      sums_(reserve_sums(program, engine, groups_), groups_, program.sizes().accumulator, program.dtype()) {
+      parts_(parts_of(call)),
+      groups_(static_cast<int>(std::min(parts_.back().end, kMaxGroups))),
+      splits_(most([](const Part& part) { return part.program.splits(); })),
+      workers_(times ? 1 : count_workers()),
+      sums_(reserve_sums(), groups_, parts_.front().program.sizes().accumulator,
+            parts_.front().program.dtype()) {
   if (engine.arenas.size() < static_cast<size_t>(workers_)) engine.arenas.resize(workers_);
-  for (int w = 0; w < workers_; ++w) engine.arenas[w].reserve(w < groups_ ? layout_.bytes : layout_.helping);
+  const int64_t running = most([](const Part& part) { return part.layout.bytes; });
+  const int64_t helping = most([](const Part& part) { return part.layout.helping; });
+  for (int w = 0; w < workers_; ++w) engine.arenas[w].reserve(w < groups_ ? running : helping);
 }
 
 Outcome Replay::run() {
   {
     const FlushSubnormals flush;
     flush_ = &flush;
-    engine_.run(*this, groups_, workers_, program_.splits());
+    engine_.run(*this, groups_, workers_, splits_);
   }
   const int failed = failed_group_.load();
   if (failed < groups_) return outcomes_[failed];
@@ -131,13 +153,25 @@ Outcome Replay::run() {
 }
 
 void Replay::run_group(int index, int worker) noexcept {
-  Group group{index, worker, Frame(program_, call_, layout_, engine_.arenas[worker].data())};
   std::byte* const sums = sums_.acquire();
-  group.frame.begin_group(sums);
-  const int64_t end = (index + 1) * call_.tasks / groups_;
-  for (int64_t t = index * call_.tasks / groups_; t < end; ++t)
-    if (!run_task(group, t)) return;
+  const int64_t tasks = parts_.back().end;
+  const int64_t first = index * tasks / groups_, end = (index + 1) * tasks / groups_;
+  for (int part = 0; part < static_cast<int>(parts_.size()); ++part)
+    if (!run_part(part, index, worker, sums, first, end)) return;
   sums_.finish(index, sums);
+}
+
+// Of a group's tasks those that are the part's.
+bool Replay::run_part(int part, int group, int worker, std::byte* sums, int64_t first, int64_t end) noexcept {
+  const Part& own = parts_[part];
+  first = std::max(first, own.first);
+  end = std::min(end, own.end);
+  if (first >= end) return true;
+  Group running{group, worker, part, Frame(own, engine_.arenas[worker].data())};
+  running.frame.begin_group(sums);
+  for (int64_t t = first; t < end; ++t)
+    if (!run_task(running, t - own.first)) return false;
+  return true;
 }
 
 bool Replay::run_task(Group& group, int64_t t) noexcept {
@@ -157,9 +191,10 @@ bool Replay::run_steps(Group& group, int64_t t, int64_t first, int64_t end, int6
 // Segment by segment. The last one's states are there; those of an earlier one are made again from the first, which
 // has a slot of its own, as has the one behind the segment, with what the last step kept.
 bool Replay::run_back(Group& group, int64_t t, int64_t steps) noexcept {
-  if (program_.section(kMeta).instructions.empty()) return true;
+  const Part& part = parts_[group.part];
+  if (part.program.section(kMeta).instructions.empty()) return true;
   for (int64_t end = steps, first; end > 0; end = first) {
-    first = (end - 1) / layout_.every * layout_.every;
+    first = (end - 1) / part.layout.every * part.layout.every;
     if (end < steps && !run_steps(group, t, first, end - 1, steps)) return false;
     for (int64_t k = end; k-- > first; ++group.adjoints)
       if (!run_section(group, {kMeta, t, k, steps})) return false;
@@ -168,31 +203,34 @@ bool Replay::run_back(Group& group, int64_t t, int64_t steps) noexcept {
 }
 
 bool Replay::run_section(Group& group, const Place& place) noexcept {
-  const SectionCode& code = program_.section(place.section);
+  const Part& part = parts_[group.part];
+  const SectionCode& code = part.program.section(place.section);
   const auto& instructions = code.instructions;
   if (instructions.empty()) return true;
   if (stopped(group, place, code.nanoseconds)) return false;
   group.frame.write_record(place.task, place.step, place.steps);
   group.frame.move_to(place.section, place.task, place.step, group.adjoints);
-  const bool slow = code.nanoseconds > kTick, set_up = place.section == kPrologue && set_up_[group.worker];
+  const bool slow = code.nanoseconds > kTick;
+  const bool set_up = place.section == kPrologue && set_up_[group.worker] == group.part + 1;
   for (size_t n = 0; n < instructions.size(); ++n) {
     if (set_up && instructions[n].sets_up) continue;
     if (slow && stopped(group, place, code.info[n].nanoseconds)) return false;
-    const int status = times_ ? run_timed(group, instructions[n], (*times_)[place.section][n])
+    const int status = times_ ? run_timed(group, instructions[n], (*times_)[group.part][place.section][n])
                               : run_instruction(group, instructions[n]);
     if (status) [[unlikely]] {
       record(group, place, static_cast<int>(n), status);
       return false;
     }
   }
-  if (place.section == kPrologue) set_up_[group.worker] = shares_setup_;
+  if (place.section == kPrologue) set_up_[group.worker] = part.shares_setup ? group.part + 1 : 0;
   return true;
 }
 
 int Replay::run_instruction(Group& group, const Instruction& instruction) noexcept {
   if (instruction.most_parts > 1)
     if (const int helpers = engine_.helpers(); helpers > 0)
-      return engine_.run_in_parts(instruction, group.frame.operands(instruction), layout_.scratch,
+      return engine_.run_in_parts(instruction, group.frame.operands(instruction),
+                                  parts_[group.part].layout.scratch,
                                   std::min(instruction.most_parts, helpers + 1), group.worker);
   return group.frame.run(instruction);
 }
@@ -252,48 +290,67 @@ void check_count(int64_t count, const char* what) {
 }
 
 // Whether no task and step takes the address beyond what a pointer holds.
-bool reaches(const External& external, const Call& call) {
+bool reaches(const External& external, int64_t tasks, int64_t steps) {
   int64_t by_task, by_step;
-  return !__builtin_mul_overflow(external.task_stride, call.tasks * 4, &by_task) &&
-         !__builtin_mul_overflow(external.step_stride, (call.steps + 1) * 4, &by_step);
+  return !__builtin_mul_overflow(external.task_stride, tasks * 4, &by_task) &&
+         !__builtin_mul_overflow(external.step_stride, (steps + 1) * 4, &by_step);
 }
 
-void check_external(const Program& program, const Call& call, int j) {
-  const ExternalUse& use = program.external(j);
-  const External& external = call.externals[j];
+void check_external(const Portion& portion, int64_t steps, int j) {
+  const ExternalUse& use = portion.program->external(j);
+  const External& external = portion.externals[j];
   const auto name = [j] { return "external " + std::to_string(j) + ": "; };
-  if (!use.touched || call.tasks == 0) return;
+  if (!use.touched || portion.tasks == 0) return;
   if (external.pointer == 0) check(false, name() + "null pointer");
   if ((external.pointer | external.task_stride | external.step_stride) % use.element)
     check(false, name() + "pointer and strides must be multiples of the element's " +
                      std::to_string(use.element) + " bytes, got " + std::to_string(external.pointer) + ", " +
                      std::to_string(external.task_stride) + ", " + std::to_string(external.step_stride));
-  if (!reaches(external, call)) check(false, name() + "strides beyond all memory");
-  if (use.written && external.task_stride == 0 && call.tasks > 1)
+  if (!reaches(external, portion.tasks, steps)) check(false, name() + "strides beyond all memory");
+  if (use.written && external.task_stride == 0 && portion.tasks > 1)
     check(false, name() + "every task writes to the same place; give it a task stride, or use accumulators");
 }
 
-void check_call(const Program& program, const Call& call) {
-  check(static_cast<int>(call.externals.size()) == program.n_external(),
+void check_portion(const Call& call, const Portion& portion) {
+  const Program& program = *portion.program;
+  const Program& first = *call.portions.front().program;
+  check(static_cast<int>(portion.externals.size()) == program.n_external(),
         std::to_string(program.n_external()) + " externals expected, got " +
-            std::to_string(call.externals.size()));
-  check_count(call.tasks, "tasks");
+            std::to_string(portion.externals.size()));
+  check_count(portion.tasks, "tasks");
+  check(program.dtype() == first.dtype() && program.sizes().accumulator == first.sizes().accumulator,
+        "portions: programs of one dtype and of the same accumulators expected");
+  check(!call.steps_of || (program.lanes() == 1 && call.portions.size() == 1),
+        "steps of each task: one program of one lane expected");
+  for (int j = 0; j < program.n_external(); ++j) check_external(portion, call.steps, j);
+}
+
+void check_steps(const Call& call) {
   check_count(call.steps, "steps");
   const int64_t most = std::max<int64_t>(call.steps, 1);
   check(call.every >= 1 && call.every <= most,
         "every: 1 to " + std::to_string(most) + " expected, got " + std::to_string(call.every));
-  check(call.threads >= 1 && call.threads <= kMostThreads,
-        "threads: 1 to " + std::to_string(kMostThreads) + " expected, got " + std::to_string(call.threads));
-  check(!call.steps_of || program.lanes() == 1, "steps of each task: a program of one lane expected");
-  for (int64_t t = 0; call.steps_of && t < call.tasks; ++t)
+}
+
+void check_steps_of(const Call& call) {
+  for (int64_t t = 0; call.steps_of && t < call.portions.front().tasks; ++t)
     if (call.steps_of[t] < 0 || call.steps_of[t] > call.steps)
       check(false, "steps of task " + std::to_string(t) + ": 0 to " + std::to_string(call.steps) +
                        " expected, got " + std::to_string(call.steps_of[t]));
+}
+
+void check_call(const Call& call) {
+  check(!call.portions.empty(), "portions: at least one expected, got none");
+  check_steps(call);
+  check(call.threads >= 1 && call.threads <= kMostThreads,
+        "threads: 1 to " + std::to_string(kMostThreads) + " expected, got " + std::to_string(call.threads));
+  for (const Portion& portion : call.portions) check_portion(call, portion);
+  check_steps_of(call);
+  const int64_t bytes = call.portions.front().program->sizes().accumulator;
   for (const Sum& sum : call.sums)
-    check(sum.offset >= 0 && sum.bytes >= 0 && sum.offset <= program.sizes().accumulator - sum.bytes,
-          "sums: within the " + std::to_string(program.sizes().accumulator) + " bytes expected, got " +
-              std::to_string(sum.bytes) + " from " + std::to_string(sum.offset));
-  for (int j = 0; j < program.n_external(); ++j) check_external(program, call, j);
+    check(sum.offset >= 0 && sum.bytes >= 0 && sum.offset <= bytes - sum.bytes,
+          "sums: within the " + std::to_string(bytes) + " bytes expected, got " + std::to_string(sum.bytes) +
+              " from " + std::to_string(sum.offset));
 }
 
 using Lock = std::unique_lock<std::timed_mutex>;
@@ -311,31 +368,34 @@ Lock hold(Engine& engine, const Call& call) {
 Lock hold(Engine& engine) { return asking ? Lock(engine.mutex, std::defer_lock) : Lock(engine.mutex); }
 
 // A call made while this thread is asked whether another should stop: that one keeps the engine and its memory.
-Outcome start_within(const Program& program, Call call, Times* times) {
+Outcome start_within(Call call, std::vector<Times>* times) {
   call.threads = 1;
   const auto engine = std::make_unique<Engine>();
   asking = false;
-  const Outcome outcome = Replay(program, call, *engine, times).run();
+  const Outcome outcome = Replay(call, *engine, times).run();
   asking = true;
   return outcome;
 }
 
-Outcome start(const Program& program, const Call& call, Times* times) {
-  check_call(program, call);
-  if (asking) return start_within(program, call, times);
+Outcome start(const Call& call, std::vector<Times>* times) {
+  check_call(call);
+  if (asking) return start_within(call, times);
   Engine& engine = Engine::current();
   const Lock lock = hold(engine, call);
   if (!lock) return {.status = kCancelled};
-  return Replay(program, call, engine, times).run();
+  return Replay(call, engine, times).run();
 }
 
 }  // namespace
 
-Outcome replay(const Program& program, const Call& call) { return start(program, call, nullptr); }
+Outcome replay(const Call& call) { return start(call, nullptr); }
 
-Outcome profile(const Program& program, const Call& call, Times& times) {
-  for (int s = 0; s < kSections; ++s) times[s].resize(program.section(s).instructions.size());
-  return start(program, call, &times);
+Outcome profile(const Call& call, std::vector<Times>& times) {
+  times.resize(call.portions.size());
+  for (size_t p = 0; p < times.size(); ++p)
+    for (int s = 0; s < kSections; ++s)
+      times[p][s].resize(call.portions[p].program->section(s).instructions.size());
+  return start(call, &times);
 }
 
 int64_t arena_bytes() {

@@ -2,7 +2,8 @@
 //
 // Tasks 0..T-1 are cut into min(T, 16) contiguous groups. A group's tasks run in order, on one worker, into
 // one set of accumulators; the groups' accumulators are summed in a fixed tree. So nothing depends on the
-// number of threads. Where groups are fewer than threads, several threads share a group: instructions are
+// number of threads. Where several programs share the tasks (blocks of many lanes, and the rest one by one), those of the
+// first come first; a block is one task here. Where groups are fewer than threads, several threads share a group: instructions are
 // split by output range.
 #pragma once
 #include <cstdint>
@@ -24,13 +25,18 @@ struct Sum {  // some of the accumulators, of all tasks, and where they are want
   void* into;
 };
 
+struct Portion {  // the tasks, or blocks of lanes, that one program does
+  const Program* program;
+  std::span<const External> externals;  // of the first of them, and how they go on
+  int64_t tasks;
+};
+
 struct Call {
-  std::span<const External> externals;
-  int64_t tasks = 0;
+  std::span<const Portion> portions;         // of one dtype, and with the same accumulators
   int64_t steps = 0;                         // of every task, or the most any task makes
   const int64_t* steps_of = nullptr;         // (T,), each 0..steps; null: all make `steps`
   int64_t every = 1;                         // states are held of every so many steps, the rest made again
-  const void* weights = nullptr;             // (T * lanes,) of the program's dtype; null: all 1
+  const void* weights = nullptr;             // of the program's dtype, one a lane of every task; null: all 1
   std::span<const Sum> sums;                 // written where the status is 0
   int threads = 1;                           // the calling thread included
   const volatile int32_t* cancel = nullptr;  // polled before every section; not 0 stops the replay
@@ -43,26 +49,27 @@ inline constexpr int kCancelled = -1;
 // Where a replay stopped. Of several failures the one of the lowest task group is reported, whatever the
 // threads did.
 struct Outcome {
-  int status = 0;  // 0 done, kCancelled, or what the kernel returned (kernels::Status)
-  int64_t task = -1, step = -1;
+  int status = 0;                // 0 done, kCancelled, or what the kernel returned (kernels::Status)
+  int64_t task = -1, step = -1;  // the task as its portion counts
   int section = -1, instruction = -1;
 };
 
-// Runs the program. Throws, before anything has run,
+// Runs the programs. Throws, before anything has run,
 // std::invalid_argument for a call that makes no sense and std::bad_alloc; allocates nothing once running.
 // Calls from several threads run one after the other; one made from within `interrupted` (a signal handler)
 // runs at once, on its thread alone. Subnormals count as zero while it runs.
-Outcome replay(const Program& program, const Call& call);
+Outcome replay(const Call& call);
 
 struct InstructionTime {
   int64_t calls = 0;
   double seconds = 0;
 };
 
-// The same on the calling thread alone, with the time of every instruction, by section; a clock reading costs
+using Times = std::array<std::vector<InstructionTime>, kSections>;
+
+// The same on the calling thread alone, with the time of every instruction, by portion and section; a clock reading costs
 // some 25 ns, so times of shorter instructions are upper bounds.
-Outcome profile(const Program& program, const Call& call,
-                std::array<std::vector<InstructionTime>, kSections>& times);
+Outcome profile(const Call& call, std::vector<Times>& times);
 
 int64_t arena_bytes();  // held by all workers between calls
 void trim();            // gives that memory back

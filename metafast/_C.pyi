@@ -42,25 +42,24 @@ class Program:
         """A listing, one line an instruction."""
 
 class Binding:
-    """A program for so many tasks and steps, and what its externals are: tensors that are given, and room that is made.
+    """Programs for so many tasks and steps, and what their externals are: tensors that are given, room that is made.
 
     **Arguments:**
-    - `T`, `steps`: as for `run`.
-    - `strides`: (n_external, 2) int64: from task to task, from step to step, in bytes.
-    - `given`: (external, dtype) of each tensor that is read.
-    - `rooms`: (external, make, looked, summed) of each that is written: `make()` gives a new tensor; the first `looked`
+    - `portions`: (program, T, externals) of each program: tasks, or blocks, that it does; for each external
+      (tensor, offset, task stride, step stride), the last three in bytes.
+    - `steps`: as for `run`.
+    - `given`: (tensor, dtype) of each tensor that is read.
+    - `rooms`: (tensor, make, looked, summed) of each that is written: `make()` gives a new tensor; the first `looked`
       of its elements are losses that are to be finite, the first `summed` make up the total.
-    - `sums`: (offset, bytes, make) of each part of the accumulators that is wanted.
+    - `sums`: (offset, bytes, make) of each part of the accumulators, which the programs share, that is wanted.
     - `total`: makes room for the total of the losses, or None.
     - `every`: as for `run`.
     """
 
     def __init__(
         self,
-        program: Program,
-        T: int,
+        portions: list[tuple[Program, int, list[tuple[int, int, int, int]]]],
         steps: int,
-        strides: npt.NDArray[np.int64],
         given: list[tuple[int, Any]],
         rooms: list[tuple[int, Callable[[], Any], int, int]],
         sums: list[tuple[int, int, Callable[[], Any]]],
@@ -77,9 +76,9 @@ class Binding:
         read where it lies (another dtype, strides, a pending sign): nothing has run. Raises as `run` does.
         """
 
-    def profile(self, tensors: list[Any], weights: Any | None) -> int | list[tuple[str, int, str, int, float]]:
-        """Runs on one thread; (section, instruction, kernel, calls, seconds in all) for every instruction, or an int as
-        from `run`."""
+    def profile(self, tensors: list[Any], weights: Any | None) -> int | list[list[tuple[str, int, str, int, float]]]:
+        """Runs on one thread; by program (section, instruction, kernel, calls, seconds in all) for every instruction,
+        or an int as from `run`."""
 
 class Places:
     """Places that held certain objects, and containers that had certain lengths; keeps all of them alive.

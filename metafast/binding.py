@@ -7,7 +7,6 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
@@ -15,8 +14,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from metafast import _C
 from metafast.batchnorm import fold
 from metafast.budget import held
+from metafast.division import Portion
 from metafast.errors import LabelError, message, position
-from metafast.lower import External, Lowered
+from metafast.lower import External
 from metafast.lower.arrays import EXTERNAL, Instruction, dense_strides
 from metafast.ops import numel
 from metafast.problem import Problem
@@ -34,52 +34,65 @@ _LOSSES = ("loss", "step_loss")
 
 
 class Form:
-    """A program for so many tasks and steps: where its tensors lie, and how room for what it writes is made."""
+    """Programs for so many tasks and steps: where their tensors lie, and how room for what they write is made."""
 
-    def __init__(self, lowered: Lowered, dtype: torch.dtype, tasks: int, steps: int, every: int) -> None:
-        self.lowered, self.dtype, self.tasks, self.steps = lowered, dtype, tasks, steps
-        blocks = lowered.blocks(tasks)
-        self.slots = blocks * lowered.lanes  # tasks that there is room for
-        externals = list(enumerate(lowered.externals))
-        read, written = ([(j, e) for j, e in externals if (e.kind == "leaf") is leaf] for leaf in (True, False))
-        self.leaves = [e for _, e in read]
+    def __init__(self, portions: Sequence[Portion], dtype: torch.dtype, steps: int, every: int) -> None:
+        self.portions, self.dtype, self.steps = tuple(portions), dtype, steps
+        self.tasks = sum(portion.tasks for portion in portions)
+        self.slots = sum(portion.slots for portion in portions)  # tasks that there is room for
+        tensors = list({(e.kind, e.name): e for portion in portions for e in portion.lowered.externals}.values())
+        self._number = {(e.kind, e.name): n for n, e in enumerate(tensors)}
+        read, written = ([e for e in tensors if (e.kind == "leaf") is leaf] for leaf in (True, False))
+        self.leaves = read
         self.names = [e.name for e in self.leaves]
-        self.padded = [n for n, e in enumerate(self.leaves) if e.per_task and self.slots > tasks]
-        self.rooms = [e for _, e in written]
+        self.padded = [n for n, e in enumerate(self.leaves) if e.per_task and self.slots > self.tasks]
+        self.rooms = written
         self.made = [(e.kind, e.name) for e in self.rooms]
         self.gradients = [(key[1], key) for key in self.made if key[0] == "gradient"]
-        self.sums = tuple(lowered.sums)
-        self.cut = self.slots > tasks or not steps  # what is written is more than what was asked for
+        sums = portions[0].lowered.sums
+        assert all(portion.lowered.sums == sums for portion in portions)  # they add up in the same place
+        self.sums = tuple(sums)
+        self.cut = self.slots > self.tasks or not steps  # what is written is more than what was asked for
         self.binding = _C.Binding(
-            lowered.program,
-            blocks,
+            self._placed(),
             steps,
-            np.array([self._strides(e) for _, e in externals], dtype=np.int64).reshape(-1, 2),
-            [(j, self.read_as(e)) for j, e in read],
-            [(j, self._room(e), *self._looked(e)) for j, e in written],
-            [(offset, numel(shape) * dtype.itemsize, self._dense(shape)) for offset, shape in lowered.sums.values()],
+            [(self._number[e.kind, e.name], self.read_as(e)) for e in read],
+            [(self._number[e.kind, e.name], self._room(e), *self._looked(e)) for e in written],
+            [(offset, numel(shape) * dtype.itemsize, self._dense(shape)) for offset, shape in sums.values()],
             self._dense(()) if any(kind == "loss" for kind, _ in self.made) else None,
             every,
         )
 
     @classmethod
-    def of(cls, lowered: Lowered, dtype: torch.dtype, tasks: int, steps: int, every: int) -> Form:
-        """The one kept with the program, which keeps the last few."""
-        found = lowered.forms.get((tasks, steps, every))
+    def of(cls, portions: Sequence[Portion], dtype: torch.dtype, steps: int, every: int) -> Form:
+        """The one kept with the first program, which keeps the last few."""
+        forms = portions[0].lowered.forms
+        key = (*[(id(portion.lowered), portion.tasks) for portion in portions], steps, every)
+        found = forms.get(key)
         if found is None:
-            if len(lowered.forms) >= MOST_FORMS:
-                lowered.forms.clear()
-            found = lowered.forms[tasks, steps, every] = cls(lowered, dtype, tasks, steps, every)
+            if len(forms) >= MOST_FORMS:
+                forms.clear()
+            found = forms[key] = cls(portions, dtype, steps, every)  # keeps the programs, so their ids stay theirs
         return cast(Form, found)
+
+    def _placed(self) -> list[tuple[Any, int, list[tuple[int, int, int, int]]]]:
+        """Each program, how often it runs, and where its externals lie in the tensors."""
+        first, rows = 0, []
+        for portion in self.portions:
+            externals = [self._place(e, first, portion.lowered.lanes) for e in portion.lowered.externals]
+            rows.append((portion.lowered.program, portion.blocks, externals))
+            first += portion.slots
+        return rows
+
+    def _place(self, e: External, first: int, lanes: int) -> tuple[int, int, int, int]:
+        """Its tensor; in bytes, where the first task's lies, and from one block of tasks, and one step, to the next."""
+        size = numel(e.shape) * self.read_as(e).itemsize
+        each = size if e.per_task else 0
+        return self._number[e.kind, e.name], first * each, lanes * each, size * self.slots if e.per_step else 0
 
     def read_as(self, e: External) -> torch.dtype:
         """The dtype in which the program reads a tensor."""
         return torch.int64 if e.dtype == "int" else self.dtype
-
-    def _strides(self, e: External) -> tuple[int, int]:
-        """From one block of tasks to the next, from one step to the next, in bytes."""
-        size = numel(e.shape) * self.read_as(e).itemsize
-        return size * self.lowered.lanes if e.per_task else 0, size * self.slots if e.per_step else 0
 
     def _looked(self, e: External) -> tuple[int, int]:
         """How many numbers of a loss are to be finite; how many make up the sum over tasks."""
@@ -114,10 +127,10 @@ class Form:
 class Call:
     """The tensors of one call, and what it made of them."""
 
-    def __init__(self, plan: Plan, lowered: Lowered, problem: Problem, extra: Mapping[str, Tensor]) -> None:
-        self.plan, self.lowered, self.problem = plan, lowered, problem
-        every = 1 if problem.memory_budget is None else held(lowered, problem).every
-        self.form = Form.of(lowered, plan.dtype, problem.tasks, problem.steps, every)
+    def __init__(self, plan: Plan, portions: Sequence[Portion], problem: Problem, extra: Mapping[str, Tensor]) -> None:
+        self.plan, self.portions, self.problem = plan, portions, problem
+        every = 1 if problem.memory_budget is None else held(portions, problem).every
+        self.form = Form.of(portions, plan.dtype, problem.steps, every)
         leaves = {**problem.leaves, **extra} if extra else problem.leaves
         self.given = [leaves[name] if name in leaves else self._held(name) for name in self.form.names]
         for n in self.form.padded:
@@ -159,8 +172,8 @@ class Call:
         self.made = self.form.shown(rooms)
         return failed
 
-    def profile(self, weights: Tensor) -> list[tuple[str, int, str, int, float]]:
-        """Replay on one thread: section, index, kernel, calls and seconds of every instruction."""
+    def profile(self, weights: Tensor) -> list[list[tuple[str, int, str, int, float]]]:
+        """Replay on one thread: by program section, index, kernel, calls and seconds of every instruction."""
         ready = self._weights(weights)
         found: list[Any] = self._bound(lambda given: self.form.binding.profile(given, ready))
         return found
@@ -175,7 +188,8 @@ class Call:
 
     def fail(self, status: int, task: int, step: int, section: Any, instruction: int) -> None:
         name = section if isinstance(section, str) else SECTIONS[section]
-        code = self.lowered.code[name][instruction]
+        (portion,) = self.portions  # where there are more, or more lanes, the call was made again, one task by one
+        code = portion.lowered.code[name][instruction]
         if status == LABEL_OUT_OF_RANGE:
             part = "query" if name == "query" else "support"
             where = f"task {task}, {part} labels, {code.note.partition('  ')[2] or 'loss'}: label out of range"
@@ -186,7 +200,7 @@ class Call:
     def _wrong_label(self, code: Instruction, task: int) -> str:
         """The label that a kernel refused, where it is one of the batch and not computed."""
         space = code.operands[0].buffer.space
-        e = self.lowered.externals[space - EXTERNAL] if space is not None and space >= EXTERNAL else None
+        e = self.portions[0].lowered.externals[space - EXTERNAL] if space is not None and space >= EXTERNAL else None
         if e is not None and e.per_task:
             labels = self.given[self.form.leaves.index(e)][task]
             wrong = labels[((labels < 0) | (labels >= code.ints[1])) & (labels != code.ints[2])]

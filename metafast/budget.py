@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ from metafast import _C
 from metafast.errors import InputError, message
 
 if TYPE_CHECKING:
-    from metafast.lower import Lowered
+    from metafast.division import Portion
     from metafast.problem import Problem
 
 __all__ = ["Held", "held", "interval", "slots"]
@@ -48,21 +49,22 @@ class Held:
         return f"of {which}, {self.slots} × {self.slot_bytes} B × {self.workers} threads = {self.nbytes} B"
 
 
-def held(lowered: Lowered, problem: Problem) -> Held:
-    """What a call of the program holds: of every step, or of every n-th with the least n that the budget allows.
+def held(portions: Sequence[Portion], problem: Problem) -> Held:
+    """What a call of the programs holds at most: of every step, or of every n-th with the least n the budget allows.
 
     Raises InputError where the budget is less than any n needs.
     """
     steps, budget = problem.steps, problem.memory_budget
-    workers = min(torch.get_num_threads(), lowered.blocks(problem.tasks), _C.MOST_GROUPS)
-    if not lowered.returns:
+    workers = min(torch.get_num_threads(), sum(portion.blocks for portion in portions), _C.MOST_GROUPS)
+    state_bytes = max(portion.lowered.state_bytes for portion in portions)
+    if not any(portion.lowered.returns for portion in portions):
         every, count = 1, 2
     elif budget is None:
         every, count = 1, slots(steps, 1)
     else:
-        every = interval(steps, budget // max(workers * lowered.state_bytes, 1))
+        every = interval(steps, budget // max(workers * state_bytes, 1))
         count = slots(steps, every)
-    found = Held(every, count, lowered.state_bytes, workers)
+    found = Held(every, count, state_bytes, workers)
     if budget is not None and found.nbytes > budget:
         place, got = f"InnerLoop(memory_budget=...), {steps} steps", f"{budget} bytes"
         need = f"{found.nbytes} or more: {count} states of {found.slot_bytes} bytes in each of {workers} threads"

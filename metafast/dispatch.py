@@ -20,6 +20,7 @@ from metafast.tasks import nesting
 
 if TYPE_CHECKING:
     from metafast.capture import Trace
+    from metafast.division import Portion
     from metafast.profile import Profile
 
 __all__ = ["choose", "explain", "known_traces", "profile"]
@@ -189,21 +190,31 @@ def profile(problem: Problem, backend: str, weights: Tensor, repeats: int) -> Pr
 def _explain_plan(plan: Any, problem: Problem) -> list[str]:
     from metafast.budget import held
 
-    lowered = plan.best("fused", problem.tasks, problem.steps)
+    portions = plan.best("fused", problem.tasks, problem.steps)
     lines = ["", "support loss:", str(plan.loop.support), "", "query loss:", str(plan.loop.query)]
+    lines += [line for portion in portions for line in _explain_portion(plan, problem, portion)]
+    lines += [f"flops of the call: {sum(_flops(portion, problem.steps) for portion in portions):.4g}"]
+    kept = any(plan.keeps("fused", problem.steps, portion.lowered.lanes) for portion in portions)
+    products = ", with products" if kept else ""
+    lines += [f"states: {held(portions, problem)}{products} (memory_budget={problem.memory_budget})"]
+    return lines
+
+
+def _explain_portion(plan: Any, problem: Problem, portion: Portion) -> list[str]:
+    """What one program does of the tasks, as text."""
+    lowered = portion.lowered
+    once = "one by one" if lowered.lanes == 1 else f"{lowered.lanes} tasks side by side"
+    lines = ["", f"{portion.tasks} of {problem.tasks} tasks: {once}"]
     for name, section in plan.sections("fused", problem.steps, lowered.lanes).items():
         lines += ["", f"section {name}: {len(section.graph.nodes)} nodes", str(section.graph)]
     lines += ["", "program:", lowered.listing(), ""]
-    flops = lowered.flops()
-    loops = {"inner": problem.steps, "meta": problem.steps}
-    total = lowered.blocks(problem.tasks) * sum(f * loops.get(name, 1) for name, f in flops.items())
-    once = "a task" if lowered.lanes == 1 else f"{lowered.lanes} tasks side by side"
-    lines += [f"flops: {name} {f:.3g} {once} and step" for name, f in flops.items()]
-    lines += [f"flops of the call: {total:.4g}"]
-    kept = ", with products" if plan.keeps("fused", problem.steps, lowered.lanes) else ""
-    lines += [f"states: {held(lowered, problem)}{kept} (memory_budget={problem.memory_budget})"]
-    lines += [f"memory: arena {lowered.arena_bytes} B a worker, sums {lowered.sum_bytes} B a group"]
-    return lines
+    lines += [f"flops: {name} {f:.3g} a run" for name, f in lowered.flops().items()]
+    return [*lines, f"memory: arena {lowered.arena_bytes} B a worker, sums {lowered.sum_bytes} B a group"]
+
+
+def _flops(portion: Portion, steps: int) -> float:
+    loops = {"inner": steps, "meta": steps}
+    return portion.blocks * sum(f * loops.get(name, 1) for name, f in portion.lowered.flops().items())
 
 
 # ---- what a plan is keyed by ----------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from metafast import _C, collector
 from metafast.binding import MOST_FORMS, Call
 from metafast.budget import held
 from metafast.capture import Trace, Unsupported, capture, capture_function
+from metafast.division import Portion
 from metafast.errors import LabelError, position
 from metafast.graph import Builder, Graph, copy_into
 from metafast.lower import Lowered, NotInterleaved, lower
@@ -44,7 +45,7 @@ class Plan:
     output_dtypes: tuple[torch.dtype, ...] = ()
     programs: dict[tuple[str, int, bool], Lowered] = field(default_factory=dict)
     _queries: dict[str, Section] = field(default_factory=dict)
-    _best: dict[tuple[str, int, int], Lowered] = field(default_factory=dict)
+    _best: dict[tuple[str, int, int], tuple[Portion, ...]] = field(default_factory=dict)
     _apart: set[tuple[str, int]] = field(default_factory=set)  # modes that can't do so many tasks side by side
 
     @property
@@ -52,14 +53,22 @@ class Plan:
         """That of the programs."""
         return self.steps.dtype
 
-    def best(self, mode: str, tasks: int, steps: int) -> Lowered:
-        """The program that does so many tasks and steps best."""
+    def best(self, mode: str, tasks: int, steps: int) -> tuple[Portion, ...]:
+        """The programs that do so many tasks and steps best, and how many of the tasks each does."""
         found = self._best.get((mode, tasks, steps))
         if found is None:
             if len(self._best) >= MOST_FORMS:
                 self._best.clear()
-            found = self._best[mode, tasks, steps] = self.program(mode, steps, self.steps.best_lanes(tasks))
+            division = self.steps.divided(tasks)
+            found = tuple([Portion(self.program(mode, steps, lanes), count) for lanes, count in division])
+            if any((mode, lanes) in self._apart for lanes, _ in division):
+                found = self.one_by_one(mode, tasks, steps)
+            self._best[mode, tasks, steps] = found
         return found
+
+    def one_by_one(self, mode: str, tasks: int, steps: int) -> tuple[Portion, ...]:
+        """The program that does one task after the other."""
+        return (Portion(self.program(mode, steps), tasks),)
 
     @collector.waiting()
     def program(self, mode: str, steps: int, lanes: int = 1) -> Lowered:
@@ -276,16 +285,17 @@ class Native:
 
     def profile(self, problem: Problem, weights: Tensor, repeats: int) -> Profile:
         """The fused call instruction by instruction; of each the least time of so many runs."""
-        lowered = self.plan.best("fused", problem.tasks, problem.steps)
-        call = Call(self.plan, lowered, problem, {})
-        runs = [call.profile(weights) for _ in range(repeats)]
+        portions = self.plan.best("fused", problem.tasks, problem.steps)
+        call = Call(self.plan, portions, problem, {})
         rows = []
-        for same in zip(*runs, strict=True):
-            section, index, kernel, calls, _ = same[0]
-            ins = lowered.code[section][index]
-            nbytes = float(calls * sum(numel(a.shape) * a.itemsize for a in ins.operands))
-            seconds = min(run[4] for run in same)
-            rows.append(Row(section, index, kernel, ins.note, calls, seconds, calls * ins.flops, nbytes))
+        for portion, *runs in zip(portions, *[call.profile(weights) for _ in range(repeats)], strict=True):
+            among = f", {portion.tasks} tasks" if len(portions) > 1 else ""
+            for same in zip(*runs, strict=True):
+                section, index, kernel, calls, _ = same[0]
+                ins = portion.lowered.code[section][index]
+                nbytes = float(calls * sum(numel(a.shape) * a.itemsize for a in ins.operands))
+                seconds = min(run[4] for run in same)
+                rows.append(Row(section + among, index, kernel, ins.note, calls, seconds, calls * ins.flops, nbytes))
         return Profile(tuple(rows), problem.tasks, problem.steps)
 
     # -- one call
@@ -304,8 +314,9 @@ class Native:
     ) -> Call:
         call = Call(self.plan, self.plan.best(mode, problem.tasks, problem.steps), problem, extra or {})
         failed = call.run(weights)
-        if failed and call.lowered.lanes > 1:  # which task of a block was it?
-            call = Call(self.plan, self.plan.program(mode, problem.steps), problem, extra or {})
+        one_by_one = self.plan.one_by_one(mode, problem.tasks, problem.steps) if failed else call.portions
+        if call.portions != one_by_one:  # which task was it?
+            call = Call(self.plan, one_by_one, problem, extra or {})
             failed = call.run(weights)
         if failed:
             call.fail(*failed)
@@ -366,12 +377,12 @@ def _first_run(plan: Plan, problem: Problem, part: str, keys: Sequence[str]) -> 
     where that gives all of them."""
     first = replace(_first_task(problem), steps=0, memory_budget=None)
     if part == "query" and problem.wrt and not problem.return_outputs and set(keys) <= set(problem.wrt):
-        lowered = plan.best("fused", problem.tasks, problem.steps)
+        lowered = plan.best("fused", problem.tasks, problem.steps)[0].lowered
     else:
         graph = plan.loop.query if part == "query" else plan.loop.support
         assert graph is not None
         first, lowered = replace(first, wrt=tuple(keys)), lower(gradient_section(graph, tuple(keys)), plan.dtype)
-    call = Call(plan, lowered, first, {})
+    call = Call(plan, (Portion(lowered, 1),), first, {})
     if failed := call.run(torch.ones(1, dtype=plan.dtype)):
         call.fail(*failed)
     return call

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from metafast.division import Division, divided
 from metafast.graph import form
 from metafast.keep import keep
-from metafast.lower import Prepared, best_lanes
+from metafast.lower import Prepared
 from metafast.passes import enabled, left_out
 from metafast.sweep import Loop, Section, Sweep
 
@@ -27,9 +28,9 @@ class Steps:
         self._written: dict[bool, tuple[dict[str, Section], dict[str, Section], int]] = {}
         self._prepared: dict[tuple[bool, int, bool], Prepared] = {}
 
-    def best_lanes(self, tasks: int) -> int:
+    def divided(self, tasks: int) -> Division:
         """How many of so many tasks to do at once."""
-        return best_lanes(self.state, self.dtype.itemsize, tasks) if enabled("lanes") else 1
+        return divided(self.state, self.dtype.itemsize, tasks) if enabled("lanes") else ((1, tasks),)
 
     def sections(self, back: bool, keeps: bool) -> dict[str, Section]:
         """All sections but `query`, with `back` those of the way back; `keeps` as of `keeps`."""

@@ -52,7 +52,7 @@ def used(inner: metafast.InnerLoop) -> set[int]:
     """Of every how many steps states were held in calls that come back to them."""
     plans = [choice.backend.plan for choice in dispatch._plans[inner.model].values()]
     programs = [lowered for plan in plans for lowered in plan.programs.values() if lowered.returns]
-    return {every for lowered in programs for _, steps, every in lowered.forms if steps}
+    return {every for lowered in programs for *_, steps, every in lowered.forms if steps}
 
 
 # ---- how many states ------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def test_update_rules(model: str, rule: Rule, order: int, way: str) -> None:
 @pytest.mark.parametrize("way", WAYS_OUT)
 @pytest.mark.parametrize("name", ["mlp_gelu", "sinusoid", "mlp_layer_norm"])
 def test_tasks_side_by_side(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metafast.steps.best_lanes", lambda state, itemsize, tasks: _C.vector_bytes() // itemsize)
+    monkeypatch.setattr("metafast.steps.divided", lambda state, item, tasks: ((_C.vector_bytes() // item, tasks),))
 
     def make() -> tuple[metafast.InnerLoop, Task]:
         task = entry_named(name).make(torch.float32)

@@ -38,7 +38,7 @@ def test_meta_gradients(entry: Entry, way: str, side_by_side: bool, monkeypatch:
     """However much is kept, and where tasks lie side by side, too."""
     backend, lanes = require("native"), _C.vector_bytes() // 8 if side_by_side else 1
     monkeypatch.setattr("metafast.steps.MOST_KEPT_BYTES", 1 << 40)
-    monkeypatch.setattr("metafast.steps.best_lanes", lambda state, itemsize, tasks: lanes)
+    monkeypatch.setattr("metafast.steps.divided", lambda state, itemsize, tasks: ((lanes, tasks),))
     task = entry.make()
     got = metafast_gradients(inner_loop(task, backend, steps=3, order=2), task, way)[1]
     assert_same(got, named(exact_answer(entry, 2, 3, torch.float64, False)))

@@ -17,9 +17,10 @@ from zoo import named as entry_named
 
 import metafast
 from metafast import dispatch
+from metafast.division import _quickest, divided
 from metafast.errors import LabelError
 from metafast.graph import Builder, Graph, copy_into, evaluate
-from metafast.lower import NotInterleaved, best_lanes
+from metafast.lower import NotInterleaved
 from metafast.lower.interleave import Interleaving
 from metafast.sweep import Section, Store
 
@@ -30,18 +31,33 @@ LANED = ["mlp_relu", "mlp_tanh_sigmoid", "mlp_gelu", "mlp_silu_softplus", "mlp_e
          "binary", "weighted_cross_entropy", "soft_targets"]  # fmt: skip
 
 
-@pytest.fixture
-def side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any number of tasks, of any size, fills the lanes."""
+def in_blocks(lanes: int, tasks: int) -> tuple[tuple[int, int], ...]:
+    """All of them, though the last block be not full."""
+    return ((lanes, tasks),)
+
+
+def in_blocks_and_one_by_one(lanes: int, tasks: int) -> tuple[tuple[int, int], ...]:
+    """As many blocks as are full, and the rest; of fewer tasks than a block the last by itself."""
+    full = tasks // lanes * lanes
+    if full:
+        return ((lanes, full), (1, tasks - full)) if full < tasks else ((lanes, full),)
+    return ((1, tasks - 1), (1, 1)) if tasks > 1 else ((1, 1),)
+
+
+@pytest.fixture(params=[in_blocks, in_blocks_and_one_by_one])
+def side_by_side(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """How any number of tasks, of any size, is divided."""
     from metafast import _C
 
-    monkeypatch.setattr("metafast.steps.best_lanes", lambda state, itemsize, tasks: _C.vector_bytes() // itemsize)
+    how = request.param
+    monkeypatch.setattr("metafast.steps.divided", lambda state, item, tasks: how(_C.vector_bytes() // item, tasks))
+    return how
 
 
 def lanes_of(model: nn.Module) -> set[int]:
     """How many tasks at once the programs of a model do that have run."""
     plans = [choice.backend.plan for choice in dispatch._plans[model].values()]
-    return {lowered.lanes for plan in plans for lowered in plan.programs.values()}
+    return {portion.lowered.lanes for plan in plans for portions in plan._best.values() for portion in portions}
 
 
 # ---- the pass ---------------------------------------------------------------------------------------------------
@@ -106,12 +122,11 @@ def test_what_has_no_such_form_is_refused() -> None:
 
 
 @pytest.mark.shows("lanes")
-@pytest.mark.usefixtures("side_by_side")
 @pytest.mark.parametrize("entry", ENTRIES, ids=str)
 @pytest.mark.parametrize("way", WAYS_OUT)
 @pytest.mark.parametrize("steps", [0, 1, 3])
 @pytest.mark.parametrize("order", [1, 2])
-def test_float64(entry: Entry, order: int, steps: int, way: str) -> None:
+def test_float64(entry: Entry, order: int, steps: int, way: str, side_by_side: Any) -> None:
     """As many tasks as do not fill a vector; nets that cannot lie side by side run as ever."""
     task = entry.make()
     inner = inner_loop(task, require("native"), steps=steps, order=order)
@@ -119,7 +134,8 @@ def test_float64(entry: Entry, order: int, steps: int, way: str) -> None:
     expected = exact_answer(entry, order, steps, torch.float64, False)
     torch.testing.assert_close(loss, expected.losses.mean(), rtol=1e-12, atol=0.0)
     assert_same(got, named(expected))
-    assert lanes_of(task.model) == {metafast._C.vector_bytes() // 8 if str(entry) in LANED else 1}
+    laned = side_by_side is in_blocks and str(entry) in LANED
+    assert lanes_of(task.model) == {metafast._C.vector_bytes() // 8 if laned else 1}
 
 
 def classifier(dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -153,9 +169,8 @@ class Momentum:
 
 
 @pytest.mark.shows("lanes")
-@pytest.mark.usefixtures("side_by_side")
 @pytest.mark.parametrize("tasks", [1, 4, 9])
-def test_every_way_to_ask(tasks: int) -> None:
+def test_every_way_to_ask(tasks: int, side_by_side: Any) -> None:
     """State, labels, running statistics, outputs, gradients in the data and losses task by task, beside PyTorch."""
     found = []
     for backend in ("torch", "native"):
@@ -171,7 +186,7 @@ def test_every_way_to_ask(tasks: int) -> None:
         sum((f * f).sum() for f in fast.values()).backward()
         found.append([losses, outputs, *fast.values(), x.grad, xq.grad, *(p.grad for p in inner.parameters())])
         found[-1] += list(model.buffers())
-    assert metafast._C.vector_bytes() // 8 in lanes_of(model)
+    assert lanes_of(model) == {lanes for lanes, _ in side_by_side(metafast._C.vector_bytes() // 8, tasks)}
     for eager, native in zip(*found, strict=True):
         torch.testing.assert_close(native, eager, rtol=1e-9, atol=1e-12)
 
@@ -186,9 +201,8 @@ def test_a_wrong_label_is_found_in_its_task() -> None:
 
 
 @pytest.mark.shows("lanes")
-@pytest.mark.usefixtures("side_by_side")
-def test_maxima_and_computed_labels() -> None:
-    """The share of right answers weighs the loss; the labels count from 1."""
+def test_maxima_and_computed_labels(side_by_side: Any) -> None:
+    """The portion of right answers weighs the loss; the labels count from 1."""
 
     def objective(m: nn.Module, batch: Any) -> Tensor:
         logits, target = m(batch[0]), batch[1] - 1
@@ -202,7 +216,7 @@ def test_maxima_and_computed_labels() -> None:
         model = classifier()
         inner = metafast.InnerLoop(model, objective=objective, update=metafast.SGD(lr=0.1), steps=2, backend=backend)
         found.append(inner.meta_gradient(support, query)[1])
-    assert lanes_of(model) == {metafast._C.vector_bytes() // 8}
+    assert lanes_of(model) == {lanes for lanes, _ in side_by_side(metafast._C.vector_bytes() // 8, 11)}
     assert_same(found[1], found[0])
     query[1][6, 2] = 4
     with pytest.raises(LabelError, match=r"task 6, query labels.*a computed label"):
@@ -232,12 +246,42 @@ def test_same_bits_on_any_number_of_threads(way: str, tasks: int) -> None:
 # ---- when it is done --------------------------------------------------------------------------------------------
 
 
-def test_many_tasks_of_few_parameters_lie_side_by_side() -> None:
+@pytest.mark.parametrize(
+    ("tasks", "cores", "expected"),
+    [
+        (16, 2, ((8, 16),)),
+        (32, 2, ((8, 32),)),
+        (31, 2, ((8, 31),)),  # one idle lane
+        (24, 1, ((8, 24),)),
+        (24, 2, ((8, 16), (1, 8))),  # a third block would keep one core waiting
+        (25, 1, ((8, 24), (1, 1))),
+        (25, 2, ((8, 16), (1, 9))),
+        (8, 1, ((8, 8),)),
+        (8, 2, ((1, 8),)),
+        (7, 1, ((8, 7),)),
+        (4, 1, ((1, 4),)),
+        (1, 2, ((1, 1),)),
+        (0, 2, ((1, 0),)),
+        (32, 16, ((1, 32),)),  # more cores than blocks
+        (1000, 2, ((8, 1000),)),
+    ],
+)
+def test_division(tasks: int, cores: int, expected: tuple[tuple[int, int], ...]) -> None:
+    assert _quickest(8, tasks, cores) == expected
+
+
+@pytest.mark.parametrize("tasks", range(70))
+@pytest.mark.parametrize("cores", [1, 2, 3, 64])
+def test_all_tasks_are_done_once_and_only_the_last_block_is_not_full(tasks: int, cores: int) -> None:
+    division = _quickest(8, tasks, cores)
+    assert sum(count for _, count in division) == tasks
+    assert all(count % lanes == 0 for lanes, count in division[:-1])
+
+
+def test_few_parameters_lie_side_by_side() -> None:
     lanes = metafast._C.vector_bytes() // 4
-    assert best_lanes({"w": (20, 40)}, 4, 2 * lanes) == lanes
-    assert best_lanes({"w": (20, 40)}, 4, lanes) == 1  # one thread's work
-    assert best_lanes({"w": (20, 40)}, 4, 2 * lanes + 1) == 1  # a block for one task
-    assert best_lanes({"w": (784, 256)}, 4, 100 * lanes) == 1
+    assert divided({"w": (20, 40)}, 4, 1000 * lanes) == ((lanes, 1000 * lanes),)
+    assert divided({"w": (784, 256)}, 4, 1000 * lanes) == ((1, 1000 * lanes),)
 
 
 @pytest.mark.shows("lanes")

@@ -500,35 +500,52 @@ def doubles(count):
     return functools.partial(torch.zeros, count, dtype=torch.float64)
 
 
+def portions(program, *tasks, tensors=(0, 1, 2)):
+    """The program for each of these numbers of tasks, each of which has 8 bytes in every tensor."""
+    first = [8 * sum(tasks[:n]) for n in range(len(tasks))]
+    return [(program, T, [(j, at, 8, 0) for j in tensors]) for T, at in zip(tasks, first, strict=True)]
+
+
 def test_binding_refuses_what_makes_no_sense():
-    program, strides = power_program("f64"), np.array([[8, 0]] * 3)
-    with pytest.raises(ValueError, match=r"strides of shape \(n_external, 2\)"):
-        _C.Binding(program, 3, 4, strides[:2], [], [], [], None)
-    with pytest.raises(ValueError, match="externals 0 to 2 expected, got 3"):
-        _C.Binding(program, 3, 4, strides, [(3, torch.float64)], [], [], None)
-    binding = _C.Binding(program, 3, 4, strides, [(0, torch.float64)], [], [], None)
+    program, given = power_program("f64"), [(0, torch.float64)]
+    with pytest.raises(ValueError, match="a portion of the tasks expected, got none"):
+        _C.Binding([], 4, [], [], [], None)
+    with pytest.raises(ValueError, match=r"3 externals expected: \(tensor, offset, .* got 2"):
+        _C.Binding(portions(program, 3, tensors=(0, 0)), 4, given, [], [], None)
+    with pytest.raises(ValueError, match="tensors 0 to 0 expected, got 1"):
+        _C.Binding(portions(program, 3), 4, given, [], [], None)
+    with pytest.raises(ValueError, match="tensors 0 to 0 expected, got 3"):
+        _C.Binding(portions(program, 3, tensors=(0, 0, 0)), 4, [(3, torch.float64)], [], [], None)
+    binding = _C.Binding(portions(program, 3, tensors=(0, 0, 0)), 4, given, [], [], None)
     with pytest.raises(ValueError, match="1 tensors expected, got 0"):
         binding.run([], None, 1, 1)
-    with pytest.raises(ValueError, match="null pointer"):  # two externals that nobody bound
-        binding.run([torch.zeros(3, dtype=torch.float64)], None, 1, 1)
+    twice = _C.Binding(portions(program, 3), 4, given * 3, [], [], None)
+    with pytest.raises(ValueError, match="null pointer"):  # two tensors that nobody bound
+        twice.run([torch.zeros(3, dtype=torch.float64)] * 3, None, 1, 1)
     rooms = [(j, doubles(3), 0, 0) for j in range(3)]
-    beyond = _C.Binding(program, 3, 4, strides, [], rooms, [(0, 64, doubles(8))], None)
+    beyond = _C.Binding(portions(program, 3), 4, [], rooms, [(0, 64, doubles(8))], None)
     with pytest.raises(ValueError, match="sums: within the"):
         beyond.run([], None, 1, 1)
+    unlike = portions(program, 3) + portions(power_program("f32"), 3)
+    with pytest.raises(ValueError, match="programs of one dtype and of the same accumulators"):
+        _C.Binding(unlike, 4, [], rooms, [], None).run([], None, 1, 1)
 
 
 @pytest.mark.parametrize("refused", [torch.zeros(3), torch.zeros(6, dtype=torch.float64)[::2]])
 def test_binding_names_a_tensor_that_cannot_be_read_where_it_lies(refused):
     given = [(j, torch.float64) for j in range(3)]
-    binding = _C.Binding(power_program("f64"), 3, 4, np.array([[8, 0]] * 3), given, [], [], None)
+    binding = _C.Binding(portions(power_program("f64"), 3), 4, given, [], [], None)
     fine = torch.zeros(3, dtype=torch.float64)
     assert binding.run([fine, refused, fine], None, 1, 1) == 1
 
 
-def test_profile_counts_calls():
+@pytest.mark.parametrize("tasks", [(3,), (2, 1), (1, 0, 2)])
+def test_profile_counts_calls(tasks):
     rooms = [(j, doubles(3), 0, 0) for j in range(3)]
-    binding = _C.Binding(power_program("f64"), 3, 4, np.array([[8, 0]] * 3), [], rooms, [], None)
-    rows = binding.profile([], None)
+    binding = _C.Binding(portions(power_program("f64"), *tasks), 4, [], rooms, [], None)
+    each = binding.profile([], None)
+    assert [rows[0][3] for rows in each] == list(tasks)
+    rows = [(*same[0][:3], sum(row[3] for row in same), 0.0) for same in zip(*each, strict=True)]
     assert [(section, n, kernel, calls) for section, n, kernel, calls, _ in rows] == [
         ("prologue", 0, "pointwise", 3),
         ("inner", 0, "pointwise", 12),

@@ -1,5 +1,7 @@
 #include "binding.hpp"
 
+#include <pybind11/stl.h>
+
 #include <optional>
 #include <utility>
 
@@ -73,8 +75,8 @@ std::string_view section_name(int s) { return s < 0 ? std::string_view() : kSect
 
 }  // namespace
 
-Outcome run_call(const Program& program, const Call& call) {
-  const Outcome outcome = unlocked([&] { return replay(program, call); });
+Outcome run_call(const Call& call) {
+  const Outcome outcome = unlocked([&] { return replay(call); });
   check_signals();
   return outcome;
 }
@@ -84,31 +86,33 @@ py::tuple to_tuple(const Outcome& o) {
 }
 
 struct Binding::Bound {
-  std::vector<External> externals;
+  std::vector<int64_t> addresses;  // of the tensors
+  std::vector<metafast::External> externals;
+  std::vector<Portion> portions;  // of these
   std::vector<Sum> sums;
   py::list rooms, results;
   int64_t weights = 0;
   int refused = -1;  // the tensor that no kernel may read where it lies
 };
 
-Binding::Binding(std::shared_ptr<const Program> program, int64_t tasks, int64_t steps, const Strides& strides,
-                 const py::list& given, const py::list& rooms, const py::list& sums, py::object total,
-                 int64_t every)
-    : program_(std::move(program)), tasks_(tasks), steps_(steps), every_(every), total_(std::move(total)) {
-  if (strides.ndim() != 2 || strides.shape(0) != program_->n_external() || strides.shape(1) != 2)
-    throw py::value_error("Binding: strides of shape (n_external, 2) expected: of a task, of a step");
-  for (int j = 0; j < program_->n_external(); ++j)
-    externals_.push_back({0, strides.at(j, 0), strides.at(j, 1)});
+Binding::Binding(const py::list& portions, int64_t steps, const py::list& given, const py::list& rooms,
+                 const py::list& sums, py::object total, int64_t every)
+    : steps_(steps),
+      every_(every),
+      tensors_(static_cast<int64_t>(given.size() + rooms.size())),
+      total_(std::move(total)) {
+  for (const py::handle& row : portions) add_portion(row);
+  if (portions_.empty()) throw py::value_error("Binding: a portion of the tasks expected, got none");
   for (const py::handle& row : given) {
-    auto [external, type] = row.cast<std::pair<int, py::object>>();
-    require_external(external);
+    auto [tensor, type] = row.cast<std::pair<int, py::object>>();
+    require_tensor(tensor);
     const View::Type viewed = as_viewed(type);
-    given_.push_back({external, std::move(type), viewed});
+    given_.push_back({tensor, std::move(type), viewed});
   }
   for (const py::handle& row : rooms) {
-    auto [external, make, looked, summed] = row.cast<std::tuple<int, py::object, int64_t, int64_t>>();
-    require_external(external);
-    rooms_.push_back({external, std::move(make), looked, summed});
+    auto [tensor, make, looked, summed] = row.cast<std::tuple<int, py::object, int64_t, int64_t>>();
+    require_tensor(tensor);
+    rooms_.push_back({tensor, std::move(make), looked, summed});
   }
   for (const py::handle& row : sums) {
     auto [offset, bytes, make] = row.cast<std::tuple<int64_t, int64_t, py::object>>();
@@ -116,10 +120,25 @@ Binding::Binding(std::shared_ptr<const Program> program, int64_t tasks, int64_t 
   }
 }
 
-void Binding::require_external(int external) const {
-  if (external < 0 || external >= program_->n_external())
-    throw py::value_error("Binding: externals 0 to " + std::to_string(program_->n_external() - 1) +
-                          " expected, got " + std::to_string(external));
+void Binding::add_portion(const py::handle& row) {
+  using Rows = std::vector<std::array<int64_t, 4>>;
+  auto [program, tasks, externals] = row.cast<std::tuple<std::shared_ptr<Program>, int64_t, Rows>>();
+  if (externals.size() != static_cast<size_t>(program->n_external()))
+    throw py::value_error("Binding: " + std::to_string(program->n_external()) +
+                          " externals expected: (tensor, offset, task stride, step stride), got " +
+                          std::to_string(externals.size()));
+  Own own{program, tasks, {}};
+  for (const auto& [tensor, offset, task_stride, step_stride] : externals) {
+    require_tensor(tensor);
+    own.externals.push_back({tensor, offset, task_stride, step_stride});
+  }
+  portions_.push_back(std::move(own));
+}
+
+void Binding::require_tensor(int64_t tensor) const {
+  if (tensor < 0 || tensor >= tensors_)
+    throw py::value_error("Binding: tensors 0 to " + std::to_string(tensors_ - 1) + " expected, got " +
+                          std::to_string(tensor));
 }
 
 std::optional<int64_t> Binding::Given::where(const py::handle& tensor) const {
@@ -135,7 +154,7 @@ Binding::Bound Binding::bind(const py::list& tensors, const py::object& weights)
     throw py::value_error("Binding: " + std::to_string(given_.size()) + " tensors expected, got " +
                           std::to_string(tensors.size()));
   Bound bound;
-  bound.externals = externals_;
+  bound.addresses.resize(static_cast<size_t>(tensors_));
   for (size_t n = 0; n < given_.size(); ++n) {
     const py::handle tensor = PyList_GET_ITEM(tensors.ptr(), static_cast<py::ssize_t>(n));
     const std::optional<int64_t> found = given_[n].where(tensor);
@@ -143,19 +162,26 @@ Binding::Bound Binding::bind(const py::list& tensors, const py::object& weights)
       bound.refused = static_cast<int>(n);
       return bound;
     }
-    bound.externals[given_[n].external].pointer = *found;
+    bound.addresses[given_[n].tensor] = *found;
   }
   if (!weights.is_none()) bound.weights = address(weights);
-  for (const Room& wanted : rooms_) bound.externals[wanted.external].pointer = room(wanted.make, bound.rooms);
+  for (const Room& wanted : rooms_) bound.addresses[wanted.tensor] = room(wanted.make, bound.rooms);
   for (const Wanted& wanted : wanted_)
     bound.sums.push_back(
         {wanted.offset, wanted.bytes, reinterpret_cast<void*>(room(wanted.make, bound.results))});
+  for (const Own& own : portions_)
+    for (const External& e : own.externals)
+      bound.externals.push_back({bound.addresses[e.tensor] + e.offset, e.task_stride, e.step_stride});
+  std::span<const metafast::External> rest = bound.externals;
+  for (const Own& own : portions_) {
+    bound.portions.push_back({own.program.get(), rest.first(own.externals.size()), own.tasks});
+    rest = rest.subspan(own.externals.size());
+  }
   return bound;
 }
 
 Call Binding::call(const Bound& bound, int threads) const {
-  return {.externals = bound.externals,
-          .tasks = tasks_,
+  return {.portions = bound.portions,
           .steps = steps_,
           .every = every_,
           .weights = reinterpret_cast<const void*>(bound.weights),
@@ -167,9 +193,9 @@ Call Binding::call(const Bound& bound, int threads) const {
 Binding::Losses Binding::look(const Bound& bound) const {
   Losses losses{true, 0};
   for (const Room& made : rooms_) {
-    const auto* values = reinterpret_cast<const void*>(bound.externals[made.external].pointer);
-    losses.finite &= all_finite(values, made.looked, program_->dtype());
-    losses.total += sum(values, made.summed, program_->dtype());
+    const auto* values = reinterpret_cast<const void*>(bound.addresses[made.tensor]);
+    losses.finite &= all_finite(values, made.looked, dtype());
+    losses.total += sum(values, made.summed, dtype());
   }
   return losses;
 }
@@ -178,7 +204,7 @@ py::object Binding::total(double value) const {
   if (total_.is_none()) return py::none();
   py::object made = checked(PyObject_CallNoArgs(total_.ptr()));
   auto* const place = reinterpret_cast<void*>(address(made));
-  if (program_->dtype() == kernels::DType::f32)
+  if (dtype() == kernels::DType::f32)
     *static_cast<float*>(place) = static_cast<float>(value);
   else
     *static_cast<double*>(place) = value;
@@ -189,7 +215,7 @@ py::object Binding::run(const py::list& tensors, const py::object& weights, int6
                         int threads) const {
   const Bound bound = bind(tensors, weights);
   if (bound.refused >= 0) return py::int_(bound.refused);
-  const Outcome outcome = run_call(*program_, call(bound, threads));
+  const Outcome outcome = run_call(call(bound, threads));
   if (outcome.status) return py::make_tuple(to_tuple(outcome), bound.rooms, bound.results, false, py::none());
   const Losses losses = look(bound);
   return py::make_tuple(py::none(), bound.rooms, bound.results, losses.finite,
@@ -199,14 +225,20 @@ py::object Binding::run(const py::list& tensors, const py::object& weights, int6
 py::object Binding::profile(const py::list& tensors, const py::object& weights) const {
   const Bound bound = bind(tensors, weights);
   if (bound.refused >= 0) return py::int_(bound.refused);
-  std::array<std::vector<InstructionTime>, kSections> times;
+  std::vector<Times> times;
   const Call on_one_thread = call(bound, 1);
-  unlocked([&] { return metafast::profile(*program_, on_one_thread, times); });
+  unlocked([&] { return metafast::profile(on_one_thread, times); });
   check_signals();
+  py::list portions;
+  for (size_t p = 0; p < portions_.size(); ++p) portions.append(shown(*portions_[p].program, times[p]));
+  return portions;
+}
+
+py::list Binding::shown(const Program& program, const Times& times) {
   py::list rows;
   for (int s = 0; s < kSections; ++s)
     for (size_t n = 0; n < times[s].size(); ++n)
-      rows.append(py::make_tuple(kSectionNames[s], n, program_->section(s).info[n].kernel->name,
+      rows.append(py::make_tuple(kSectionNames[s], n, program.section(s).info[n].kernel->name,
                                  times[s][n].calls, times[s][n].seconds));
   return rows;
 }

@@ -1,7 +1,5 @@
 // What one call does between Python's tensors and the replay: read addresses, make room, run, look at the losses.
 #pragma once
-#include <pybind11/numpy.h>
-
 #include <optional>
 #include <vector>
 
@@ -12,28 +10,34 @@
 
 namespace metafast {
 
-using Strides = py::array_t<int64_t, py::array::c_style>;
-
 class Binding {
  public:
   // As in metafast/_C.pyi.
-  Binding(std::shared_ptr<const Program> program, int64_t tasks, int64_t steps, const Strides& strides,
-          const py::list& given, const py::list& rooms, const py::list& sums, py::object total,
-          int64_t every);
+  Binding(const py::list& portions, int64_t steps, const py::list& given, const py::list& rooms,
+          const py::list& sums, py::object total, int64_t every);
 
   py::object run(const py::list& tensors, const py::object& weights, int64_t divisor, int threads) const;
   py::object profile(const py::list& tensors, const py::object& weights) const;
 
  private:
+  struct
+      External {  // one of a program's: where the first task's lies in one of the tensors, and how it goes on
+    int64_t tensor, offset, task_stride, step_stride;
+  };
+  struct Own {  // what one program does: so many tasks, or blocks of its lanes
+    std::shared_ptr<const Program> program;
+    int64_t tasks;
+    std::vector<External> externals;
+  };
   struct Given {
-    int external;
+    int tensor;
     py::object dtype;
     View::Type viewed;
     // Its address, if a kernel may read it there.
     std::optional<int64_t> where(const py::handle& tensor) const;
   };
   struct Room {
-    int external;
+    int tensor;
     py::object make;
     int64_t looked, summed;  // how many elements, from the first on, are to be finite; are summed
   };
@@ -51,11 +55,14 @@ class Binding {
   Call call(const Bound& bound, int threads) const;
   Losses look(const Bound& bound) const;
   py::object total(double value) const;
-  void require_external(int external) const;
+  static py::list shown(const Program& program, const Times& times);
+  kernels::DType dtype() const { return portions_.front().program->dtype(); }
+  void add_portion(const py::handle& row);
+  void require_tensor(int64_t tensor) const;
 
-  const std::shared_ptr<const Program> program_;
-  const int64_t tasks_, steps_, every_;
-  std::vector<External> externals_;
+  const int64_t steps_, every_;
+  int64_t tensors_;  // how many are given or made
+  std::vector<Own> portions_;
   std::vector<Given> given_;
   std::vector<Room> rooms_;
   std::vector<Wanted> wanted_;
@@ -63,7 +70,7 @@ class Binding {
 };
 
 // A replay from Python, which signals interrupt; what it gives, for Python.
-Outcome run_call(const Program& program, const Call& call);
+Outcome run_call(const Call& call);
 py::tuple to_tuple(const Outcome& outcome);  // status, task, step, section, instruction
 
 }  // namespace metafast

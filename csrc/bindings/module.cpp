@@ -104,33 +104,30 @@ class Result {
   const Sum sum_;
 };
 
-Call make_call(const Externals& externals, int64_t tasks, int64_t steps, uintptr_t steps_ptr,
-               uintptr_t weights_ptr, std::span<const Sum> sums, int threads, uintptr_t cancel_ptr,
-               int64_t every) {
+Portion make_portion(const Program& program, const Externals& externals, int64_t tasks) {
   if (externals.ndim() != 2 || externals.shape(1) != 3)
     throw py::value_error(
         "run: externals of shape (n_external, 3) expected: pointer, task stride, step stride");
   static_assert(sizeof(External) == 3 * sizeof(int64_t));
-  return {.externals = {reinterpret_cast<const External*>(externals.data()),
-                        static_cast<size_t>(externals.shape(0))},
-          .tasks = tasks,
-          .steps = steps,
-          .steps_of = reinterpret_cast<const int64_t*>(steps_ptr),
-          .every = every,
-          .weights = reinterpret_cast<const void*>(weights_ptr),
-          .sums = sums,
-          .threads = threads,
-          .cancel = reinterpret_cast<const volatile int32_t*>(cancel_ptr),
-          .interrupted = interruption()};
+  const auto* rows = reinterpret_cast<const External*>(externals.data());
+  return {&program, {rows, static_cast<size_t>(externals.shape(0))}, tasks};
 }
 
 py::tuple run(const Program& program, const Externals& externals, int64_t tasks, int64_t steps,
               uintptr_t steps_ptr, uintptr_t weights_ptr, uintptr_t result_ptr, int threads,
               uint64_t /*seed*/, uintptr_t cancel_ptr, int64_t every) {
   const Result result(program, result_ptr);
-  const Call call =
-      make_call(externals, tasks, steps, steps_ptr, weights_ptr, result.sums(), threads, cancel_ptr, every);
-  return to_tuple(run_call(program, call));
+  const Portion all = make_portion(program, externals, tasks);
+  const Call call{.portions = {&all, 1},
+                  .steps = steps,
+                  .steps_of = reinterpret_cast<const int64_t*>(steps_ptr),
+                  .every = every,
+                  .weights = reinterpret_cast<const void*>(weights_ptr),
+                  .sums = result.sums(),
+                  .threads = threads,
+                  .cancel = reinterpret_cast<const volatile int32_t*>(cancel_ptr),
+                  .interrupted = interruption()};
+  return to_tuple(run_call(call));
 }
 
 int run_one_kernel(const std::string& name, const std::string& dtype, const std::string& isa,
@@ -195,10 +192,10 @@ PYBIND11_MODULE(_C, m) {
       .def("__repr__", [](const Program& p) { return "<" + p.summary() + ">"; });
 
   py::class_<Binding>(m, "Binding")
-      .def(py::init<std::shared_ptr<const Program>, int64_t, int64_t, const Strides&, const py::list&,
-                    const py::list&, const py::list&, py::object, int64_t>(),
-           py::arg("program"), py::arg("T"), py::arg("steps"), py::arg("strides").noconvert(),
-           py::arg("given"), py::arg("rooms"), py::arg("sums"), py::arg("total"), py::arg("every") = 1)
+      .def(py::init<const py::list&, int64_t, const py::list&, const py::list&, const py::list&, py::object,
+                    int64_t>(),
+           py::arg("portions"), py::arg("steps"), py::arg("given"), py::arg("rooms"), py::arg("sums"),
+           py::arg("total"), py::arg("every") = 1)
       .def("run", &Binding::run, py::arg("tensors"), py::arg("weights"), py::arg("divisor"),
            py::arg("threads"))
       .def("profile", &Binding::profile, py::arg("tensors"), py::arg("weights"));

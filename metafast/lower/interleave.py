@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from metafast.graph import Builder, Input, Node, Shape, Value
-from metafast.ops import numel
 from metafast.ops.pointwise import POINTWISE
 from metafast.sweep import Section, Store
 
@@ -191,20 +190,3 @@ class _Interleaver:
 def interleaved_state(state: Mapping[str, Shape], lanes: int) -> dict[str, Shape]:
     """What one step hands to the next, for `lanes` tasks."""
     return {name: (*shape, lanes) for name, shape in state.items()}
-
-
-# When it pays, measured on two AVX2 cores (bench/LEDGER.md): a slot of parameters for all lanes lies in a fraction of
-# the second-level cache, there are blocks for more than one thread, and few lanes of the last one are idle.
-MOST_STATE_BYTES = 1 << 16
-LEAST_BLOCKS = 2
-LEAST_FILLED = 0.85
-
-
-def best_lanes(state: Mapping[str, Shape], itemsize: int, tasks: int) -> int:
-    """How many of so many tasks to do at once: a vector's worth where that pays, else one. Threads play no part."""
-    from metafast import _C
-
-    lanes = int(_C.vector_bytes()) // itemsize
-    blocks = -(-tasks // lanes)
-    fits = sum(map(numel, state.values())) * itemsize * lanes <= MOST_STATE_BYTES
-    return lanes if fits and blocks >= LEAST_BLOCKS and tasks >= LEAST_FILLED * blocks * lanes else 1

@@ -67,7 +67,7 @@ class Lowered:
     itemsize: int
     lanes: int = 1  # tasks done at once
     constants: bytes = b""
-    forms: dict[tuple[int, ...], Any] = field(default_factory=dict)  # by tasks, steps, held: what calls bind
+    forms: dict[tuple[Any, ...], Any] = field(default_factory=dict)  # by portions, steps, held: what calls bind
 
     def blocks(self, tasks: int) -> int:
         """How often the program runs for so many tasks: `lanes` at once, the last time perhaps for fewer."""
