@@ -87,7 +87,7 @@ def gemm_rows() -> Iterator[Row]:
         name = f"{rows}x{n_in}->{n_out}"
 
         def ints(m: int, n: int, k: int, a: tuple[int, int], b: tuple[int, int]) -> tuple[int, ...]:
-            return (1, m, n, k, 0, *a, 0, *b, 0, n, 1, 0, 0)
+            return (1, m, n, k, 0, *a, 0, *b, 0, n, 1, 0, 0, 0)
 
         forward = ints(rows, n_out, n_in, (n_in, 1), (1, n_in))
         yield Row(f"gemm forward {name}", "gemm", (x, w, y), forward, flops=flops)
@@ -213,7 +213,7 @@ def seconds(row: Row, threads: int, sample: float, rounds: int) -> float:
 def roofs(threads: Sequence[int], size: int) -> dict[int, tuple[float, float]]:
     """GFLOP/s of a large product (the fastest of torch's, numpy's and this package's) and GB/s of a large copy."""
     product = Row(
-        "", "gemm", (size * size,) * 3, (1, size, size, size, 0, size, 1, 0, size, 1, 0, size, 1, 0, 0)
+        "", "gemm", (size * size,) * 3, (1, size, size, size, 0, size, 1, 0, size, 1, 0, size, 1, 0, 0, 0)
     )
     found = {}
     for n in threads:

@@ -141,8 +141,13 @@ void gemm(Call& c) {
   c.strided(out, {i[0], i[1], i[2]}, {i[10], i[11], i[12]});
   if (i[14]) c.dense(in, i[2]);
   if (i[13] >= 2) c.strided(in, {i[0], i[1], i[2]}, {i[10], i[11], i[12]}), c.dense(in, 1);
+  c.flag(15, "flag of a pair");
+  if (i[15]) {
+    c.strided(in, {i[0], i[1], i[3]}, {i[4], i[5], i[6]});
+    c.strided(in, {i[0], i[3], i[2]}, {i[7], i[8], i[9]});
+  }
   product({i[0], i[1], i[2]}), product({i[0], i[1], i[3]}), product({i[0], i[2], i[3]});
-  c.result.nanoseconds = 2.0 * volume(i.first(4)) / kFlopsPerNanosecond;
+  c.result.nanoseconds = (i[15] ? 4.0 : 2.0) * volume(i.first(4)) / kFlopsPerNanosecond;
 }
 
 void conv(Call& c, Role x, Role w, Role y) {

@@ -36,23 +36,20 @@ _LOSSES = ("loss", "step_loss")
 class Form:
     """Programs for so many tasks and steps: where their tensors lie, and how room for what they write is made."""
 
-    def __init__(self, portions: Sequence[Portion], dtype: torch.dtype, steps: int, every: int) -> None:
-        self.portions, self.dtype, self.steps = tuple(portions), dtype, steps
+    def __init__(self, portions: tuple[Portion, ...], dtype: torch.dtype, steps: int, every: int) -> None:
+        self.portions, self.dtype, self.steps = portions, dtype, steps
         self.tasks = sum(portion.tasks for portion in portions)
-        self.slots = sum(portion.slots for portion in portions)  # tasks that there is room for
         tensors = list({(e.kind, e.name): e for portion in portions for e in portion.lowered.externals}.values())
         self._number = {(e.kind, e.name): n for n, e in enumerate(tensors)}
         read, written = ([e for e in tensors if (e.kind == "leaf") is leaf] for leaf in (True, False))
         self.leaves = read
         self.names = [e.name for e in self.leaves]
-        self.padded = [n for n, e in enumerate(self.leaves) if e.per_task and self.slots > self.tasks]
         self.rooms = written
         self.made = [(e.kind, e.name) for e in self.rooms]
         self.gradients = [(key[1], key) for key in self.made if key[0] == "gradient"]
         sums = portions[0].lowered.sums
         assert all(portion.lowered.sums == sums for portion in portions)  # they add up in the same place
         self.sums = tuple(sums)
-        self.cut = self.slots > self.tasks or not steps  # what is written is more than what was asked for
         self.binding = _C.Binding(
             self._placed(),
             steps,
@@ -64,16 +61,16 @@ class Form:
         )
 
     @classmethod
-    def of(cls, portions: Sequence[Portion], dtype: torch.dtype, steps: int, every: int) -> Form:
+    def of(cls, portions: tuple[Portion, ...], dtype: torch.dtype, steps: int, every: int) -> Form:
         """The one kept with the first program, which keeps the last few."""
-        forms = portions[0].lowered.forms
-        key = (*[(id(portion.lowered), portion.tasks) for portion in portions], steps, every)
+        forms: dict[Any, Form] = portions[0].lowered.forms
+        key = (portions, steps, every)
         found = forms.get(key)
         if found is None:
             if len(forms) >= MOST_FORMS:
                 forms.clear()
-            found = forms[key] = cls(portions, dtype, steps, every)  # keeps the programs, so their ids stay theirs
-        return cast(Form, found)
+            found = forms[key] = cls(portions, dtype, steps, every)
+        return found
 
     def _placed(self) -> list[tuple[Any, int, list[tuple[int, int, int, int]]]]:
         """Each program, how often it runs, and where its externals lie in the tensors."""
@@ -81,14 +78,14 @@ class Form:
         for portion in self.portions:
             externals = [self._place(e, first, portion.lowered.lanes) for e in portion.lowered.externals]
             rows.append((portion.lowered.program, portion.blocks, externals))
-            first += portion.slots
+            first += portion.tasks
         return rows
 
     def _place(self, e: External, first: int, lanes: int) -> tuple[int, int, int, int]:
         """Its tensor; in bytes, where the first task's lies, and from one block of tasks, and one step, to the next."""
         size = numel(e.shape) * self.read_as(e).itemsize
         each = size if e.per_task else 0
-        return self._number[e.kind, e.name], first * each, lanes * each, size * self.slots if e.per_step else 0
+        return self._number[e.kind, e.name], first * each, lanes * each, size * self.tasks if e.per_step else 0
 
     def read_as(self, e: External) -> torch.dtype:
         """The dtype in which the program reads a tensor."""
@@ -96,18 +93,18 @@ class Form:
 
     def _looked(self, e: External) -> tuple[int, int]:
         """How many numbers of a loss are to be finite; how many make up the sum over tasks."""
-        every = self.slots * (self.steps if e.per_step else 1)
+        every = self.tasks * (self.steps if e.per_step else 1)
         return every if e.kind in _LOSSES else 0, self.tasks if e.kind == "loss" else 0
 
     def _room(self, e: External) -> Callable[[], Tensor]:
         """How a tensor is made that the program writes task by task; steps are outermost in memory."""
         if e.kind == "gradient":
-            return functools.partial(torch.zeros, (self.slots, *e.shape), dtype=self.dtype)
+            return functools.partial(torch.zeros, (self.tasks, *e.shape), dtype=self.dtype)
         if not e.per_step:
-            return self._dense((self.slots, *e.shape))
+            return self._dense((self.tasks, *e.shape))
         size = numel(e.shape)
-        shape = (self.slots, max(self.steps, 1), *e.shape)  # an empty tensor has no address
-        return self._strided(shape, (size, size * self.slots, *dense_strides(e.shape)))
+        shape = (self.tasks, max(self.steps, 1), *e.shape)  # an empty tensor has no address
+        return self._strided(shape, (size, size * self.tasks, *dense_strides(e.shape)))
 
     def _dense(self, shape: tuple[int, ...]) -> Callable[[], Tensor]:
         return self._strided(shape, dense_strides(shape))
@@ -117,38 +114,32 @@ class Form:
 
     def shown(self, rooms: Sequence[Tensor]) -> dict[tuple[str, str], Tensor]:
         """What was written, by kind and name: `(T, ...)`, or `(T, steps, ...)` where each step wrote."""
-        if self.cut:
-            tasks, steps = slice(self.tasks), slice(None if self.steps else 0)
-            pairs = zip(rooms, self.rooms, strict=True)
-            rooms = [room[tasks, steps] if e.per_step else room[tasks] for room, e in pairs]
+        if not self.steps:
+            rooms = [room[:, :0] if e.per_step else room for room, e in zip(rooms, self.rooms, strict=True)]
         return dict(zip(self.made, rooms, strict=True))
 
 
 class Call:
     """The tensors of one call, and what it made of them."""
 
-    def __init__(self, plan: Plan, portions: Sequence[Portion], problem: Problem, extra: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, plan: Plan, portions: tuple[Portion, ...], problem: Problem, extra: Mapping[str, Tensor]
+    ) -> None:
         self.plan, self.portions, self.problem = plan, portions, problem
         every = 1 if problem.memory_budget is None else held(portions, problem).every
         self.form = Form.of(portions, plan.dtype, problem.steps, every)
         leaves = {**problem.leaves, **extra} if extra else problem.leaves
         self.given = [leaves[name] if name in leaves else self._held(name) for name in self.form.names]
-        for n in self.form.padded:
-            self.given[n] = self._padded(n, cotangent=self.form.leaves[n].name in extra)
         self.made: dict[tuple[str, str], Tensor] = {}
         self.sums: list[Tensor] = []
-        self.finite, self.total = True, cast("Tensor | None", None)  # of the losses
+        self._copied: set[int] = set()
+        self.finite = True  # the losses
+        self.total: Tensor | None = None  # of them
 
     def _held(self, name: str) -> Tensor:
         """A buffer of the model, or a tensor that the plan found in a closure."""
         kind, _, rest = name.partition("/")
         return self.problem.buffers[rest] if kind == "buffer" else self.plan.externs[name]
-
-    def _padded(self, n: int, *, cotangent: bool) -> Tensor:
-        """The last task fills its block, without a cotangent."""
-        leaf, e = self.given[n].detach(), self.form.leaves[n]
-        more = leaf.new_zeros(()) if cotangent else leaf[-1:]
-        return torch.cat([leaf, more.expand(self.form.slots - self.form.tasks, *e.shape)])
 
     def _readable(self, n: int) -> Tensor:
         """A tensor as the program reads it: contiguous, labels as int64, all else in its dtype."""
@@ -156,18 +147,19 @@ class Call:
         return leaf.to(self.form.read_as(self.form.leaves[n])).contiguous()
 
     def _weights(self, weights: Tensor | None) -> Tensor | None:
-        """The weight of every task, none for those that fill a block."""
-        if weights is None or (weights.dtype is self.form.dtype and weights.is_contiguous() and not self.form.padded):
+        """The weight of every task as the program reads it."""
+        if weights is None or (weights.dtype is self.form.dtype and weights.is_contiguous()):
             return weights
-        weights = weights.detach().to(self.form.dtype).contiguous()
-        more = self.form.slots - weights.numel()
-        return torch.cat([weights, weights.new_zeros(more)]) if more else weights
+        return weights.detach().to(self.form.dtype).contiguous()
 
     def run(self, weights: Tensor | None) -> tuple[int, int, int, str, int] | None:
         """Replay. Returns None, or where it failed the status, task, step, section and instruction."""
         weights, threads = self._weights(weights), torch.get_num_threads()
         divisor = self.form.tasks if self.problem.reduction == "mean" else 1
-        found = self._bound(lambda given: self.form.binding.run(given, weights, divisor, threads))
+        found = self.form.binding.run(self.given, weights, divisor, threads)
+        while isinstance(found, int):
+            self._copy(found)
+            found = self.form.binding.run(self.given, weights, divisor, threads)
         failed, rooms, self.sums, self.finite, self.total = found
         self.made = self.form.shown(rooms)
         return failed
@@ -175,16 +167,16 @@ class Call:
     def profile(self, weights: Tensor) -> list[list[tuple[str, int, str, int, float]]]:
         """Replay on one thread: by program section, index, kernel, calls and seconds of every instruction."""
         ready = self._weights(weights)
-        found: list[Any] = self._bound(lambda given: self.form.binding.profile(given, ready))
+        while isinstance(found := self.form.binding.profile(self.given, ready), int):
+            self._copy(found)
         return found
 
-    def _bound(self, work: Callable[[list[Tensor]], Any]) -> Any:
-        """What `work` does of the tensors, those that no kernel may read where they lie replaced by copies."""
-        for _ in range(len(self.given) + 1):
-            if not isinstance(found := work(self.given), int):
-                return found
-            self.given[found] = self._readable(found)
-        raise RuntimeError(f"{self.form.leaves[found].name}: a copy cannot be read either; please report it")
+    def _copy(self, n: int) -> None:
+        """Put a copy in place of a tensor that no kernel may read where it lies."""
+        if n in self._copied:
+            raise RuntimeError(f"{self.form.names[n]}: a copy cannot be read either; please report it")
+        self._copied.add(n)
+        self.given[n] = self._readable(n)
 
     def fail(self, status: int, task: int, step: int, section: Any, instruction: int) -> None:
         name = section if isinstance(section, str) else SECTIONS[section]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ def choose(problem: Problem, backend: str) -> Backend:
 
 def _choice(problem: Problem, backend: str) -> Choice:
     key = (backend, _settings())
-    found = problem.choices.get(key)
+    found: Choice | None = problem.choices.get(key)
     if found is None:
         try:
             found = problem.choices[key] = _sought(problem, backend)
@@ -71,7 +71,7 @@ def _choice(problem: Problem, backend: str) -> Choice:
             problem.traces.clear()
         if found.native and len(_plans[problem.model]) == 1:
             _tidy()
-    return cast(Choice, found)
+    return found
 
 
 def _sought(problem: Problem, backend: str) -> Choice:

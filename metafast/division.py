@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Division", "Portion", "divided"]
 
 Division = tuple[tuple[int, int], ...]
-"""Pairs (lanes, tasks): how many tasks at once, and how many in all. Only the last block may not be full."""
+"""Pairs (lanes, tasks): how many tasks at once, and how many in all, a multiple of that."""
 
 
 class Portion(NamedTuple):
@@ -31,11 +31,6 @@ class Portion(NamedTuple):
     def blocks(self) -> int:
         """How often the program runs."""
         return self.lowered.blocks(self.tasks)
-
-    @property
-    def slots(self) -> int:
-        """Tasks that there is room for: the last block may not be full."""
-        return self.blocks * self.lowered.lanes
 
 
 # Measured on two AVX2 cores (bench/LEDGER.md).
@@ -62,21 +57,20 @@ def _cores() -> int:
 
 @functools.lru_cache(maxsize=256)
 def _quickest(lanes: int, tasks: int, cores: int) -> Division:
-    """All one by one; all in blocks; or as many blocks as keep every core at work, and the rest one by one.
+    """All one by one, or as many blocks as keep every core at work, and the rest one by one.
 
     >>> _quickest(8, 32, 2), _quickest(8, 25, 2), _quickest(8, 7, 2)
     (((8, 32),), ((8, 16), (1, 9)), ((1, 7),))
     """
     most = tasks // lanes
-    some = [((lanes, n * lanes), (1, tasks - n * lanes)) for n in range(max(most - cores, 0), most + 1)]
-    candidates: list[Division] = [((1, tasks),), ((lanes, tasks),)]
-    candidates += [division for division in some if all(count for _, count in division)]
+    some = [((lanes, n * lanes), (1, tasks - n * lanes)) for n in range(max(most - cores, 1), most + 1)]
+    candidates: list[Division] = [((1, tasks),), *[tuple(pair for pair in both if pair[1]) for both in some]]
     return min(candidates, key=lambda division: _time(division, cores))
 
 
 def _time(division: Division, cores: int) -> float:
     """A guess, in times of one task: cores take blocks, then tasks, as they come."""
-    blocks = sum(-(-count // lanes) for lanes, count in division if lanes > 1)
+    blocks = sum(count // lanes for lanes, count in division if lanes > 1)
     rest = sum(count for lanes, count in division if lanes == 1)
     block = LANE * division[0][0]
     time = max(-(-blocks // cores) * block, math.ceil((blocks * block + rest) / cores))

@@ -209,8 +209,8 @@ class InnerLoop(nn.Module):
             raise TransformError(message(place, "a gradient that is a plain value", "one to differentiate", way_out))
         problem, outline = self._problem(support, query, gradient=True)
         outcome = self._guarded(functools.partial(self._with_gradient, outline), problem, problem)
-        gradients = cast("dict[str, Tensor | None]", outcome.gradients)
-        return outcome.reduced(problem.reduction), outline.named(problem, gradients)
+        assert outcome.gradients is not None
+        return outcome.reduced(problem.reduction), outline.named(problem, outcome.gradients)
 
     @outside_compile
     def adapt(self, support: Any) -> FastWeights:

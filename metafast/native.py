@@ -20,7 +20,7 @@ from metafast.capture import Trace, Unsupported, capture, capture_function
 from metafast.division import Portion
 from metafast.errors import LabelError, position
 from metafast.graph import Builder, Graph, copy_into
-from metafast.lower import Lowered, NotInterleaved, lower
+from metafast.lower import Lowered, NotInterleaved, lower, per_task
 from metafast.normalise import normalise
 from metafast.ops import numel
 from metafast.problem import Objective, Outcome, Problem, hyper_tree
@@ -364,9 +364,10 @@ def disagreement(
         trace = traces[part]
         keys = tuple(trace.gradients)
         call = _first_run(plan, problem, part, keys)
+        made = {k: g if g is None or not per_task(k) else g[:1] for k, g in call.gradients(keys).items()}
         if found := _loss_differs(trace, float(call.made["loss", "loss"][0]), tolerance):
             return found
-        off, size = _distance(call.gradients(keys), trace.gradients)
+        off, size = _distance(made, trace.gradients)
         if off > tolerance * size + 1e-6 and off > _ROUNDINGS * _uncertainty(problem, part, trace):
             return f"the gradient of the first task differs from PyTorch's by {off / (size or 1.0):.2g} of its norm"
     return None
@@ -374,16 +375,18 @@ def disagreement(
 
 def _first_run(plan: Plan, problem: Problem, part: str, keys: Sequence[str]) -> Call:
     """Loss and gradient of the first task: of the query by the program that the call itself will run, without a step,
-    where that gives all of them."""
-    first = replace(_first_task(problem), steps=0, memory_budget=None)
+    where that gives all of them. Of several tasks at once the others are the same one, and weigh nothing."""
+    wanted, lowered = problem.wrt, None
     if part == "query" and problem.wrt and not problem.return_outputs and set(keys) <= set(problem.wrt):
         lowered = plan.best("fused", problem.tasks, problem.steps)[0].lowered
-    else:
+    if lowered is None:
         graph = plan.loop.query if part == "query" else plan.loop.support
         assert graph is not None
-        first, lowered = replace(first, wrt=tuple(keys)), lower(gradient_section(graph, tuple(keys)), plan.dtype)
-    call = Call(plan, (Portion(lowered, 1),), first, {})
-    if failed := call.run(torch.ones(1, dtype=plan.dtype)):
+        wanted, lowered = tuple(keys), lower(gradient_section(graph, tuple(keys)), plan.dtype)
+    first = replace(_first_task(problem, lowered.lanes), steps=0, memory_budget=None, wrt=wanted)
+    call = Call(plan, (Portion(lowered, lowered.lanes),), first, {})
+    only = torch.arange(lowered.lanes) == 0
+    if failed := call.run(only.to(plan.dtype)):
         call.fail(*failed)
     return call
 
@@ -402,9 +405,10 @@ def _uncertainty(problem: Problem, part: str, trace: Trace) -> float:
     return _distance(_trace(problem, part, moved).gradients, trace.gradients)[0]
 
 
-def _first_task(problem: Problem) -> Problem:
-    leaves = {k: t[:1] if k.startswith(("support/", "query/")) else t for k, t in problem.leaves.items()}
-    return replace(problem, leaves=leaves, tasks=1)
+def _first_task(problem: Problem, times: int) -> Problem:
+    """As many tasks, all of them the first."""
+    leaves = {k: t[:1].expand(times, *t.shape[1:]) if per_task(k) else t for k, t in problem.leaves.items()}
+    return replace(problem, leaves=leaves, tasks=times)
 
 
 def _loss_differs(trace: Trace, loss: float, tolerance: float) -> str | None:

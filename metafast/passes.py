@@ -31,6 +31,7 @@ PASSES = {
     "reductions": "a cluster adds up what it makes",
     "parts": "a cluster adds up large arrays part by part, which threads share",
     "sums": "products that are added write into one buffer",
+    "pairs": "two products that are added are one instruction",
     "bias": "a product or convolution starts from its bias",
     "onto": "what a product is added to, or taken from, takes it up where it is made",
     # in the instructions

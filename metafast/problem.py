@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -125,11 +125,12 @@ class Outcome:
 
     def reduced(self, reduction: str) -> Tensor:
         """The losses as `reduction` ("mean", "sum" or "none") wants them."""
-        losses = cast(Tensor, self.losses)
+        if self.total is not None and reduction != "none":
+            return self.total
+        losses = self.losses
+        assert losses is not None
         if reduction == "none":
             return losses
-        if self.total is not None:
-            return self.total
         return losses.mean() if reduction == "mean" else losses.sum()
 
 

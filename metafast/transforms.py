@@ -16,10 +16,13 @@ __all__ = ["eagerly", "outside_compile", "traced", "tracing", "transformed"]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def transformed() -> bool:
-    """Whether a torch.func transform (grad, vmap, jvp, functionalize) is active."""
-    active = getattr(torch._C, "_are_functorch_transforms_active", None)
-    return True if active is None else bool(active())
+def _perhaps() -> bool:
+    """For a PyTorch that does not say."""
+    return True
+
+
+transformed: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", _perhaps)
+"""Whether a torch.func transform (grad, vmap, jvp, functionalize) is active."""
 
 
 def tracing() -> bool:

@@ -106,28 +106,41 @@ def strides_of(rows: int, columns: int, order: str) -> tuple[int, int]:
 
 
 def gemm(
-    batch: int, m: int, n: int, k: int, a: str = ROW, b: str = ROW, c: str = ROW, mode: int = 0, bias: int = 0
-) -> Case:
+    batch: int, m: int, n: int, k: int, a: str = ROW, b: str = ROW, c: str = ROW, mode: int = 0, bias: int = 0,
+    pair: int = 0,
+) -> Case:  # fmt: skip
     def make(draw: Draw) -> Call:
         def matrix(rows: int, columns: int, order: str) -> Tensor:
             rs, cs = strides_of(rows, columns, order)
             return draw.strided((batch, rows, columns), (extent((rows, columns), (rs, cs)) + 1, rs, cs))
 
         A, B, C = matrix(m, k, a), matrix(k, n, b), matrix(m, n, c)
-        x = draw.dense(n)
-        value = A.double() @ B.double() + (x.double() if bias else 0)
-        magnitude = A.double().abs() @ B.double().abs() + (x.double().abs() if bias else 0)
-        ints = [batch, m, n, k, *A.stride(), *B.stride(), *C.stride(), mode, bias]
-        bound = TABLE["matmul"].errors["direct"].bound(k, draw.u, magnitude)
+        x, more = draw.dense(n), [matrix(m, k, a), matrix(k, n, b)] if pair else []
+        value, magnitude = product_of(A, B, *more)
+        if bias:
+            value, magnitude = value + x.double(), magnitude + x.double().abs()
+        ints = [batch, m, n, k, *A.stride(), *B.stride(), *C.stride(), mode, bias, pair]
+        bound = TABLE["matmul"].errors["direct"].bound((1 + pair) * k, draw.u, magnitude)
         out = wanted(C, value, bound, add=bool(mode))
-        return Call("gemm", [given(A), given(B), out, *([given(x)] if bias else [])], ints)
+        return Call("gemm", [given(A), given(B), out, *([given(x)] if bias else []), *map(given, more)], ints)
 
-    return Case(f"gemm {batch}x{m}x{n}x{k} {a}-{b}-{c} mode{mode} bias{bias}", make)
+    return Case(f"gemm {batch}x{m}x{n}x{k} {a}-{b}-{c} mode{mode} bias{bias} pair{pair}", make)
+
+
+def product_of(*pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """A B + A' B' + ... in float64, and the same of absolute values."""
+    doubles = [t.double() for t in pairs]
+    products = [(a @ b, a.abs() @ b.abs()) for a, b in zip(doubles[::2], doubles[1::2], strict=True)]
+    value, magnitude = products[0]
+    for more in products[1:]:
+        value, magnitude = value + more[0], magnitude + more[1]
+    return value, magnitude
 
 
 def gemm_onto(
-    batch: int, m: int, n: int, k: int, a: str = ROW, b: str = ROW, c: str = ROW, sign: int = 1, inside: bool = False
-) -> Case:
+    batch: int, m: int, n: int, k: int, a: str = ROW, b: str = ROW, c: str = ROW, sign: int = 1, inside: bool = False,
+    pair: int = 0,
+) -> Case:  # fmt: skip
     """D + s A B or D - s A B; `inside`: the matrices of the batch side by side."""
 
     def make(draw: Draw) -> Call:
@@ -138,16 +151,19 @@ def gemm_onto(
             return draw.strided((batch, rows, columns), (extent((rows, columns), (rs, cs)) + 1, rs, cs))
 
         A, B, C, D, s = matrix(m, k, a), matrix(k, n, b), matrix(m, n, c), matrix(m, n, c), draw.dense(1)
-        product, magnitude = A.double() @ B.double(), A.double().abs() @ B.double().abs()
+        more = [matrix(m, k, a), matrix(k, n, b)] if pair else []
+        product, magnitude = product_of(A, B, *more)
         value = D.double() + sign * s.double() * product
-        bound = (k + 4) * draw.u * (s.double().abs() * magnitude + D.double().abs())
-        ints = [batch, m, n, k, *A.stride(), *B.stride(), *C.stride(), 2 if sign > 0 else 3, 0]
-        return Call("gemm", [given(A), given(B), wanted(C, value, bound), given(D), given(s)], ints)
+        bound = ((1 + pair) * k + 4) * draw.u * (s.double().abs() * magnitude + D.double().abs())
+        ints = [batch, m, n, k, *A.stride(), *B.stride(), *C.stride(), 2 if sign > 0 else 3, 0, pair]
+        return Call("gemm", [given(A), given(B), wanted(C, value, bound), given(D), given(s), *map(given, more)], ints)
 
-    return Case(f"gemm {batch}x{m}x{n}x{k} {a}-{b}-{c} onto{sign:+d} inside{inside:d}", make)
+    return Case(f"gemm {batch}x{m}x{n}x{k} {a}-{b}-{c} onto{sign:+d} inside{inside:d} pair{pair}", make)
 
 
-def gemm_in_lanes(batch: int, m: int, n: int, k: int, shared: str = "", turned: bool = False, mode: int = 0) -> Case:
+def gemm_in_lanes(
+    batch: int, m: int, n: int, k: int, shared: str = "", turned: bool = False, mode: int = 0, pair: int = 0
+) -> Case:
     """The matrices of the batch side by side in memory; `shared` names an operand that is one for all of them."""
 
     def make(draw: Draw) -> Call:
@@ -157,13 +173,14 @@ def gemm_in_lanes(batch: int, m: int, n: int, k: int, shared: str = "", turned: 
             return draw.strided((batch, rows, columns), (lane, rs, cs))
 
         A, B, C = matrix("A", m, k), matrix("B", k, n), matrix("C", m, n)
-        value, magnitude = A.double() @ B.double(), A.double().abs() @ B.double().abs()
-        ints = [batch, m, n, k, *A.stride(), *B.stride(), *C.stride(), mode, 0]
-        bound = TABLE["matmul_lanes"].errors["lanes"].bound(k, draw.u, magnitude)
+        more = [matrix("A", m, k), matrix("B", k, n)] if pair else []
+        value, magnitude = product_of(A, B, *more)
+        ints = [batch, m, n, k, *A.stride(), *B.stride(), *C.stride(), mode, 0, pair]
+        bound = TABLE["matmul_lanes"].errors["lanes"].bound((1 + pair) * k, draw.u, magnitude)
         out = wanted(C, value, bound, add=bool(mode))
-        return Call("gemm", [given(A), given(B), out], ints)
+        return Call("gemm", [given(A), given(B), out, *map(given, more)], ints)
 
-    return Case(f"gemm lanes {batch}x{m}x{n}x{k} shared{shared} turned{turned:d} mode{mode}", make)
+    return Case(f"gemm lanes {batch}x{m}x{n}x{k} shared{shared} turned{turned:d} mode{mode} pair{pair}", make)
 
 
 def gemm_cases() -> Iterator[Case]:
@@ -172,6 +189,7 @@ def gemm_cases() -> Iterator[Case]:
         yield gemm_in_lanes(batch, 7, 3, 5, shared, turned=True)
     for m, n, k in [(1, 1, 1), (1, 40, 10), (40, 1, 10), (25, 2, 4), (3, 3, 500), (13, 11, 193), (12, 4, 0), (0, 4, 4)]:
         yield gemm_in_lanes(16, m, n, k, mode=k % 2)
+        yield gemm_in_lanes(16, m, n, k, ("", "A", "B")[k % 3], turned=bool(m % 2), mode=n % 2, pair=1)
     orders = list(itertools.product((ROW, COLUMN, LOOSE), repeat=3))
     for k, (a, b, c) in enumerate(orders):
         yield gemm(1, 13, 37, 19, a, b, c, mode=k % 2, bias=k // 2 % 2)
@@ -188,19 +206,26 @@ def gemm_cases() -> Iterator[Case]:
     for m, n, k in small:
         for a, b in [(ROW, ROW), (ROW, COLUMN), (COLUMN, ROW)]:
             yield gemm(1, m, n, k, a, b, mode=1)
+            yield gemm(1, m, n, k, a, b, mode=n % 2, pair=1)
+            yield gemm(1, m, n, k, a, b, COLUMN, bias=1, pair=1)
+            yield gemm_onto(1, m, n, k, a, b, sign=-1, pair=1)
             yield gemm(1, m, n, k, a, b, bias=1)
     for k, (a, b, c) in enumerate(orders):
         yield gemm_onto(1, 13, 37, 19, a, b, c, sign=1 - 2 * (k % 2))
+        yield gemm_onto(2, 13, 37, 19, a, b, c, sign=1 - 2 * (k % 2), pair=1)
     for m, n, k in [*small, (256, 100, 5), (70, 80, 530), (4, 5, 0), (0, 4, 4)]:
         yield gemm_onto(1, m, n, k, ROW, COLUMN)
         yield gemm_onto(1, m, n, k, COLUMN, ROW, sign=-1)
         yield gemm_onto(3, m, n, k, ROW, ROW, COLUMN)
     for batch, k in [(16, 13), (24, 193), (6, 9)]:
         yield gemm_onto(batch, 10, 7, k, inside=True, sign=-1)
+        yield gemm_onto(batch, 10, 7, k, inside=True, pair=1)
     for m, n, k in [(5, 256, 784), (5, 37, 301), (9, 11, 2000), (1, 6, 5000), (2, 3, 1537), (12, 64, 400), (6, 1, 200)]:
         yield gemm(1, m, n, k, ROW, COLUMN, bias=1)
         yield gemm(1, m, n, k, ROW, COLUMN, COLUMN, mode=1)
         yield gemm_onto(1, m, n, k, ROW, COLUMN)
+        yield gemm_onto(1, m, n, k, ROW, COLUMN, pair=1)
+        yield gemm(1, m, n, k, ROW, COLUMN, bias=1, pair=1)
     yield gemm(1, 9, 1, 20, COLUMN, ROW, COLUMN)
     yield gemm(3, 7, 21, 12, ROW, COLUMN)
     yield gemm(4, 7, 21, 12, COLUMN, ROW, mode=1, bias=1)
@@ -210,6 +235,9 @@ def gemm_cases() -> Iterator[Case]:
     for m, n, k in [(0, 4, 4), (4, 0, 4), (4, 5, 0)]:
         yield gemm(1, m, n, k, bias=1)
         yield gemm(1, m, n, k, mode=1)
+        yield gemm(1, m, n, k, mode=1, pair=1)
+    yield gemm(1, 131, 300, 530, COLUMN, ROW, mode=1, pair=1)
+    yield gemm(1, 131, 300, 530, ROW, LOOSE, COLUMN, bias=1, pair=1)
 
 
 # ---- convolutions ---------------------------------------------------------------------------------

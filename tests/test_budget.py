@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from loops import data, loop, mlp
 from parity import WAYS_OUT, collected, inner_loop, metafast_gradients, vector
+from test_lanes import repeat
 from test_update_rules import RULES, Rule, learned
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -118,6 +119,7 @@ def test_tasks_side_by_side(name: str, way: str, monkeypatch: pytest.MonkeyPatch
 
     def make() -> tuple[metafast.InnerLoop, Task]:
         task = entry_named(name).make(torch.float32)
+        repeat(task, 3 * _C.vector_bytes() // 4)
         return inner_loop(task, "native", steps=STEPS), task
 
     check(make, way)

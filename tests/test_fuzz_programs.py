@@ -109,7 +109,7 @@ def test_what_is_accepted_stays_within_its_memory() -> None:
 
 OVERFLOWS = {
     "a size": (("fill", [(8, 0)], [2**62], [0.0]), "beyond 2^44"),
-    "a product of scratch": (("gemm", [(8, 0)] * 3, [2**31, 2**31, 2**31, 1, *[0] * 11], []), "beyond 2^44"),
+    "a product of scratch": (("gemm", [(8, 0)] * 3, [2**31, 2**31, 2**31, 1, *[0] * 12], []), "beyond 2^44"),
     "hidden by an empty one": (("log_softmax", [(8, 0)] * 2, [2**32, 2**32, 0], []), "beyond 2^44"),
     "dimensions": (("reduce", [(8, 0)] * 2, [9, 0, *[1] * 27, 0, 0], [1.0]), "dimensions kept: 0 to 8 expected, got 9"),
     "no dilation": (("max_pool", [(8, 0)] * 3, [1, 4, 4, 1, 2, 2, 2, 2, 1, 1, 0, 1, 2, 2, 0], []), "dilation"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from parity import WAYS_OUT, assert_same, exact_answer, inner_loop, metafast_gradients, named, require
+from test_lanes import repeat
 from torch import nn
 from zoo import ENTRIES, Entry
 
@@ -40,6 +41,7 @@ def test_meta_gradients(entry: Entry, way: str, side_by_side: bool, monkeypatch:
     monkeypatch.setattr("metafast.steps.MOST_KEPT_BYTES", 1 << 40)
     monkeypatch.setattr("metafast.steps.divided", lambda state, itemsize, tasks: ((lanes, tasks),))
     task = entry.make()
+    repeat(task, 3 * lanes)
     got = metafast_gradients(inner_loop(task, backend, steps=3, order=2), task, way)[1]
     assert_same(got, named(exact_answer(entry, 2, 3, torch.float64, False)))
 

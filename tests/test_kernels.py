@@ -510,7 +510,7 @@ def test_long_sums_in_lanes(isa: str) -> None:
     lanes, k = 16, 20000
     A = (0.1 * (1 + torch.arange(lanes) / 7)).float().expand(k, lanes).contiguous()
     B, C = torch.ones(k, lanes), torch.empty(lanes)
-    ints = [lanes, 1, 1, k, 1, k * lanes, lanes, 1, lanes, lanes, 1, lanes, lanes, 0, 0]
+    ints = [lanes, 1, 1, k, 1, k * lanes, lanes, 1, lanes, lanes, 1, lanes, lanes, 0, 0, 0]
     assert MACHINE.run_kernel("gemm", "f32", isa, [A, B, C], ints, []) == 0
     exact = A.double().sum(0)
     bound = TABLE["matmul_lanes"].errors["lanes"].bound(k, torch.finfo(torch.float32).eps / 2, exact)

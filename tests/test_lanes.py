@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,12 +13,13 @@ import torch.nn.functional as F
 from parity import WAYS_OUT, assert_same, exact_answer, inner_loop, metafast_gradients, named, require
 from test_random_graphs import Writer
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from zoo import ENTRIES, Entry
 from zoo import named as entry_named
 
 import metafast
 from metafast import dispatch
-from metafast.division import _quickest, divided
+from metafast.division import Division, _quickest, divided
 from metafast.errors import LabelError
 from metafast.graph import Builder, Graph, copy_into, evaluate
 from metafast.lower import NotInterleaved
@@ -31,20 +33,20 @@ LANED = ["mlp_relu", "mlp_tanh_sigmoid", "mlp_gelu", "mlp_silu_softplus", "mlp_e
          "binary", "weighted_cross_entropy", "soft_targets"]  # fmt: skip
 
 
-def in_blocks(lanes: int, tasks: int) -> tuple[tuple[int, int], ...]:
-    """All of them, though the last block be not full."""
-    return ((lanes, tasks),)
-
-
-def in_blocks_and_one_by_one(lanes: int, tasks: int) -> tuple[tuple[int, int], ...]:
-    """As many blocks as are full, and the rest; of fewer tasks than a block the last by itself."""
+def in_blocks(lanes: int, tasks: int) -> Division:
+    """As many blocks as are full, and the rest."""
     full = tasks // lanes * lanes
-    if full:
-        return ((lanes, full), (1, tasks - full)) if full < tasks else ((lanes, full),)
+    return tuple(pair for pair in ((lanes, full), (1, tasks - full)) if pair[1])
+
+
+def one_in_a_block(lanes: int, tasks: int) -> Division:
+    """One block, and the rest; of fewer tasks the last by itself, by the same program as the others."""
+    if tasks > lanes:
+        return ((lanes, lanes), (1, tasks - lanes))
     return ((1, tasks - 1), (1, 1)) if tasks > 1 else ((1, 1),)
 
 
-@pytest.fixture(params=[in_blocks, in_blocks_and_one_by_one])
+@pytest.fixture(params=[in_blocks, one_in_a_block])
 def side_by_side(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """How any number of tasks, of any size, is divided."""
     from metafast import _C
@@ -127,15 +129,22 @@ def test_what_has_no_such_form_is_refused() -> None:
 @pytest.mark.parametrize("steps", [0, 1, 3])
 @pytest.mark.parametrize("order", [1, 2])
 def test_float64(entry: Entry, order: int, steps: int, way: str, side_by_side: Any) -> None:
-    """As many tasks as do not fill a vector; nets that cannot lie side by side run as ever."""
+    """The tasks of the zoo, each as often as there are lanes; nets that cannot lie side by side run as ever."""
     task = entry.make()
+    lanes = metafast._C.vector_bytes() // 8
+    repeat(task, 3 * lanes)
     inner = inner_loop(task, require("native"), steps=steps, order=order)
     loss, got = metafast_gradients(inner, task, way)
     expected = exact_answer(entry, order, steps, torch.float64, False)
     torch.testing.assert_close(loss, expected.losses.mean(), rtol=1e-12, atol=0.0)
     assert_same(got, named(expected))
-    laned = side_by_side is in_blocks and str(entry) in LANED
-    assert lanes_of(task.model) == {metafast._C.vector_bytes() // 8 if laned else 1}
+    divided_in = {lanes for lanes, _ in side_by_side(lanes, 3 * lanes)} if str(entry) in LANED else {1}
+    assert lanes_of(task.model) == divided_in
+
+
+def repeat(task: Any, tasks: int) -> None:
+    again = functools.partial(test_invariants._repeat, tasks=tasks)
+    task.support, task.query = pytree.tree_map(again, (task.support, task.query))
 
 
 def classifier(dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -251,31 +260,30 @@ def test_same_bits_on_any_number_of_threads(way: str, tasks: int) -> None:
     [
         (16, 2, ((8, 16),)),
         (32, 2, ((8, 32),)),
-        (31, 2, ((8, 31),)),  # one idle lane
+        (31, 2, ((8, 24), (1, 7))),
         (24, 1, ((8, 24),)),
         (24, 2, ((8, 16), (1, 8))),  # a third block would keep one core waiting
         (25, 1, ((8, 24), (1, 1))),
         (25, 2, ((8, 16), (1, 9))),
         (8, 1, ((8, 8),)),
         (8, 2, ((1, 8),)),
-        (7, 1, ((8, 7),)),
-        (4, 1, ((1, 4),)),
+        (7, 1, ((1, 7),)),
         (1, 2, ((1, 1),)),
         (0, 2, ((1, 0),)),
         (32, 16, ((1, 32),)),  # more cores than blocks
         (1000, 2, ((8, 1000),)),
     ],
 )
-def test_division(tasks: int, cores: int, expected: tuple[tuple[int, int], ...]) -> None:
+def test_division(tasks: int, cores: int, expected: Division) -> None:
     assert _quickest(8, tasks, cores) == expected
 
 
 @pytest.mark.parametrize("tasks", range(70))
 @pytest.mark.parametrize("cores", [1, 2, 3, 64])
-def test_all_tasks_are_done_once_and_only_the_last_block_is_not_full(tasks: int, cores: int) -> None:
+def test_all_tasks_are_done_once_and_every_block_is_full(tasks: int, cores: int) -> None:
     division = _quickest(8, tasks, cores)
     assert sum(count for _, count in division) == tasks
-    assert all(count % lanes == 0 for lanes, count in division[:-1])
+    assert all(count % lanes == 0 for lanes, count in division)
 
 
 def test_few_parameters_lie_side_by_side() -> None:

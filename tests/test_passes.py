@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from zoo import named as entry_named
 
 import metafast
 from metafast import dispatch
-from metafast.lower import Lowered
+from metafast.division import Portion
 from metafast.native import captured, make_plan
 from metafast.ops import numel
 from metafast.passes import PASSES, enabled, left_out, without
@@ -88,16 +88,16 @@ def check(entry: Entry, order: int, way: str, *names: str) -> None:
 
 # ---- what each pass is for --------------------------------------------------------------------------------------
 
-Measure = Callable[[Lowered], float]
+Measure = Callable[[Sequence[Portion]], float]
 
 
 def _over_call(of: Callable[[Any], float]) -> Measure:
     """A number of each instruction, added up over the tasks and steps of a call."""
 
-    def measure(lowered: Lowered) -> float:
+    def measure(portions: Sequence[Portion]) -> float:
         runs = {"inner": STEPS, "meta": STEPS}
-        each = sum(runs.get(section, 1) * sum(map(of, code)) for section, code in lowered.code.items())
-        return lowered.blocks(TASKS) * each
+        sections = [(p.blocks * runs.get(name, 1), code) for p in portions for name, code in p.lowered.code.items()]
+        return sum(often * sum(map(of, code)) for often, code in sections)
 
     return measure
 
@@ -139,6 +139,7 @@ LESS: Mapping[str, tuple[str, Measure]] = {
     "reductions": ("anil", instructions),
     "parts": ("large_images", added_alone),
     "sums": ("mlp_relu", operations),
+    "pairs": ("mlp_relu", instructions),
     "bias": ("anil", instructions),
     "onto": ("mlp_relu", operations),
     "direct": ("mlp_relu", written),
@@ -147,7 +148,7 @@ LESS: Mapping[str, tuple[str, Measure]] = {
     "masks": ("mlp_relu", operations),
     "winograd": ("wide_conv", direct_convolutions),
     "bundle": ("mlp_relu", instructions),
-    "reuse": ("mlp_relu", lambda lowered: lowered.arena_bytes),
+    "reuse": ("mlp_relu", lambda portions: portions[0].lowered.arena_bytes),
 }
 
 
@@ -157,14 +158,15 @@ def test_each_is_for_something() -> None:
 
 @pytest.mark.shows()
 @EACH_PASS
-def test_there_is_less_with_it(name: str) -> None:
+def test_there_is_less_with_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("metafast.division._cores", lambda: 2)
     entry, measure = LESS[name]
     with_it = measure(program(entry_named(entry)))
     with without(name):
         assert with_it < measure(program(entry_named(entry)))
 
 
-def program(entry: Entry) -> Lowered:
+def program(entry: Entry) -> Sequence[Portion]:
     task = entry.make(torch.float32)
     inner = inner_loop(task, "native", steps=STEPS, order=2)
     problem = inner._problem(task.support, task.query, gradient=True)[0]

@@ -45,7 +45,7 @@ def fill(target, count, value):
 
 
 def gemm(a, b, c, m, n, k, add=False):
-    return ("gemm", [a, b, c], [1, m, n, k, 0, k, 1, 0, n, 1, 0, n, 1, int(add), 0], [])
+    return ("gemm", [a, b, c], [1, m, n, k, 0, k, 1, 0, n, 1, 0, n, 1, int(add), 0, 0], [])
 
 
 class Externals(np.ndarray):
@@ -574,7 +574,7 @@ ILL_FORMED = {
     "read-only record": (("fill", [(CALL, 0)], [1], [0.0]), "read only"),
     "opcode": (("pointwise", [(ARENA, 0)] * 2, [1, 1, 1, 1, 2, 1, 1, 1, 1, 0, 999, 1, 0, 0, 0], []), "make no sense"),
     "register": (("pointwise", [(ARENA, 0)] * 2, [1, 1, 1, 1, 2, 1, 1, 1, 1, 0, 0, 7, 0, 0, 0], []), "make no sense"),
-    "mode": (("gemm", [(ARENA, 0)] * 3, [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 4, 0], []), "mode"),
+    "mode": (("gemm", [(ARENA, 0)] * 3, [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 4, 0, 0], []), "mode"),
     "geometry": (
         ("conv_fwd", [(ARENA, 0)] * 3, [1, 4, 4, 1, 1, 3, 3, 1, 1, 0, 0, 1, 1, 3, 2, 9, 9, 3, 1, 0, 0, 0], []),
         "output height: 2 to 2 expected, got 3",

@@ -44,6 +44,7 @@ NHWC = (0, 2, 3, 1)
 MAX_OPERANDS = 32  # of one pointwise instruction: kPointwiseOperands in csrc/kernels/common/kernel.hpp
 Result = tuple[Array, int, int]  # array, register, mode
 LEAST_PART = 1 << 12  # elements that a thread adds up at once; less is not worth a total
+GEMM_MODE, GEMM_BIAS, GEMM_PAIR = 13, 14, 15  # where they stand among the ints: csrc/kernels/cpu/gemm.hpp
 DIRECT = {"matmul", "matmul_lanes", "conv2d", "reduce"}  # kernels that can write, or add, where the caller says
 
 
@@ -380,6 +381,7 @@ class Emitter:
         out = self.env[first.outputs[0]]
         for node in unit.nodes[1:]:
             self._node(node, (out, True))
+            self._pair()
         self.env[unit.result] = out
 
     def _biased(self, unit: Unit) -> None:
@@ -402,14 +404,32 @@ class Emitter:
             base = self._copied(base, memory_order(where.shape, where.strides))
         for node in unit.nodes:
             self._node(node, (where, False))
+            if base is where and self._pair():
+                continue
             self._take_up(base, number, unit.onto.sign)
             base = where
         self.env[unit.result] = where
 
+    def _pair(self) -> bool:
+        """Make of the last two instructions one, where these are products that lie alike and go to the same place."""
+        if not enabled("pairs") or len(self.code) < 2:
+            return False
+        first, second = self.code[-2:]
+        if (first.kernel, second.kernel) != ("gemm", "gemm") or first.ints[GEMM_PAIR] or second.ints[GEMM_BIAS]:
+            return False
+        alike = first.ints[:GEMM_MODE] == second.ints[:GEMM_MODE]
+        if not alike or not _same_place(first.operands[2], second.operands[2]):
+            return False
+        first.operands += second.operands[:2]
+        first.ints[GEMM_PAIR] = 1
+        first.flops += second.flops
+        self.code.pop()
+        return True
+
     def _take_up(self, base: Array, number: Array, sign: int) -> None:
         """Let the product written last be added to, or taken from, an array that lies as its result does."""
         product = self.code[-1]
-        product.ints[-2] = 2 if sign > 0 else 3
+        product.ints[GEMM_MODE] = 2 if sign > 0 else 3
         product.operands += [base, number]
         product.flops += 2 * numel(base.shape)
 
@@ -450,6 +470,7 @@ class Emitter:
         n = b.shape[2]
         ints = [batch, m, n, k, *a.strides, *b.strides, *c.strides, mode]
         self._emit_biased(node, "gemm", [a, b, c], 1, ints, bias)
+        self.code[-1].ints.append(0)
 
     def _matmul_lanes(self, node: Node, into: tuple[Array, bool] | None) -> None:
         lanes = node.outputs[0].shape[2]
@@ -457,7 +478,7 @@ class Emitter:
         c, mode = self._result(node, into, None)
         m, n, _ = c.shape
         last_first = [(x.strides[2], *x.strides[:2]) for x in (a, b, c)]
-        ints = [lanes, m, n, a.shape[1], *(s for strides in last_first for s in strides), mode, 0]
+        ints = [lanes, m, n, a.shape[1], *(s for strides in last_first for s in strides), mode, 0, 0]
         self.emit(node, "gemm", [a, b, c], 1, ints)
 
     def _emit_biased(
@@ -630,6 +651,10 @@ class Emitter:
             end = at + p.shape[dim]
             self.copy(p, sliced(out, {"dim": dim, "start": at, "stop": end, "step": 1}))
             at = end
+
+
+def _same_place(a: Array, b: Array) -> bool:
+    return a.buffer is b.buffer and a.byte_offset == b.byte_offset
 
 
 def _sum_view(node: Node, out: Array, parted: int | None = None) -> Array:

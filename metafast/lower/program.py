@@ -53,7 +53,7 @@ class External:
     per_step: bool = False
 
 
-@dataclass
+@dataclass(eq=False)
 class Lowered:
     """A native program and what its call needs."""
 
@@ -67,11 +67,12 @@ class Lowered:
     itemsize: int
     lanes: int = 1  # tasks done at once
     constants: bytes = b""
-    forms: dict[tuple[Any, ...], Any] = field(default_factory=dict)  # by portions, steps, held: what calls bind
+    forms: dict[tuple[Any, ...], Any] = field(default_factory=dict)  # by portions, steps, every: what calls bind
 
     def blocks(self, tasks: int) -> int:
-        """How often the program runs for so many tasks: `lanes` at once, the last time perhaps for fewer."""
-        return -(-tasks // self.lanes)
+        """How often the program runs for so many tasks, a multiple of `lanes`."""
+        assert tasks % self.lanes == 0
+        return tasks // self.lanes
 
     @property
     def returns(self) -> bool:

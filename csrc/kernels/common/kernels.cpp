@@ -57,7 +57,7 @@ struct Shape {
   int extra_flag;  // position of the flag that adds one operand, or -1
 };
 constexpr Shape kShapes[] = {
-    {"gemm", 3, 15, 0, 14},           {"conv_fwd", 3, 22, 0, 21},    {"conv_dx", 3, 22, 0, -1},
+    {"gemm", 3, 16, 0, 14},           {"conv_fwd", 3, 22, 0, 21},    {"conv_dx", 3, 22, 0, -1},
     {"conv_dw", 3, 22, 0, -1},        {"standardize", 5, 3, 1, -1},  {"project", 5, 4, 0, -1},
     {"project_tangent", 6, 4, 0, -1}, {"log_softmax", 2, 3, 0, -1},  {"max_pool", 3, 15, 0, 14},
     {"pool_gather", 3, 6, 0, -1},     {"pool_scatter", 3, 7, 0, -1}, {"avg_pool", 2, 15, 0, -1},
@@ -65,6 +65,7 @@ constexpr Shape kShapes[] = {
     {"cumsum", 2, 4, 0, -1},
 };
 
+constexpr int kGemmPair = 15;  // whether two more operands follow, a second product
 constexpr int kGemmMode = 13;  // from 2 on a product is taken up by another matrix, times a number
 
 bool pointwise_arity(const int64_t* ints, int64_t n, Arity* arity) noexcept {
@@ -151,6 +152,7 @@ bool kernel_arity(std::string_view name, const int64_t* ints, int64_t n, Arity* 
     *arity = {s.ptrs, s.ints, s.floats};
     if (s.extra_flag >= 0 && n > s.extra_flag && ints[s.extra_flag]) arity->ptrs += 1;
     if (name == "gemm" && n > kGemmMode && (ints[kGemmMode] == 2 || ints[kGemmMode] == 3)) arity->ptrs += 2;
+    if (name == "gemm" && n > kGemmPair && ints[kGemmPair]) arity->ptrs += 2;
     return true;
   }
   return false;

@@ -10,8 +10,8 @@
 //                    ops[n_ops][5] = opcode, dst, a, b, c | immediates
 //   reduce           in, out | nk, nr, kdims[nk], rdims[nr], in_kstrides[nk], in_rstrides[nr],
 //                    out_kstrides[nk], mode, kind (0 sum, 1 max) | scale
-//   gemm             A, B, C, [bias] or D, s | batch, M, N, K, a_bs, a_rs, a_cs, b_bs, b_rs, b_cs, c_bs, c_rs,
-//                    c_cs, mode (also 2: D + s A B, 3: D - s A B), has_bias
+//   gemm             A, B, C, [bias] or [D, s], [A', B'] | batch, M, N, K, a_bs, a_rs, a_cs, b_bs, b_rs, b_cs, c_bs,
+//                    c_rs, c_cs, mode (also 2: D + s A B, 3: D - s A B), has_bias, pair (A B + A' B')
 //   conv_fwd         x(N,H,W,C), w, y(N,OH,OW,O), [bias(O)] | N, H, W, C, O, KH, KW, sh, sw, ph, pw, dh, dw,
 //                    OH, OW, w_so, w_sc, w_skh, w_skw, mode, winograd, has_bias
 //   conv_dx          dy, w, dx | the same

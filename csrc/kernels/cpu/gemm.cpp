@@ -15,7 +15,7 @@ constexpr int64_t kFewRows = 12, kLongRows = 32;
 // What a call is, after the operands are turned so that n lies together in C wherever that can be had.
 struct Sizes {
   int64_t batch, M, N, K, a_bs, a_rs, a_cs, b_bs, b_rs, b_cs, c_bs, c_rs, c_cs;
-  bool add, has_bias;
+  bool add, has_bias, pair;
   int64_t scaled;   // 1, -1: C = D + or - s A B; else 0
   bool turned;      // computes the transposed product, whose bias goes with the rows
   bool stage;       // C has no unit stride: through scratch
@@ -33,7 +33,7 @@ struct Sizes {
     s.batch = i[0], s.M = i[1], s.N = i[2], s.K = i[3];
     s.a_bs = i[4], s.a_rs = i[5], s.a_cs = i[6], s.b_bs = i[7], s.b_rs = i[8], s.b_cs = i[9];
     s.c_bs = i[10], s.c_rs = i[11], s.c_cs = i[12];
-    s.add = i[13] != 0, s.has_bias = i[14] != 0;
+    s.add = i[13] != 0, s.has_bias = i[14] != 0, s.pair = i[15] != 0;
     s.scaled = i[13] < 2 ? 0 : (i[13] == 2 ? 1 : -1);
     s.lanes = lie_in_lanes<T>(i);
     if (s.lanes) return s.columns = lane_columns<T>(s.M, s.N), s;
@@ -83,8 +83,15 @@ struct Sizes {
     return 2;
   }
 
+  // A' (0) or B' (1), null without a pair; they are the last operands.
+  template <class T>
+  const T* pair_operand(const Args& args, int which) const {
+    return pair ? static_cast<const T*>(args.ptr[3 + has_bias + 2 * (scaled != 0) + which]) : nullptr;
+  }
+
   int64_t depth() const { return min64(K, kDepth); }
-  int64_t packed_elements() const { return pack ? round_up(N, width) * depth() : 0; }
+  int64_t strips_elements() const { return pack ? round_up(N, width) * depth() : 0; }  // of one product
+  int64_t packed_elements() const { return (1 + pair) * strips_elements(); }
   int64_t staged_elements() const { return stage ? M * N : 0; }
 };
 
@@ -93,6 +100,7 @@ template <class T>
 struct Product {
   int64_t M, N;
   const T *a, *b;
+  const T *more_a, *more_b;  // of the second product of a pair, or null
   T* c;
   const T* bias;  // of these columns (rows where turned), or null
   int64_t from;   // elements from C to what it takes up
@@ -100,10 +108,10 @@ struct Product {
 };
 
 template <class T>
-void pack_strips(const Product<T>& p, const Sizes& s, int64_t k, int64_t depth, T* packed) {
+void pack_strips(const Product<T>& p, const T* b, const Sizes& s, int64_t k, int64_t depth, T* packed) {
   const int64_t width = s.width;
   for (int64_t n = 0; n < p.N; n += width, packed += width * depth)
-    pack_rows<T>(p.b + k * s.b_rs + n * s.b_cs, s.b_rs, s.b_cs, depth, min64(width, p.N - n), width,
+    pack_rows<T>(b + k * s.b_rs + n * s.b_cs, s.b_rs, s.b_cs, depth, min64(width, p.N - n), width,
                  [packed, width](int64_t row) { return packed + row * width; });
 }
 
@@ -111,16 +119,19 @@ void pack_strips(const Product<T>& p, const Sizes& s, int64_t k, int64_t depth, 
 template <class T>
 void multiply(const Product<T>& p, const Sizes& s, T* c, int64_t c_rs, bool add, T* packed) {
   constexpr int L = kLanes<T>;
-  const int64_t zero = 0;
+  const int64_t starts[] = {0, s.pair ? p.more_a - p.a : 0};
+  T* const more = packed + s.strips_elements();
   TileCall<T> call{};
   call.a_rs = s.a_rs, call.a_cs = s.a_cs;
-  call.segment = &zero, call.segments = 1;
+  call.segment = starts, call.segments = 1 + s.pair;
   call.b_rs = s.pack ? s.width : s.b_rs;
   call.c_rs = c_rs, call.scale = p.scale;
   for (int64_t k = 0; k < s.K; k += kDepth) {
     const int64_t depth = min64(kDepth, s.K - k);
     const bool last_depth = k + depth == s.K;
-    if (s.pack) pack_strips(p, s, k, depth, packed);
+    if (s.pack) pack_strips(p, p.b, s, k, depth, packed);
+    if (s.pack && s.pair) pack_strips(p, p.more_b, s, k, depth, more);
+    if (s.pair) call.b_gap = (s.pack ? more - packed : p.more_b - p.b) - depth * call.b_rs;
     call.a = p.a + k * s.a_cs, call.length = depth, call.add = add || k > 0;
     call.from = k > 0 ? 0 : p.from;
     for (int64_t n = 0; n < p.N; n += s.width) {
@@ -136,8 +147,13 @@ void multiply(const Product<T>& p, const Sizes& s, T* c, int64_t c_rs, bool add,
 
 template <class T>
 void multiply_by_dots(const Product<T>& p, const Sizes& s) {
-  multiply_dots(DotProduct<T>{s.blocks, p.M, p.N, s.K, p.a, s.a_rs, p.b, s.b_cs, p.c, s.c_rs, s.c_cs,
-                              s.turned ? nullptr : p.bias, s.add, p.from, p.scale});
+  DotProduct<T> dots{s.blocks, p.M,    p.N,    s.K,    p.a,    s.a_rs,
+                     p.b,      s.b_cs, p.c,    s.c_rs, s.c_cs, s.turned ? nullptr : p.bias,
+                     s.add,    p.from, p.scale};
+  multiply_dots(dots);
+  if (!s.pair) return;
+  dots.a = p.more_a, dots.b = p.more_b, dots.bias = nullptr, dots.add = true, dots.from = 0;
+  multiply_dots(dots);
 }
 
 template <class T>
@@ -186,6 +202,8 @@ void take_part(Product<T>& p, const Sizes& s, int part, int parts) {
     p.b += r.begin * s.b_cs, p.c += r.begin * s.c_cs, p.N = r.end - r.begin;
   else
     p.a += r.begin * s.a_rs, p.c += r.begin * s.c_rs, p.M = r.end - r.begin;
+  if (s.pair && by_columns) p.more_b += r.begin * s.b_cs;
+  if (s.pair && !by_columns) p.more_a += r.begin * s.a_rs;
   if (p.bias && by_columns != s.turned) p.bias += r.begin;
 }
 
@@ -209,12 +227,14 @@ void run_lanes(const Args& a, const Sizes& s) {
   const T *x = static_cast<const T*>(a.ptr[0]), *y = static_cast<const T*>(a.ptr[1]);
   T* z = static_cast<T*>(a.ptr[2]);
   const TakenUp<T> up(a, s);
+  const T *more_x = s.pair_operand<T>(a, 0), *more_y = s.pair_operand<T>(a, 1);
   for (int64_t b = 0; b < s.batch; b += kLanes<T>) {
-    const LaneMatrix<const T> A{x + b * i[4] + rows.begin * s.a_rs, s.a_rs, s.a_cs, i[4] == 1};
-    const LaneMatrix<const T> B{y + b * i[7], s.b_rs, s.b_cs, i[7] == 1};
+    const int64_t a_at = b * i[4] + rows.begin * s.a_rs, b_at = b * i[7];
+    const LaneMatrix<const T> A{x + a_at, s.a_rs, s.a_cs, i[4] == 1};
+    const LaneMatrix<const T> B{y + b_at, s.b_rs, s.b_cs, i[7] == 1};
     const LaneMatrix<T> C{z + b + rows.begin * s.c_rs, s.c_rs, s.c_cs, true};
-    multiply_lanes(
-        LaneProduct<T>{rows.end - rows.begin, s.N, s.K, A, B, C, s.add, up.from, up.scale, s.columns});
+    multiply_lanes(LaneProduct<T>{rows.end - rows.begin, s.N, s.K, A, B, C, s.pair ? more_x + a_at : nullptr,
+                                  s.pair ? more_y + b_at : nullptr, s.add, up.from, up.scale, s.columns});
   }
 }
 
@@ -244,11 +264,14 @@ int gemm(const Args& args) noexcept {
   const T *a = static_cast<const T*>(args.ptr[s.turned]), *b = static_cast<const T*>(args.ptr[!s.turned]);
   T* c = static_cast<T*>(args.ptr[2]);
   const T* bias = s.has_bias ? static_cast<const T*>(args.ptr[3]) : nullptr;
+  const T *more_a = s.pair_operand<T>(args, s.turned), *more_b = s.pair_operand<T>(args, !s.turned);
   const TakenUp<T> up(args, s);
   const bool split_batch = s.batch >= args.parts;
   const Range batches = split_batch ? share(s.batch, args.part, args.parts) : Range{0, s.batch};
   for (int64_t n = batches.begin; n < batches.end; ++n) {
-    Product<T> p{s.M, s.N, a + n * s.a_bs, b + n * s.b_bs, c + n * s.c_bs, bias, up.from, up.scale};
+    Product<T> p{s.M,  s.N,     a + n * s.a_bs, b + n * s.b_bs, nullptr, nullptr, c + n * s.c_bs,
+                 bias, up.from, up.scale};
+    if (s.pair) p.more_a = more_a + n * s.a_bs, p.more_b = more_b + n * s.b_bs;
     if (!split_batch) take_part(p, s, args.part, args.parts);
     run_product(p, s, reinterpret_cast<T*>(args.scratch));
   }

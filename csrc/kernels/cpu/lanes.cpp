@@ -29,24 +29,28 @@ void tile(const LaneProduct<T>& p, int64_t m, int64_t n, int64_t k, int64_t dept
   Vec<T> acc[rows][columns];
   METAFAST_UNROLL for (int r = 0; r < rows; ++r) METAFAST_UNROLL for (int c = 0; c < columns; ++c) acc[r][c] =
       Vec<T>{};
-  const int64_t rs = p.A.rs, cs = p.B.cs;
-  const T* b = p.B.p + k * p.B.rs + n * cs;
-  // One pointer for every three rows: the processor adds rs and 2 rs for free.
-  constexpr int bases = (rows + 2) / 3;
-  const T* a[bases];
-  METAFAST_UNROLL for (int g = 0; g < bases; ++g) a[g] = p.A.p + (m + 3 * g) * rs + k * p.A.cs;
-  for (int64_t j = depth; j > 0; --j) {
-    Vec<T> row[columns];
-    METAFAST_UNROLL for (int c = 0; c < columns; ++c) row[c] = element<T, b_lanes>(b + c * cs);
-    METAFAST_UNROLL for (int r = 0; r < rows; ++r) {
-      const Vec<T> x = element<T, a_lanes>(a[r / 3] + r % 3 * rs);
-      METAFAST_UNROLL for (int c = 0; c < columns; ++c) acc[r][c] = fma<T>(x, row[c], acc[r][c]);
+  const int64_t rs = p.A.rs, cs = p.B.cs, a_at = m * rs + k * p.A.cs, b_at = k * p.B.rs + n * cs;
+  const T *first = p.A.p + a_at, *b = p.B.p + b_at;
+  for (bool last = p.more_a == nullptr;; last = true) {
+    // One pointer for every three rows: the processor adds rs and 2 rs for free.
+    constexpr int bases = (rows + 2) / 3;
+    const T* a[bases];
+    METAFAST_UNROLL for (int g = 0; g < bases; ++g) a[g] = first + 3 * g * rs;
+    for (int64_t j = depth; j > 0; --j) {
+      Vec<T> row[columns];
+      METAFAST_UNROLL for (int c = 0; c < columns; ++c) row[c] = element<T, b_lanes>(b + c * cs);
+      METAFAST_UNROLL for (int r = 0; r < rows; ++r) {
+        const Vec<T> x = element<T, a_lanes>(a[r / 3] + r % 3 * rs);
+        METAFAST_UNROLL for (int c = 0; c < columns; ++c) acc[r][c] = fma<T>(x, row[c], acc[r][c]);
+      }
+      METAFAST_UNROLL for (int g = 0; g < bases; ++g) {
+        a[g] += p.A.cs;
+        asm("" : "+r"(a[g]));  // else the compiler keeps a pointer for every row, on the stack
+      }
+      b += p.B.rs;
     }
-    METAFAST_UNROLL for (int g = 0; g < bases; ++g) {
-      a[g] += p.A.cs;
-      asm("" : "+r"(a[g]));  // else the compiler keeps a pointer for every row, on the stack
-    }
-    b += p.B.rs;
+    if (last) break;
+    first = p.more_a + a_at, b = p.more_b + b_at;
   }
   const bool add = p.add || k > 0;
   const int64_t from = k > 0 ? 0 : p.from;

@@ -1,5 +1,5 @@
 // The product of matrices whose elements are vectors: element (m, k) of A stands for one number of each of `batch`
-// matrices, which lie together. C(m, n) (+)= sum_k A(m, k) * B(k, n), lane by lane.
+// matrices, which lie together. C(m, n) (+)= sum_k A(m, k) * B(k, n), lane by lane, or the sum of two such products.
 //
 // Strides count elements; those of rows and columns are any. A lane stride of 0 (A, B) is one matrix that all
 // share. Rows and columns need no order and nothing is packed: every step along k loads `rows + columns` vectors and
@@ -21,6 +21,7 @@ struct LaneProduct {
   int64_t M, N, K;
   LaneMatrix<const T> A, B;
   LaneMatrix<T> C;
+  const T *more_a, *more_b;  // those of the second product, which lie as the first's do; or null
   bool
       add;  // C = E + scale * product instead of C = product, where E lies as C does, `from` elements behind it
   int64_t from;

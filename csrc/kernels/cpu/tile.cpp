@@ -32,6 +32,7 @@ void tile(const TileCall<T>& t) noexcept {
       }
       b += t.b_rs;
     }
+    b += t.b_gap;
   }
   if (t.bias) METAFAST_UNROLL for (int v = 0; v < vectors; ++v) {
       const Vec<T> x = v == vectors - 1 ? load(t.bias + v * L, mask) : load(t.bias + v * L);

@@ -3,7 +3,7 @@
 //
 // C(m, n) = sum over segments s and steps j of A(m, s, j) * B(s * length + j, n) (+ bias[n])
 //   A(m, s, j) = a[m * a_rs + segment[s] + j * a_cs]   any strides; read one element at a time (broadcast)
-//   B(k, n)    = b[k * b_rs + n]                       n lies together
+//   B(k, n)    = b[k * b_rs + n]                       n lies together; b_gap elements more before each next segment
 //   C(m, n)    = c[m * c_rs + n]
 // or C = E + scale * that, where E lies as C does and may be C.
 // Columns beyond `last` in the last vector are neither read nor written. Each element is one chain of fma
@@ -20,7 +20,7 @@ struct TileCall {
   const int64_t* segment;  // offsets into a
   int64_t segments, length;
   const T* b;
-  int64_t b_rs;
+  int64_t b_rs, b_gap;
   T* c;
   int64_t c_rs;
   const T* bias;  // or null
