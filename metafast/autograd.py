@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 from . import dispatch
 from .batchnorm import copied
 from .errors import BackendError, DoubleBackwardError, InputChangedError, TransformError, message
+from .generators import Draws
 from .problem import Backend, Outcome, Problem
 from .reach import Reach
 from .transforms import outside_compile, tracing, transformed
@@ -45,26 +46,25 @@ class Surroundings:
     """What a replay needs to see as the first pass saw it: random state, autocast, buffers."""
 
     def __init__(self, problem: Problem) -> None:
-        device = problem.parameter.device
-        self._cuda = [device] if device.type == "cuda" else []
-        kind = device.type
+        kind = problem.parameter.device.type
+        self._draws = Draws.of(problem)
         self._autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-        self._cpu_state = torch.get_rng_state()
-        self._cuda_states = [torch.cuda.get_rng_state(d) for d in self._cuda]
         self.buffers = copied(problem.buffers)
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
         """Draw the same random numbers as the first pass, leave the generators as they are."""
-        with torch.random.fork_rng(self._cuda), self.precision():
-            self.rewind()
-            yield
+        now = self._draws.now()
+        self.rewind()
+        try:
+            with self.precision():
+                yield
+        finally:
+            now.restore()
 
     def rewind(self) -> None:
         """Set the generators to where the first pass began."""
-        torch.set_rng_state(self._cpu_state)
-        for device, state in zip(self._cuda, self._cuda_states, strict=True):
-            torch.cuda.set_rng_state(state, device)
+        self._draws.restore()
 
     def precision(self) -> torch.autocast:
         """The autocast setting of the first pass."""

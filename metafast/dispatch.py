@@ -14,7 +14,7 @@ from torch.overrides import _get_current_function_mode_stack
 from metafast import collector, passes
 from metafast.errors import BackendError, FallbackWarning, MetafastError, message, warn
 from metafast.problem import Backend, Problem
-from metafast.reach import Reach
+from metafast.reach import CHANGES, Reach
 from metafast.reference import Reference
 from metafast.tasks import nesting
 
@@ -110,11 +110,12 @@ def _settled(problem: Problem) -> tuple[Choice, tuple[Any, ...]]:
         if reach.same() and draws == reach.draws():
             return choice, plan_key(problem)
         problem = replace(problem, reach=None)
-    reason = "running the losses or the update rule changes what they read (a counter? a random generator?)"
-    return Choice(Reference(), reason if choice.native else choice.reason, False), plan_key(problem)[:-1]
+    return Choice(Reference(), CHANGES if choice.native else choice.reason, False), plan_key(problem)[:-1]
 
 
 def _plan(problem: Problem) -> Choice:
+    if (refused := _reach(problem).refused) is not None:
+        return Choice(Reference(), f"the losses can read {refused}, which cannot be looked through at each call", False)
     device = problem.parameter.device
     if device.type != "cpu":
         return Choice(Reference(), f"the parameters are on {device}, the native backend runs on the CPU", False)

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import collector
 from .dispatch import known_traces
+from .generators import Draws
 from .problem import Problem
 from .reference import Reference
 
@@ -77,13 +78,13 @@ def _seen(problem: Problem) -> list[Tensor]:
         steps=min(problem.steps, 1),
         wrt=tuple(["param/" + name for name in problem.adapted]),  # the losses run with gradients on
     )
-    device = problem.parameter.device
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.enable_grad(), seen:
+    draws = Draws.of(problem)
+    with torch.enable_grad(), seen:
         if problem.query_spec is None:
             Reference().adapt(one, fold=False)
         else:
             Reference().losses(one, fold=False)
+    draws.restore()
     return seen.alive()
 
 
@@ -99,6 +100,7 @@ class _Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
         probe = torch.zeros((), requires_grad=True)
         self._start = _age(probe + 0)
         self._found: dict[int, weakref.ref[Tensor]] = {}
+        self._made: dict[int, weakref.ref[Tensor]] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -111,11 +113,16 @@ class _Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for tensor in value if isinstance(value, (list, tuple)) else (value,):
                 if isinstance(tensor, Tensor) and tensor.requires_grad and _age(tensor) < self._start:
                     self._found.setdefault(id(tensor), weakref.ref(tensor))
-        return func(*args, **kwargs)
+        results = func(*args, **kwargs)
+        for tensor in results if isinstance(results, (list, tuple)) else (results,):
+            if isinstance(tensor, Tensor):
+                self._made[id(tensor)] = weakref.ref(tensor)
+        return results
 
     def alive(self) -> list[Tensor]:
-        """What outlived the run: leaves that the run itself made are gone by now."""
-        return [tensor for tensor in (ref() for ref in self._found.values()) if tensor is not None]
+        """What outlived the run and is not its own: a layer that keeps its last output keeps our leaves alive."""
+        tensors = [tensor for tensor in (ref() for ref in self._found.values()) if tensor is not None]
+        return [t for t in tensors if (made := self._made.get(id(t))) is None or made() is not t]
 
 
 def _age(tensor: Tensor) -> int:

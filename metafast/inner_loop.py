@@ -300,6 +300,8 @@ class InnerLoop(nn.Module):
         text = f"{position(task, step, problem.steps)}: loss became {value:g}" + (f" (inner {rates})" if rates else "")
         text += "; lower the inner learning rate, or look for a log or division in the loss"
         if self.nonfinite == "raise":
+            if outcome.draws is not None:
+                outcome.draws.restore()
             raise NonFiniteError(text)
         warn(text, NonFiniteWarning)
 

@@ -19,12 +19,14 @@ from metafast.budget import held
 from metafast.capture import Trace, Unsupported, capture, capture_function
 from metafast.division import Portion
 from metafast.errors import LabelError, position
+from metafast.generators import Draws
 from metafast.graph import Builder, Graph, copy_into
 from metafast.lower import Lowered, NotInterleaved, lower, per_task
 from metafast.normalise import normalise
 from metafast.ops import numel
 from metafast.problem import Objective, Outcome, Problem, hyper_tree
 from metafast.profile import Profile, Row
+from metafast.reach import CHANGES
 from metafast.reference import located
 from metafast.steps import Steps, steps_of
 from metafast.sweep import BACK, SECTIONS, Loop, Section, Store, gradient_section, query_section
@@ -135,6 +137,17 @@ def make_plan(problem: Problem, traces: Mapping[str, Trace], known: Iterable[Pla
 def captured(problem: Problem, known: Mapping[str, Trace] | None = None) -> dict[str, Trace]:
     """What a plan is made of: the traces of support, query, init and update, where they are not `known` yet. Those of
     support and query come with eager PyTorch's loss and gradients on the first task. Raises Unsupported."""
+    draws, drawn = Draws.of(problem), [] if problem.reach is None else problem.reach.draws()
+    try:
+        traces = _captured(problem, known)
+        if problem.reach is not None and problem.reach.draws() != drawn:
+            raise Unsupported("random", "", CHANGES)
+        return traces
+    finally:
+        draws.restore()
+
+
+def _captured(problem: Problem, known: Mapping[str, Trace] | None) -> dict[str, Trace]:
     own = set(map(id, problem.group("param").values()))
     if both := [name for name, buffer in problem.buffers.items() if id(buffer) in own]:
         raise Unsupported(both[0], "", "a buffer that is a parameter as well")

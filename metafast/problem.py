@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 if TYPE_CHECKING:
     from .capture import Trace
+    from .generators import Draws
     from .reach import Reach
     from .updates import UpdateRule
 
@@ -112,7 +113,8 @@ class Outcome:
     objective returned beside the loss, stacked over tasks. `gradients` maps keys of `Problem.wrt` to tensors shaped
     like the leaf (`None` where nothing depends on it), `fast` names of adapted parameters to `(T, *shape)`. `finite` is
     False where the backend knows that a loss is not finite, True where it knows that all are, None where nobody looked;
-    `total` the losses reduced to 0-dim as the problem says, where the backend did so.
+    `total` the losses reduced to 0-dim as the problem says, where the backend did so. `draws` is where the random
+    generators stood before, where the backend may have drawn from them.
     """
 
     losses: Tensor | None = None
@@ -122,6 +124,7 @@ class Outcome:
     fast: dict[str, Tensor] | None = None
     finite: bool | None = None
     total: Tensor | None = None
+    draws: Draws | None = None
 
     def reduced(self, reduction: str) -> Tensor:
         """The losses as `reduction` ("mean", "sum" or "none") wants them."""

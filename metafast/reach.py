@@ -5,14 +5,16 @@ names, class attributes, hooks. A walk over code and objects finds the places; i
 `same()` looks at the places again, which costs microseconds. Of an object that is no module only the attributes that
 some code reached by the walk names are looked at, so that a trainer's step counter makes no new plan.
 
-What no walk can see (files, clocks, settings of libraries, the state of iterators other than counters and generators)
-must not steer a loss.
+What cannot be looked at in microseconds (`refused`: very long containers, iterators of Python's own) keeps a loss from
+going native. What no walk can see (files, clocks, settings of libraries) must not steer a loss.
 """
 
 from __future__ import annotations
 
 import array
+import collections
 import contextvars
+import dis
 import enum
 import functools
 import itertools
@@ -22,16 +24,18 @@ import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Reach"]
+__all__ = ["CHANGES", "Reach"]
+
+CHANGES = "running the losses or the update rule changes what they read (a counter? a random generator?)"
 
 _DEPTH = 24
-_WIDTH = 256  # longer containers are taken for data, and known by identity and length
-_BYTES = 1 << 14  # so are larger NumPy arrays
+_WIDTH = 1 << 16  # longer containers take too long to be looked through at each call
+_BYTES = 1 << 22  # so do larger NumPy arrays
 _MISSING = object()
 _CONSTANTS = (type(None), bool, int, str, bytes, complex, torch.dtype, torch.device, torch.layout, torch.memory_format)
 _CODE = (types.FunctionType, types.MethodType, functools.partial)
@@ -43,6 +47,10 @@ _GLOBAL_HOOKS = tuple(name for name in vars(torch.nn.modules.module) if name.sta
 _RAW = (bytearray, memoryview, array.array)
 _OF_A_FUNCTION = ("__code__", "__defaults__", "__kwdefaults__")
 _OF_A_RULE = frozenset({"_cache", "_changes"})
+_CALLED = frozenset({"init", "update"})  # of an update rule, by us: no code of the user's names them
+_READS_GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")
+_BY_ANY_GLOBAL = frozenset({"globals", "vars", "eval", "exec"})
+_IMPORTS = frozenset({"import_module", "__import__"})
 _ENDS = frozenset({"torch", "metafast", "numpy", *sys.stdlib_module_names})  # code that reads its arguments only
 
 
@@ -51,7 +59,8 @@ class Reach:
 
     `key` is hashable: equal keys mean that a plan made for one state serves the other. It keeps nothing alive but code.
     `code` is the part of it that no state changes: the code of the roots.
-    `draws()` is the state of the random generators among them that PyTorch does not own.
+    `draws()` is the state of the random generators among them that are no module's own; `generators()` reads and sets
+    those that can be set. `refused` says what is among them that cannot be looked at again, or is None.
     """
 
     def __init__(self, model: nn.Module, *roots: Any) -> None:
@@ -69,6 +78,7 @@ class Reach:
         self._tensors = [(t, _tensor_facts(t)) for t in walk.tensors]
         self._computed = walk.computed
         self._generators = walk.generators
+        self.refused = walk.refused
         self._keep = walk.keep
 
     def same(self) -> bool:
@@ -92,8 +102,12 @@ class Reach:
         return [0 if tensor.is_inference() else tensor._version for tensor, _ in self._tensors]
 
     def draws(self) -> list[str]:
-        """The states of Python's and NumPy's generator objects, to see whether a run drew from one."""
-        return [repr(state()) for state in self._generators]
+        """The states of generator objects, to see whether a run drew from one."""
+        return [repr(read()) for read, _ in self._generators]
+
+    def generators(self) -> list[tuple[Callable[[], Any], Callable[[Any], Any]]]:
+        """How to read and to set the states of those that can be set."""
+        return [(read, put) for read, put in self._generators if put is not None]
 
 
 class _Key:
@@ -142,7 +156,8 @@ class _Walk:
         self.lists: list[tuple[Any, Any]] = []
         self.tensors: list[Tensor] = []
         self.computed: list[tuple[Callable[[], Any], Any]] = []
-        self.generators: list[Callable[[], Any]] = []
+        self.generators: list[_State] = []
+        self.refused: str | None = None
         self.keep: list[Any] = []
         self._numbers: dict[int, int] = {}
         self._inside: frozenset[int] = frozenset()
@@ -181,7 +196,8 @@ class _Walk:
         if isinstance(value, (list, tuple, deque, dict, set, frozenset)):
             return self._container(value, depth)
         if isinstance(value, types.ModuleType):
-            return (_Identity(value), self._named(value.__dict__, depth, self._sorted))
+            names = [*self._sorted, "environ"] if "getenv" in self._wanted else self._sorted
+            return (_Identity(value), self._named(value.__dict__, depth, names))
         return self._object(value, depth)
 
     def _number(self, value: Any) -> None:
@@ -221,7 +237,7 @@ class _Walk:
     def _container(self, value: Any, depth: int) -> Any:
         self.sizes.append((value, len(value)))
         if len(value) > _WIDTH:
-            return (_Identity(value), len(value))
+            return self._refuse(value, f"a {type(value).__name__} of {len(value)} entries")
         if isinstance(value, dict):
             items = list(value.items())
             if len(value) > 1:
@@ -238,7 +254,7 @@ class _Walk:
         """Flags, plain attributes, children and hooks; of a module outside the model, parameters and buffers too."""
         own = module.__dict__
         if type(module).__module__.startswith("metafast.") and "_hyper_names" not in own:
-            return _Identity(module)  # an InnerLoop
+            return self._inner_loop(module, depth)
         hyper = own.get("_hyper_names", ())  # of an update rule: leaves of the call, or numbers that become some
         hidden = _INTERNAL.union(_OF_A_RULE, hyper) if hyper else _INTERNAL
         self.places.append(("type", module, None, type(module)))
@@ -249,6 +265,21 @@ class _Walk:
             if (store := own.get(name)) is not None:
                 key.append((name, self._named(store, depth, [entry for entry in store if entry not in hyper])))
         return tuple(key)
+
+    def _inner_loop(self, inner: nn.Module, depth: int) -> Any:
+        """A loss that knows the loop it is the loss of: the options that code names. Hyper-parameters are leaves of the
+        call to the rule alone."""
+        options = [name for name in self._sorted if name in inner.__dict__ and name not in _INTERNAL]
+        key = [_Identity(inner), self._named(inner.__dict__, depth, options)]
+        rule = inner._modules.get("update")
+        if rule is not None and "update" in self._wanted:
+            hyper = [name for name in rule.__dict__.get("_hyper_names", ()) if name in self._wanted]
+            key.append(self._named(rule.__dict__, depth, hyper))
+        return tuple(key)
+
+    def _refuse(self, value: Any, what: str) -> Any:
+        self.refused = self.refused or what
+        return _Identity(value)
 
     def _function(self, f: Any, depth: int) -> Any:
         if isinstance(f, functools.partial):
@@ -262,11 +293,19 @@ class _Walk:
             self.places.append(("cell" if content is not _MISSING else "empty cell", cell, None, content))
             key.append(None if content is _MISSING else self.visit(content, depth + 1))
         if _of_the_user(f.__globals__.get("__name__")):
-            names = sorted(set(_names(f.__code__)))
-            self.names.update(names)
-            key.append(self._named(f.__globals__, depth, names))
+            read = _names(f.__code__)
+            self.names.update(read.all)
+            key.append(self._named(f.__globals__, depth, read.globals))
             key.append(self._named(f.__dict__, depth, self._sorted))
+            key += [self._imported(name, depth) for name in _modules_named(read, f.__globals__)]
         return tuple(key)
+
+    def _imported(self, name: str, depth: int) -> Any:
+        """A module that code imports when it runs, if that has happened."""
+        if name in sys.modules:
+            return self._slot(sys.modules, name, depth)
+        self.sizes.append((sys.modules, len(sys.modules)))
+        return name
 
     def _class(self, cls: type, depth: int) -> Any:
         """What a class of the user's defines itself and inherits, as far as code names it; of others, the forward."""
@@ -284,7 +323,8 @@ class _Walk:
             elif id(base) not in self._numbers:
                 self._number(base)
                 made = base.__name__ in self._wanted  # by code that was reached
-                names = [n for n in own if n == "forward" or n in self._wanted or _special(n, own[n], made)]
+                ours = {"forward", *(_CALLED if _is_rule(cls) else ())}
+                names = [n for n in own if n in ours or n in self._wanted or _special(n, own[n], made)]
                 key.append(self._named(own, depth, names))
         return tuple(key)
 
@@ -300,6 +340,8 @@ class _Walk:
         if (state := _generator_state(value)) is not None:
             self.generators.append(state)
             return _Identity(value)
+        if type(value).__module__ in ("builtins", "itertools") and hasattr(type(value), "__next__"):
+            return self._refuse(value, f"an iterator ({type(value).__name__})")
         if (inside := self._of_a_library(value, depth)) is not None:
             return (type(value), inside)
         owner = _attribute(value, "__self__")
@@ -335,16 +377,23 @@ class _Walk:
         if isinstance(value, weakref.ref):
             return self._read(value, depth)
         if isinstance(value, functools._lru_cache_wrapper):
-            return self.visit(value.__wrapped__, depth + 1)
-        if not isinstance(value, Mapping) or _of_the_user(type(value).__module__) or len(value) > _WIDTH:
+            self.computed.append((filled := functools.partial(_filled, value), filled()))
+            return (filled(), self.visit(value.__wrapped__, depth + 1))
+        if isinstance(value, functools.partialmethod):
+            return tuple([self.visit(part, depth + 1) for part in (value.func, value.args, value.keywords)])
+        if isinstance(value, collections.UserList):
+            return self._slot(value.__dict__, "data", depth)
+        if not isinstance(value, Mapping) or _of_the_user(type(value).__module__):
             return None
+        if len(value) > _WIDTH:
+            return self._refuse(value, f"a {type(value).__name__} of {len(value)} entries")
         items = list(value.items())
         self.computed.append((functools.partial(_same_entries, value, items), True))
         return tuple([(self.visit(k, depth + 1), self.visit(v, depth + 1)) for k, v in items])
 
     def _array(self, value: Any) -> Any:
         if value.nbytes > _BYTES or value.dtype.hasobject:
-            return (_Identity(value), value.shape)
+            return self._refuse(value, f"a NumPy array of {value.nbytes} bytes, dtype {value.dtype}")
         self.computed.append((value.tobytes, value.tobytes()))
         return (type(value), str(value.dtype), value.shape, value.tobytes())
 
@@ -420,14 +469,65 @@ def _of_the_user(module: Any) -> bool:
     return (isinstance(module, str) and module.partition(".")[0] not in _ENDS) or module == "__main__"
 
 
-def _names(code: types.CodeType) -> Iterator[str]:
-    """The names that code reads globals and attributes by, those of functions inside it and getattr's strings."""
-    yield from code.co_names
+class _Names(NamedTuple):
+    all: frozenset[str]  # that globals and attributes are read by, and getattr's strings
+    globals: tuple[str, ...]
+    imported: tuple[str, ...]  # modules
+
+
+_names_of: weakref.WeakKeyDictionary[types.CodeType, _Names] = weakref.WeakKeyDictionary()
+
+
+def _names(code: types.CodeType) -> _Names:
+    """The names in code and in the functions inside it."""
+    found = _names_of.get(code)
+    if found is None:
+        found = _names_of[code] = _read_names(code)
+    return found
+
+
+def _read_names(code: types.CodeType) -> _Names:
+    named, read, imported = set(code.co_names), set(), set()
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in _READS_GLOBALS:
+            read.add(instruction.argval)
+        elif instruction.opname == "IMPORT_NAME":
+            imported.add(instruction.argval)
+    strings = [constant for constant in code.co_consts if isinstance(constant, str)]
+    named.update(s for s in strings if s.isidentifier())
+    if named & _IMPORTS:
+        imported.update(strings)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _names(constant)
-        elif isinstance(constant, str) and constant.isidentifier():
-            yield constant
+            inside = _names(constant)
+            named |= inside.all
+            read.update(inside.globals)
+            imported.update(inside.imported)
+    return _Names(frozenset(named), tuple(sorted(named if named & _BY_ANY_GLOBAL else read)), tuple(sorted(imported)))
+
+
+def _modules_named(read: _Names, globals_: Mapping[str, Any]) -> list[str]:
+    """The modules of the user's that code imports, relative names resolved: all that it may mean."""
+    package = str(globals_.get("__package__") or "")
+    parents = [package.rsplit(".", n)[0] for n in range(package.count(".") + 1)] if package else []
+    names = []
+    for name in read.imported:
+        whole = [name] if name else []
+        relative = [f"{parent}.{name}" if name else parent for parent in parents]
+        names += [n for n in [*whole, *(r for r in relative if r in sys.modules)] if _of_the_user(n)]
+    return names
+
+
+def _is_rule(cls: type) -> bool:
+    from .updates import UpdateRule
+
+    return issubclass(cls, UpdateRule)
+
+
+def _filled(cached: Any) -> tuple[int, int]:
+    """How often a cached function ran, and how many results it holds."""
+    info = cached.cache_info()
+    return info.misses, info.currsize
 
 
 def _slots_of(cls: type) -> Iterator[str]:
@@ -437,17 +537,21 @@ def _slots_of(cls: type) -> Iterator[str]:
             yield name
 
 
-def _generator_state(value: Any) -> Callable[[], Any] | None:
-    """How to read what a generator has come to: one of random numbers that is neither PyTorch's nor a module's global
-    one, a counter, a generator function's."""
+_State = tuple[Callable[[], Any], "Callable[[Any], Any] | None"]
+
+
+def _generator_state(value: Any) -> _State | None:
+    """How to read what a generator has come to, and how to set it: one of random numbers that is no module's own, a
+    counter, a generator function's."""
     if isinstance(value, itertools.count):
-        return lambda: value
+        return lambda: value, None
     if isinstance(value, types.GeneratorType):
-        return lambda: value.gi_frame and (value.gi_frame.f_lasti, *map(id, value.gi_frame.f_locals.values()))
+        return lambda: value.gi_frame and (value.gi_frame.f_lasti, *map(id, value.gi_frame.f_locals.values())), None
+    if isinstance(value, torch.Generator):
+        return lambda: value.get_state().tolist(), lambda state: value.set_state(torch.tensor(state, dtype=torch.uint8))
     kind = f"{type(value).__module__}.{type(value).__name__}"
     if kind == "random.Random":
-        state: Callable[[], Any] = value.getstate
-        return state
+        return value.getstate, value.setstate
     if kind == "numpy.random._generator.Generator":
-        return lambda: value.bit_generator.state
-    return value.get_state if kind == "numpy.random.mtrand.RandomState" else None
+        return lambda: value.bit_generator.state, functools.partial(setattr, value.bit_generator, "state")
+    return (value.get_state, value.set_state) if kind == "numpy.random.mtrand.RandomState" else None

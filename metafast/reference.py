@@ -20,6 +20,7 @@ from . import tasks
 from .batchnorm import Buffers
 from .checkpoints import no_checkpoints, own_graphs
 from .errors import InputError, InputTypeError, LabelError, MetafastError, TaskError, message, position
+from .generators import Draws
 from .problem import Objective, Outcome, Problem, hyper_tree
 from .transforms import eagerly
 
@@ -70,7 +71,7 @@ class Reference:
         with _Replay(problem, differentiate=False, fold=fold) as replay:
             passed = [replay.inner(t) for t in range(problem.tasks)]
             fast = {name: torch.stack([task.params[name] for task in passed]) for name in problem.adapted}
-            return Outcome(fast=fast, step_losses=replay.step_losses(passed))
+            return Outcome(fast=fast, step_losses=replay.step_losses(passed), draws=replay.draws)
 
     def adapt_vjp(self, problem: Problem, cotangents: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
         """See `Backend.adapt_vjp`."""
@@ -137,6 +138,7 @@ class _Replay:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             self._exit = stack.pop_all()
             problem = self.problem
+            self.draws = Draws.of(problem)
             self.frame = _Frame(problem.model)
             self.buffers = Buffers(problem.buffers, problem.places)
             self.param_copies = self._copies("param")
@@ -149,7 +151,9 @@ class _Replay:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         try:
-            if kind is None and self.fold:
+            if kind is not None:  # nothing has happened
+                self.draws.restore()
+            elif self.fold:
                 self.buffers.write_back()
         finally:
             self._exit.close()
@@ -162,13 +166,14 @@ class _Replay:
         params = {name: self.param_copies[name] for name in problem.adapted}
         task = _Task(index, params, self._slices("support", index), self._slices("query", index))
         initial = dict(params)
-        with self._at(index, 0, task.support):
+        with self._at(index, 0, task.support), problem.update.reading(self.hyper):
             state = problem.update.init(dict(params), self.hyper)
         for step in range(problem.steps):
             with self._at(index, step, task.support):
                 grads = self._support_gradient(task, step)
                 k = torch.full((), float(step), dtype=problem.parameter.dtype, device=problem.parameter.device)
-                params, state = problem.update.update(task.params, grads, state, self.hyper, k, initial)
+                with problem.update.reading(self.hyper):
+                    params, state = problem.update.update(task.params, grads, state, self.hyper, k, initial)
                 task.params = _require_same_tree(params, initial)
         return task
 
@@ -276,7 +281,7 @@ class _Replay:
         if self.problem.return_outputs:
             outputs = tasks.stack([task.outputs for task in passed], "outputs of the query objective")
         losses = torch.stack([task.loss for task in passed])
-        return Outcome(losses=losses, step_losses=self.step_losses(passed), outputs=outputs)
+        return Outcome(losses=losses, step_losses=self.step_losses(passed), outputs=outputs, draws=self.draws)
 
     def step_losses(self, passed: list[_Task]) -> Tensor:
         """The support losses, `(T, steps)`."""

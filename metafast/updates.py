@@ -141,13 +141,16 @@ class UpdateRule(nn.Module):
 
     @contextlib.contextmanager
     def reading(self, hyper: Hyper) -> Iterator[None]:
-        """Let a rule that reads `self.lr`, not `hyper["lr"]`, find the same tensor there instead of a number."""
-        numbers = {n: v for n in self._hyper_names if isinstance(v := self.__dict__.get(n), Real)}
-        self.__dict__.update({n: hyper[n] for n in numbers})
+        """Let a rule that reads `self.lr`, not `hyper["lr"]`, find the same tensor there."""
+        stores: tuple[dict[str, Any], ...] = (self.__dict__, self._parameters, self._buffers)
+        own = [(store, name, store[name]) for store in stores for name in self._hyper_names if name in store]
+        for store, name, _ in own:
+            store[name] = hyper[name]
         try:
             yield
         finally:
-            self.__dict__.update(numbers)
+            for store, name, value in own:
+                store[name] = value
 
     @property
     def changes(self) -> int:

@@ -223,6 +223,26 @@ def test_a_model_that_changes_itself_is_soon_planned_no_more_and_warned_of_once(
     assert len(caught) == 1 and made == before
 
 
+def test_a_layer_that_keeps_its_last_output_is_warned_of_once_and_adds_no_leaf() -> None:
+    class Keeping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.last = self.a(x).relu()
+            out: Tensor = self.b(self.last)
+            return out
+
+    model = Keeping().double()
+    inner = metafast.InnerLoop(model, F.mse_loss, update=metafast.SGD(lr=0.1), steps=1)
+    with pytest.warns(metafast.FallbackWarning, match="the forward changes its module: last") as caught:
+        for _ in range(8):
+            inner(*tasks()).backward()
+            assert list(inner.meta_gradient(*tasks())[1]) == [name for name, _ in model.named_parameters()]
+    assert len(caught) == 1
+
+
 def test_a_subclass_of_tensor_is_another_plan() -> None:
     class Doubling(Tensor):
         @classmethod

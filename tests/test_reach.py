@@ -7,9 +7,12 @@ import collections
 import contextvars
 import dataclasses
 import functools
+import importlib
 import itertools
 import operator
+import os
 import random
+import sys
 import types
 import warnings
 import weakref
@@ -291,13 +294,58 @@ def raw_numbers(made: Any) -> tuple[Any, Callable[[], None]]:
     return a_gain(lambda: float(made[0]), lambda: made.__setitem__(0, 2))
 
 
+def method_of_a_class() -> tuple[Any, Callable[[], None]]:
+    own = type("Own", (), {"read": functools.partialmethod(lambda self, gain: gain, 1.0)})
+    other = functools.partialmethod(lambda self, gain: gain, 2.0)
+    return a_gain(lambda: own().read(), lambda: setattr(own, "read", other))  # type: ignore[attr-defined]
+
+
+def imported_by_the_loss() -> tuple[Any, Callable[[], None]]:
+    made = types.ModuleType("settings_of_a_test")
+    made.gain = 1.0  # type: ignore[attr-defined]
+    sys.modules[made.__name__] = made
+
+    def loss(out: Tensor, y: Tensor) -> Tensor:
+        import settings_of_a_test
+
+        return F.mse_loss(out, y) * settings_of_a_test.gain
+
+    return loss, lambda: setattr(made, "gain", 2.0)
+
+
+def imported_by_name() -> tuple[Any, Callable[[], None]]:
+    made = types.ModuleType("other_settings_of_a_test")
+    made.gain = 1.0  # type: ignore[attr-defined]
+    sys.modules[made.__name__] = made
+    read = lambda: importlib.import_module("other_settings_of_a_test").gain  # noqa: E731
+    return a_gain(read, lambda: setattr(made, "gain", 2.0))
+
+
+def environment() -> tuple[Any, Callable[[], None]]:
+    os.environ["GAIN_OF_A_TEST"] = "1"
+    return a_gain(lambda: float(os.getenv("GAIN_OF_A_TEST", "0")), lambda: os.environ.update(GAIN_OF_A_TEST="2"))
+
+
+def cleared_cache() -> tuple[Any, Callable[[], None]]:
+    gain = [2.0]
+    read = functools.lru_cache(lambda: gain[0])
+    read()
+    gain[0] = 3.0
+    return a_gain(read, read.cache_clear)
+
+
 _FUNCTIONS = (keyword_default, other_module, attribute_of_a_callables_class, closure_in_a_closure, order_of_a_dict)
 _FUNCTIONS += (attribute_of_a_function, attribute_of_a_tensor, gradient_of_a_tensor, property_of_a_metaclass)
+_FUNCTIONS += (method_of_a_class, imported_by_the_loss, imported_by_name, environment, cleared_cache)
 _FUNCTIONS += (getattr_that_raises, weak_reference, attribute_getter, context_variable, cached_function)
 _SEEN: dict[str, Any] = {f.__name__: f for f in _FUNCTIONS} | {
     "proxy": lambda: mapping(types.MappingProxyType),
     "chain": lambda: mapping(lambda d: collections.ChainMap({}, d)),  # type: ignore[arg-type]
     "bytes": lambda: raw_numbers(bytearray([1])),
+    "user list": lambda: raw_numbers(collections.UserList([1.0])),
+    "long list": lambda: raw_numbers([1.0] * 5000),
+    "long dict": lambda: raw_numbers(dict.fromkeys(range(5000), 1.0)),
+    "long array": lambda: raw_numbers(np.ones(50000)),
     "array": lambda: raw_numbers(array.array("d", [1.0])),
 }
 
@@ -326,6 +374,90 @@ def test_hooks_on_all_modules_and_what_a_hook_reads_are_seen() -> None:
     finally:
         everywhere.remove()
     agree(inner)
+
+
+class Decay(metafast.UpdateRule):
+    """What it reads is in a global, the class, and an object of its own."""
+
+    beta = 0.0
+
+    def __init__(self, lr: Any) -> None:
+        super().__init__(lr=lr)
+        self.more = types.SimpleNamespace(wd=0.0)
+
+    def update(self, params: Any, grads: Any, state: Any, hyper: Any, k: Any, params0: Any) -> Any:
+        decay = SPACE.decay + self.beta + self.more.wd
+        return {n: p - self.lr * (grads[n] + decay * p) for n, p in params.items()}, state
+
+
+def rate(value: float) -> Tensor:
+    return torch.tensor(value, dtype=F64)
+
+
+@pytest.mark.parametrize("what", ["global", "class", "object", "method", "rate"])
+@pytest.mark.parametrize("kind", [float, rate, lambda v: nn.Parameter(rate(v))], ids=["number", "tensor", "learned"])
+def test_a_change_of_what_a_rule_reads_is_seen(what: str, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SPACE, "decay", 0.0, raising=False)
+    rule = Decay(kind(0.1))
+    inner = metafast.InnerLoop(nn.Linear(3, 2).double(), F.mse_loss, update=rule, steps=2)
+    agree(inner)
+    if what == "global":
+        monkeypatch.setattr(SPACE, "decay", 1.0)
+    elif what == "class":
+        monkeypatch.setattr(Decay, "beta", 1.0)
+    elif what == "object":
+        rule.more.wd = 1.0
+    elif what == "method":
+        monkeypatch.setattr(Decay, "update", lambda self, p, g, s, h, k, p0: ({n: p[n] - g[n] for n in p}, s))
+    else:
+        rule.lr = kind(1.0)
+    agree(inner)
+
+
+def test_a_loss_that_knows_its_loop() -> None:
+    def objective(model: nn.Module, batch: Any) -> Tensor:
+        return F.mse_loss(model(batch[0]), batch[1]) * inner.update.lr / inner.steps  # type: ignore[operator]
+
+    model = nn.Linear(3, 2).double()
+    inner = metafast.InnerLoop(model, objective=objective, update=metafast.SGD(lr=0.1), steps=2)
+    agree(inner)
+    inner.steps = 3
+    agree(inner)
+    inner.update.lr = 0.5  # type: ignore[assignment]
+    agree(inner)
+
+
+def test_an_attribute_is_no_global_of_that_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script calls its loss as the model's code calls a method."""
+    model = nn.Linear(3, 2).double()
+    inner = metafast.InnerLoop(
+        model, lambda out, y: (out - y).square().mean(), update=metafast.SGD(lr=0.1), steps=1, reduction="none"
+    )
+    for step in range(3):
+        losses = inner(*tasks())
+        monkeypatch.setitem(globals(), "mean", losses.mean())
+        losses.mean().backward()
+        monkeypatch.setitem(globals(), "square", step)
+    assert len(dispatch._plans[model]) == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda: iter([1.0, 2.0, 3.0] * 9), "list_iterator"),
+        (lambda: itertools.cycle([1.0, 2.0, 3.0]), "cycle"),
+        (lambda: [1.0] * 70_000, "70000 entries"),
+    ],
+)
+def test_what_takes_too_long_to_look_through_falls_back(make: Callable[[], Any], what: str) -> None:
+    held = make()
+
+    def loss(out: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(out, y) * (held[0] if isinstance(held, list) else next(held))
+
+    inner = metafast.InnerLoop(nn.Linear(3, 2).double(), loss, update=metafast.SGD(lr=0.1), steps=1)
+    with pytest.warns(metafast.FallbackWarning, match=what):
+        inner(*tasks())
 
 
 class Trainer:
@@ -398,6 +530,77 @@ def test_a_loss_that_reads_what_it_changes_falls_back_once(draw: Callable[[], Ca
     assert [w.category for w in caught] == [metafast.FallbackWarning]
     assert "changes what they read" in str(caught[0].message)
     assert len(set(losses)) == 3
+
+
+def with_a_generator() -> tuple[Callable[[], float], Callable[[], None]]:
+    held = torch.Generator()
+    return lambda: float(torch.rand((), generator=held)), lambda: held.manual_seed(0)
+
+
+def with_a_python_generator() -> tuple[Callable[[], float], Callable[[], None]]:
+    held = random.Random()
+    return lambda: held.random(), lambda: held.seed(0)
+
+
+def with_a_numpy_generator() -> tuple[Callable[[], float], Callable[[], None]]:
+    held, start = np.random.default_rng(0), np.random.default_rng(0).bit_generator.state
+    return lambda: held.random(), lambda: setattr(held.bit_generator, "state", start)
+
+
+SEEDED: dict[str, Any] = {
+    "python": lambda: (lambda: random.random(), lambda: random.seed(0)),
+    "numpy": lambda: (lambda: np.random.rand(), lambda: np.random.seed(0)),
+    "generator": with_a_generator,
+    "python generator": with_a_python_generator,
+    "numpy generator": with_a_numpy_generator,
+}
+
+
+@pytest.mark.parametrize("make", SEEDED.values(), ids=SEEDED)
+@pytest.mark.filterwarnings("ignore::metafast.FallbackWarning")
+def test_a_deferred_backward_draws_the_same_again(make: Any) -> None:
+    draw, seed = make()
+    model = nn.Linear(3, 2).double()
+    found = []
+    for reduction in ("mean", "none"):
+        inner = metafast.InnerLoop(
+            model, lambda out, y: F.mse_loss(out, y) * draw(), update=metafast.SGD(lr=0.1), steps=2, reduction=reduction
+        )
+        inner(*tasks())
+        seed()
+        model.zero_grad()
+        inner(*tasks()).mean().backward()
+        found.append([draw(), *(p.grad for p in model.parameters())])
+    assert found[0][0] == found[1][0]  # both leave it where one pass over the tasks did
+    torch.testing.assert_close(found[1][1:], found[0][1:])
+
+
+@pytest.mark.parametrize("make", SEEDED.values(), ids=SEEDED)
+@pytest.mark.parametrize("fails", ["raises", "is not finite"])
+@pytest.mark.filterwarnings("ignore::metafast.FallbackWarning", "ignore::metafast.NonFiniteWarning")
+def test_after_an_error_nothing_has_been_drawn(make: Any, fails: str) -> None:
+    draw, seed = make()
+    wrong = [False]
+
+    def loss(out: Tensor, y: Tensor) -> Tensor:
+        value = F.mse_loss(out, y) * draw()
+        if not wrong[0]:
+            return value
+        if fails == "raises":
+            raise ValueError("no")
+        return value * float("inf")
+
+    inner = metafast.InnerLoop(
+        nn.Linear(3, 2).double(), loss, update=metafast.SGD(lr=0.1), steps=2, nonfinite="raise"
+    )
+    inner(*tasks())
+    seed()
+    expected = draw()
+    seed()
+    wrong[0] = True
+    with pytest.raises(metafast.MetafastError):
+        inner(*tasks())
+    assert draw() == expected
 
 
 def test_the_key_keeps_no_object_alive_and_tells_numbers_apart() -> None:

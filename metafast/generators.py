@@ -1,0 +1,53 @@
+"""Where the random generators that losses may draw from stand: to draw the same again, or as if none had been drawn."""
+
+from __future__ import annotations
+
+import functools
+import random
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from .problem import Problem
+
+__all__ = ["Draws"]
+
+Generator = tuple[Callable[[], Any], Callable[[Any], Any]]
+"""How to read the state of a generator, and how to set it."""
+
+
+class Draws:
+    """The states of PyTorch's, Python's and NumPy's own generators, and of those that the losses of a problem read."""
+
+    def __init__(self, generators: list[Generator]) -> None:
+        self._generators = generators
+        self._states = [read() for read, _ in generators]
+
+    @classmethod
+    def of(cls, problem: Problem) -> Draws:
+        """Of all generators that a run of its losses may draw from."""
+        return cls(_generators(problem))
+
+    def now(self) -> Draws:
+        """Where the same generators stand now."""
+        return Draws(self._generators)
+
+    def restore(self) -> None:
+        """Set all of them back."""
+        for (_, put), state in zip(self._generators, self._states, strict=True):
+            put(state)
+
+
+def _generators(problem: Problem) -> list[Generator]:
+    found: list[Generator] = [(torch.get_rng_state, torch.set_rng_state), (random.getstate, random.setstate)]
+    device = problem.parameter.device
+    if device.type == "cuda":
+        read, put = torch.cuda.get_rng_state, torch.cuda.set_rng_state
+        found.append((functools.partial(read, device), functools.partial(put, device=device)))
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        found.append((numpy.random.get_state, numpy.random.set_state))
+    return found + ([] if problem.reach is None else problem.reach.generators())
