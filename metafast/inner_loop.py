@@ -81,8 +81,8 @@ class InnerLoop(nn.Module):
 
     `steps`, `order`, `reduction`, `return_outputs`, `backend`, `nonfinite` and `memory_budget` are attributes and may
     be set between calls. `parameters()` yields the model's and the learnable hyper-parameters. Random draws in the
-    losses follow PyTorch's generators; a backward that replays draws the same numbers. Running statistics change as in
-    an eager loop over the tasks in order, once a call.
+    losses follow PyTorch's, Python's and NumPy's generators; a backward that replays draws the same numbers. Running
+    statistics change as in an eager loop over the tasks in order, once a call.
 
     **Raises** `InputError` (a ValueError) or `InputTypeError` (a TypeError) for options that cannot be used; a call,
     `BackendError` for a backend that is not there or cannot take the problem, `InputError` for a `memory_budget` that

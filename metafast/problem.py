@@ -142,7 +142,7 @@ class Backend(Protocol):
 
     Laws: results depend on the problem alone, not on threads or on earlier calls; nothing of the user's is changed but
     the running statistics, those once and only where `fold` is true, as the eager loop over the tasks in order would
-    leave them; random draws come from PyTorch's generators, in the order of that loop; returned tensors own their
+    leave them; random draws come from the generators that loop would take, in its order; returned tensors own their
     memory, carry no graph, and alias no leaf.
     """
 
