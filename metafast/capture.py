@@ -17,8 +17,10 @@ the first capture in a process costs what the eager run costs.
 from __future__ import annotations
 
 import contextlib
+import dis
 import random
 import sys
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -148,8 +150,24 @@ def _run_model(
             changed = swapped.leave()
     recorder.refuse_temporaries()
     if changed is not None:
-        recorder.refuse("attribute", f"the forward changes its module: {changed}", Origin())
+        recorder.refuse("attribute", f"the forward changes its module: {changed}", _written_at(model, changed))
     return result, leaves
+
+
+def _written_at(model: nn.Module, changed: str) -> Origin:
+    """The line of a module's class that sets an attribute, else the first that names it."""
+    path, _, name = changed.rpartition(".")
+    module = dict(model.named_modules()).get(path, model)
+    functions = [f for cls in type(module).__mro__ if cls is not nn.Module for f in vars(cls).values()]
+    codes = [f.__code__ for f in functions if isinstance(f, types.FunctionType) and f.__name__ != "__init__"]
+    read = [(code, i) for code in codes if name in code.co_names for i in dis.get_instructions(code)]
+    named = sorted([at for at in read if at[1].argval == name], key=lambda at: at[1].opname != "STORE_ATTR")
+    lines = [(code, _line(code, i.offset)) for code, i in named[:1]]
+    return Origin(path or type(module).__name__, *lines[0]) if lines else Origin(path or type(module).__name__)
+
+
+def _line(code: types.CodeType, offset: int) -> int:
+    return next((line for start, end, line in code.co_lines() if start <= offset < end and line), code.co_firstlineno)
 
 
 def _record(recorder: Recorder, function: Callable[..., Any], *args: Any) -> Any:

@@ -214,7 +214,8 @@ def test_a_model_that_changes_itself_is_soon_planned_no_more_and_warned_of_once(
 
     monkeypatch.setattr(dispatch, "_plan", counted)
     inner = metafast.InnerLoop(Restless(3, 2).double(), F.mse_loss, update=metafast.SGD(lr=0.1), steps=1)
-    with pytest.warns(metafast.FallbackWarning, match="the forward changes its module: seen") as caught:
+    expected = r"Restless: test_dispatch.py:\d+ `self.seen = .*`: the forward changes its module: seen"
+    with pytest.warns(metafast.FallbackWarning, match=expected) as caught:
         for _ in range(2):
             inner(*tasks()).backward()
         before = made
@@ -236,7 +237,7 @@ def test_a_layer_that_keeps_its_last_output_is_warned_of_once_and_adds_no_leaf()
 
     model = Keeping().double()
     inner = metafast.InnerLoop(model, F.mse_loss, update=metafast.SGD(lr=0.1), steps=1)
-    with pytest.warns(metafast.FallbackWarning, match="the forward changes its module: last") as caught:
+    with pytest.warns(metafast.FallbackWarning, match=r"Keeping: test_dispatch.py:\d+ `self.last = .*: last") as caught:
         for _ in range(8):
             inner(*tasks()).backward()
             assert list(inner.meta_gradient(*tasks())[1]) == [name for name, _ in model.named_parameters()]
