@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -293,17 +293,27 @@ class _Replay:
         return located(position(task, step, self.problem.steps), batch)
 
 
-@contextlib.contextmanager
-def located(where: str, batch: Sequence[Tensor]) -> Iterator[None]:
-    """Say where an error of the model, the loss or the update rule came from, and with which tensors of one task."""
-    try:
-        yield
-    except (torch.cuda.OutOfMemoryError, MemoryError, Warning):
-        raise
-    except MetafastError as error:
-        raise type(error)(f"{where}: {error}") from error.__cause__
-    except Exception as error:
-        raise _explained(error, where, batch) from error
+class located:
+    """Say where an error of the model, the loss or the update rule came from, and with which tensors of one task.
+
+    A class, no generator: `contextlib` lets a StopIteration that the loss raised through as it was, since an error of
+    ours caused by one looks as what Python makes of it in a generator (PEP 479). Whoever iterates over calls would
+    take it for the end.
+    """
+
+    def __init__(self, where: str, batch: Sequence[Tensor]) -> None:
+        self.where, self.batch = where, batch
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError, Warning)):
+            return
+        if isinstance(error, MetafastError):
+            raise type(error)(f"{self.where}: {error}") from error.__cause__
+        if isinstance(error, Exception):
+            raise _explained(error, self.where, self.batch) from error
 
 
 def _own(leaf: Tensor) -> Tensor:
@@ -363,4 +373,5 @@ def _explained(error: Exception, where: str, batch: Sequence[Tensor]) -> Excepti
         return LabelError(message(f"{where}: label out of range", got, expected, way_out))
     got = f"a task's tensors {tasks.describe(batch)}"
     way_out = "each task's part of the batch is what the model and the loss see"
-    return TaskError(f"{where}: {type(error).__name__}: {text}; {message('batch', got, 'what they take', way_out)}")
+    raised = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return TaskError(f"{where}: {raised}; {message('batch', got, 'what they take', way_out)}")

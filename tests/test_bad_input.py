@@ -280,6 +280,15 @@ def test_a_model_that_raises_for_one_task(backend: str) -> None:
 
 
 @backends
+def test_a_loss_that_raises_stop_iteration(backend: str) -> None:
+    """Left as it is, it ends the loop over the batches in silence."""
+    ended = loop(mlp(), backend, lambda output, target: F.cross_entropy(output + next(iter([])), target))
+    refused(ended, data(0), data(1), TaskError, "task 0, inner step 0: StopIteration; batch: got")
+    with pytest.raises(TaskError, match="task 0, inner step 0: StopIteration"):
+        list(map(ended.adapt, [data(0)]))
+
+
+@backends
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_scripted_loss_that_branches_on_data(backend: str) -> None:
     """The interpreter makes an error of its own of what capture raises."""
