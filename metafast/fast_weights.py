@@ -26,7 +26,8 @@ class FastWeights(Mapping[str, Tensor]):
     Made by `InnerLoop.adapt`: φ_K of every task, in the model's dtype and on its device. The tensors are
     ordinary ones: any outer loss written in PyTorch may read them, and its backward pass runs the inner loop again for
     the meta-gradient (once: the meta-gradient itself cannot be differentiated). A tied parameter is held once; each of
-    its names finds it. `tasks` is T.
+    its names finds it. `tasks` is T. It is copied, pickled and saved with the model, as its tensors can be: of one with
+    a graph PyTorch makes no deep copy, and pickles the values alone.
 
     **Raises** `KeyError` for a name that did not adapt.
 
@@ -39,7 +40,8 @@ class FastWeights(Mapping[str, Tensor]):
 
     def __init__(self, model: nn.Module, structure: Structure, tensors: Mapping[str, Tensor], count: int) -> None:
         self._model = model
-        self._structure = structure
+        self._structure: Structure | None = structure
+        self._places = structure.places
         self._tensors = dict(tensors)
         self._first = {alias: name for name in tensors for alias in structure.aliases.get(name, (name,))}
         self.tasks = count
@@ -58,6 +60,9 @@ class FastWeights(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name}: {tuple(tensor.shape)}" for name, tensor in self._tensors.items())
         return f"FastWeights({self.tasks} tasks; {shapes})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_structure": None}  # holds places in this model, a copy has one of its own
 
     def task(self, index: int) -> dict[str, Tensor]:
         """The adapted parameters of one task, by name, differentiable: what `torch.func.functional_call` takes.
@@ -91,7 +96,7 @@ class FastWeights(Mapping[str, Tensor]):
         if count != self.tasks:
             way_out = "pass inputs for the tasks that were adapted"
             raise InputError(message(place, f"{count} tasks", f"{self.tasks} tasks", way_out))
-        structure = self._structure
+        structure = self._structure = self._structure or Structure(self._model)
         buffers = Buffers(dict(zip(structure.buffer_names, structure.buffers(), strict=True)), structure.places)
         results = []
         with swapping, no_checkpoints():
@@ -104,7 +109,7 @@ class FastWeights(Mapping[str, Tensor]):
         return tasks.stack(results, "output of the model")
 
     def _forward(self, index: int, args: Any, kwargs: Any, buffers: Buffers) -> Any:
-        places = self._structure.places
+        places = self._places
         named = {place: t[index] for name, t in self._tensors.items() for place in places.get(name, (name,))}
         named.update(buffers.named())
         result = torch.func.functional_call(self._model, named, args, kwargs, tie_weights=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import pickle
 import threading
 import warnings
@@ -245,6 +246,33 @@ def test_fast_weights_is_a_mapping(backend: str) -> None:
         fast["nothing"]
     with pytest.raises(IndexError, match="expected 0"):
         fast.task(TASKS)
+
+
+def saved(value: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@backends
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda f: pickle.loads(pickle.dumps(f)), saved])
+def test_fast_weights_are_copied_pickled_and_saved(backend: str, again: Any) -> None:
+    model = nn.Sequential(mlp(), nn.BatchNorm1d(WAYS, affine=False).double())
+    with torch.no_grad():
+        fast = loop(model, backend).adapt(data(0))
+        twin = again(fast)
+        assert isinstance(twin, metafast.FastWeights) and twin.tasks == TASKS
+        assert list(twin) == list(fast) and all(torch.equal(twin[name], fast[name]) for name in fast)
+        assert torch.equal(twin(data(1)[0]), fast(data(1)[0]))
+
+
+def test_fast_weights_with_a_graph_are_copied_as_tensors_are() -> None:
+    fast = loop(mlp()).adapt(data(0))
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        copy.deepcopy(fast)
+    twin = pickle.loads(pickle.dumps(fast))
+    assert all(tensor.is_leaf and torch.equal(tensor, fast[name]) for name, tensor in twin.items())
 
 
 @backends
