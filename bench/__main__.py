@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench import machine, table
+from bench import machine, options, table
 
 if TYPE_CHECKING:
     from bench.harness import Effort
@@ -28,12 +28,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
     parser.add_argument("workloads", nargs="*", help="names, see --list (default: all of the table)")
     parser.add_argument("--peers", nargs="+", help="contenders, see --list (default: all that are installed)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    parser.add_argument("--json", type=options.writable, metavar="FILE", help="write the results there")
     parser.add_argument("--merge", action="store_true", help="keep what FILE has of other workloads")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the ratios")
+    parser.add_argument("--plot", type=options.picture, metavar="PNG", help="draw the ratios")
     parser.add_argument("--quick", action="store_true", help="tiny workloads, few rounds")
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--rounds", type=int, help="rounds at most (default 15)")
+    parser.add_argument("--threads", type=options.positive, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--rounds", type=options.positive, help="rounds at most (default 15)")
     parser.add_argument("--budget", type=float, help="seconds a contender may use on a workload (default 20)")
     parser.add_argument("--longest", type=float, help="seconds of a call that is not repeated (default 30)")
     parser.add_argument("--limit", type=float, help="seconds a trial in a process of its own may take (default 300)")

@@ -11,9 +11,8 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
-from bench import machine
+from bench import machine, options
 
 
 @dataclass(frozen=True)
@@ -42,9 +41,9 @@ def parser(doc: str) -> argparse.ArgumentParser:
     """The options that every script has."""
     made = argparse.ArgumentParser(description=doc.splitlines()[0])
     made.add_argument("--check", action="store_true", help="end with 1 if a limit is missed")
-    made.add_argument("--json", type=Path, metavar="FILE", help="write claims and machine there")
+    made.add_argument("--json", type=options.writable, metavar="FILE", help="write claims and machine there")
     made.add_argument("--quick", action="store_true", help="small sizes: does the script still run?")
-    made.add_argument("--threads", type=int, default=2)
+    made.add_argument("--threads", type=options.positive, default=2)
     made.add_argument("--child", help=argparse.SUPPRESS)
     return made
 
@@ -58,6 +57,7 @@ def conclude(given: argparse.Namespace, claims: Sequence[Claim]) -> int:
             "machine": machine.describe(given.threads),
             "claims": [asdict(c) | {"holds": c.holds} for c in claims],
         }
+        given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(json.dumps(held, indent=1) + "\n")
     return 1 if given.check and not all(c.holds for c in claims) else 0
 

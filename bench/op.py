@@ -16,13 +16,12 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bench import machine
+from bench import machine, options
 from metafast import _C
 
 TOLERANCE = 1e-4  # relative L2 distance of float32 from float64
@@ -245,8 +244,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Check, time and print the chosen rows."""
     parser = argparse.ArgumentParser(prog="python -m bench.op", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("words", nargs="*", help="only rows whose label contains one of these")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    parser.add_argument("--threads", type=options.positive, nargs="+", default=[1, 2])
+    parser.add_argument("--json", type=options.writable, metavar="FILE", help="write the results there")
     parser.add_argument("--quick", action="store_true", help="short samples: does the script still run?")
     given = parser.parse_args(arguments)
     rows = [r for r in all_rows() if not given.words or any(w in r.label for w in given.words)]
@@ -263,6 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         held = {"machine": machine.describe(max(given.threads)), "isa": _C.isas()[-1]}
         held["roof"] = {n: {"gflops": r[0], "gbs": r[1]} for n, r in roof.items()}
         held["results"] = [asdict(r) for each in results for r in each]
+        given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(json.dumps(held, indent=1) + "\n")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bench import options
 from bench.table import times
 
 COLOURS = {
@@ -69,6 +70,7 @@ def draw(results: Mapping, file: Path) -> None:
         figure.legend(handles=dots, loc="outside upper center", ncols=len(dots), fontsize=7, frameon=False)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+    file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)
     pyplot.close(figure)
 
@@ -77,7 +79,7 @@ def main() -> None:
     """Draw a JSON file."""
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__)
     parser.add_argument("results", type=Path)
-    parser.add_argument("picture", type=Path)
+    parser.add_argument("picture", type=options.picture)
     given = parser.parse_args()
     draw(json.loads(given.results.read_text()), given.picture)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -67,17 +68,17 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
     number("--filters", type=at_least(1), default=default.filters, help="filters in each convolution")
     number("--order", type=int, choices=(1, 2), default=default.order, help="1 is first-order MAML")
     number("--test-tasks", type=at_least(2), default=default.test_tasks, help="tasks from the test alphabets")
-    number("--seed", type=at_least(0), default=default.seed, help="of weights and tasks")
+    number("--seed", type=at_least(0, 2**63 - 1), default=default.seed, help="of weights and tasks")
     number("--threads", type=at_least(1), default=None, help="threads of PyTorch and metafast; theirs if not given")
-    number("--backend", choices=("auto", "native", "cuda", "torch"), default=default.backend, help="who computes")
-    number("--no-reference", dest="reference", action="store_false", default=default.reference,
-           help="do not train a second time on the PyTorch reference")  # fmt: skip
+    number("--backend", choices=("auto", "native", "torch"), default=default.backend, help="who computes")
+    number("--reference", action=argparse.BooleanOptionalAction, default=default.reference,
+           help="train a second time, on the PyTorch reference")  # fmt: skip
     number("--out", type=Path, default=Path("metafast-demo"), help="folder for demo.png and demo.json")
     number("--json", type=Path, default=None, help="write the results here instead; must not exist yet")
 
 
-def at_least(bound: int) -> Callable[[str], int]:
-    """A parser of whole numbers from `bound` up."""
+def at_least(bound: int, most: int | None = None) -> Callable[[str], int]:
+    """A parser of whole numbers from `bound` up, to `most` where it is given."""
 
     def whole(text: str) -> int:
         try:
@@ -86,6 +87,8 @@ def at_least(bound: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number") from None
         if value < bound:
             raise argparse.ArgumentTypeError(f"got {value}, expected {bound} or more")
+        if most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"got {value}, expected {most} or less")
         return value
 
     return whole
@@ -141,9 +144,12 @@ def run_demo(options: argparse.Namespace) -> int:
             train.check_room(data, settings)
         except ValueError as error:
             return fail(str(error))
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            return fail(f"--out {options.out} cannot be made ({error.strerror}); give another folder")
         results = job.run(settings, data, console)
     picture, record = options.out / "demo.png", options.json or options.out / "demo.json"
-    options.out.mkdir(parents=True, exist_ok=True)
     plot.save(results, picture)
     results.seconds = watch.seconds
     write_json(results.as_json(), record)
@@ -168,7 +174,18 @@ def check_outputs(out: Path, record: Path | None) -> str | None:
         return f"--json {record} exists already; give another name, or remove it"
     if record is not None and not record.absolute().parent.is_dir():
         return f"--json {record}: there is no folder {record.absolute().parent}"
+    places = {"--out": out.absolute()} | ({"--json": record.absolute().parent} if record is not None else {})
+    for option, folder in places.items():
+        if (place := closed(folder)) is not None:
+            return f"{option}: nothing can be written in {place}; give another place"
     return None
+
+
+def closed(folder: Path) -> Path | None:
+    """What keeps a folder, which may have to be made first, from being written to: the nearest place above that is
+    there, if it is no folder or takes no files. None where it does."""
+    nearest = next(place for place in (folder, *folder.parents) if os.path.exists(place))
+    return None if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK) else nearest
 
 
 def write_json(record: dict[str, Any], path: Path) -> None:

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: an installed metafast goes first
 
 from bench import __main__ as command
-from bench import answers, claim, flops, harness, op, peers, plot, table, trial, workloads
+from bench import answers, claim, flops, harness, op, options, peers, plot, table, trial, workloads
 from bench.claims import first_call
 
 TINY = workloads.WORKLOADS["tiny-mlp"]
@@ -549,6 +549,30 @@ def test_unknown_names_end_with_the_known_ones():
         command._chosen(["nothing"], {"a": 1, "b": 2}, "workload")
 
 
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (["--threads", "0"], "argument --threads: got 0, expected 1 or more"),
+        (["--threads", "all"], "argument --threads: got 'all', expected a whole number"),
+        (["--rounds", "-1"], "argument --rounds: got -1, expected 1 or more"),
+        (["--plot", "x.txt"], "argument --plot: got a picture of format 'txt', expected one of eps, "),
+        (["--plot", f"{__file__}/x.png"], f"nothing can be written in {__file__}; give another place"),
+        (["--json", f"{__file__}/a/b.json"], f"nothing can be written in {__file__}; give another place"),
+        (["--json", "."], "argument --json: got ., a folder, expected a file"),
+    ],
+)
+def test_bad_options_are_refused_before_any_work(given, text, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command.parse(given)
+    assert ended.value.code == 2 and text in capsys.readouterr().err
+
+
+def test_every_picture_that_the_options_take_can_be_drawn(tmp_path):
+    canvas = pytest.importorskip("matplotlib.backend_bases").FigureCanvasBase
+    assert set(options.PICTURES) <= set(canvas.get_supported_filetypes())
+    assert options.picture(str(tmp_path / "new" / "A.PNG")) == tmp_path / "new" / "A.PNG"
+
+
 @pytest.mark.parametrize("kind", ["fwd", "dx", "dw"])
 @pytest.mark.parametrize(("side", "n_in", "n_out"), [(14, 64, 64), (42, 32, 32)])
 def test_convolutions_of_conv4_are_measured(kind, side, n_in, n_out):
@@ -600,8 +624,8 @@ def test_claims_hold_or_miss():
     assert at_most.holds and at_most.line() == "ok     import: 40 ms (at most 50)"
     assert not at_least.holds and at_least.line().startswith("MISSED threads: 1.5 ×")
     assert not dataclasses.replace(at_most, measured=math.nan).holds
-    options = claim.parser("doc").parse_args(["--check"])
-    assert claim.conclude(options, [at_most]) == 0 and claim.conclude(options, [at_most, at_least]) == 1
+    given = claim.parser("doc").parse_args(["--check"])
+    assert claim.conclude(given, [at_most]) == 0 and claim.conclude(given, [at_most, at_least]) == 1
 
 
 def test_claims_name_workloads_that_exist():

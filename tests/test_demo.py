@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -54,6 +55,7 @@ def test_it_reports(finished: tuple[str, Path]) -> None:
     out, folder = finished
     for text in (
         "Letters:",
+        "20/20  accuracy after 1 inner step ",
         "Accuracy on Greek Armenian Georgian, 20 tasks",
         "tasks/s",
         "plain PyTorch loop",
@@ -62,6 +64,11 @@ def test_it_reports(finished: tuple[str, Path]) -> None:
         assert text in out
     assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in folder.iterdir()) == ["demo.json", "demo.png"]
+
+
+def test_the_accuracy_shown_while_testing_is_that_of_the_table(finished: tuple[str, Path]) -> None:
+    shown = re.findall(r"testing +20/20  accuracy after 1 inner step +([\d.]+) %", finished[0])
+    assert shown == [f"{100 * json.loads((finished[1] / 'demo.json').read_text())['accuracy_after']['mean']:.1f}"]
 
 
 def test_its_numbers(finished: tuple[str, Path]) -> None:
@@ -242,6 +249,8 @@ def test_no_command_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["--inner-lr", "-1"], "argument --inner-lr: got -1, expected a positive number"),
         (["--inner-lr", "nan"], "argument --inner-lr: got nan, expected a positive number"),
         (["--backend", "magic"], "argument --backend: invalid choice: 'magic'"),
+        (["--backend", "cuda"], "argument --backend: invalid choice: 'cuda'"),
+        (["--seed", str(10**20)], f"argument --seed: got {10**20}, expected {2**63 - 1} or less"),
         (["--speed", "9"], "unrecognized arguments: --speed 9"),
     ],
 )
@@ -269,7 +278,35 @@ def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "is a file; give a folder" in capsys.readouterr().err
     assert cli.main(["demo", "--json", str(tmp_path / "no" / "a.json")]) == cli.USAGE
     assert "there is no folder" in capsys.readouterr().err
+    assert cli.main(["demo", "--out", str(mine / "sub" / "er")]) == cli.USAGE
+    assert f"--out: nothing can be written in {mine}; give another place" in capsys.readouterr().err
     assert mine.read_text() == "precious"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_takes_no_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tmp_path.chmod(0o500)
+    for option in (["--out", str(tmp_path / "new")], ["--json", str(tmp_path / "a.json")]):
+        assert cli.main(["demo", *option]) == cli.USAGE
+        assert f"{option[0]}: nothing can be written in {tmp_path}" in capsys.readouterr().err
+    tmp_path.chmod(0o700)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path, environment: dict[str, str]) -> None:
+    """What no look beforehand tells comes before the training as well."""
+    process = start(["demo", "--out", "x" * 300], tmp_path, environment)
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == cli.USAGE and "training" not in out
+    assert re.fullmatch(r"metafast demo: error: --out x+ cannot be made \(.*\); give another folder\n", errors)
+
+
+def test_help_of_the_reference_says_that_it_is_the_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["demo", "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert "--reference, --no-reference train a second time, on the PyTorch reference (default: True)" in words
+    parse = cli.make_parser().parse_args
+    assert [parse(["demo", *o]).reference for o in ([], ["--no-reference"])] == [True, False]
 
 
 def test_missing_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -191,6 +191,7 @@ def test(
     inners = [make_inner(net, settings, backend, steps=count, outputs=True) for count in steps]
     sampler = make_sampler(glyphs, settings, TEST_ALPHABETS, TEST_SEED)
     parts: list[list[Tensor]] = [[] for _ in steps]
+    shown, unit = parts[steps.index(settings.inner_steps)], "step" if settings.inner_steps == 1 else "steps"
     done = 0
     while done < settings.test_tasks and not (done and stop.wanted):
         count = min(TEST_CHUNK, settings.test_tasks - done)
@@ -198,7 +199,8 @@ def test(
         for part, inner in zip(parts, inners, strict=True):
             part.append(hits(inner, support, query))
         done += count
-        at(done, settings.test_tasks, f"accuracy {100 * float(torch.cat(parts[-1]).mean()):4.1f} %")
+        accuracy = f"{100 * float(torch.cat(shown).mean()):4.1f} %"
+        at(done, settings.test_tasks, f"accuracy after {settings.inner_steps} inner {unit} {accuracy}")
     return [Accuracy.of(torch.cat(part)) for part in parts]
 
 
