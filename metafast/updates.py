@@ -192,18 +192,16 @@ class _PerParameter(nn.Module):
                 self._numbers[parameter] = float(value)
 
     def _register(self, parameter: str, value: Tensor) -> None:
+        """Into the stores themselves: `add_module` and its like refuse names of attributes (items, type, half), which
+        modules of a model may have and which nothing here looks up as attributes."""
         *path, last = parameter.split(".")
         owner: nn.Module = self
         for part in path:
-            if part not in owner._modules:
-                owner.add_module(part, nn.Module())
-            child = owner._modules[part]
-            assert child is not None
-            owner = child
+            owner = owner._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
         if isinstance(value, nn.Parameter):
-            owner.register_parameter(last, value)
+            owner._parameters[last] = value
         else:
-            owner.register_buffer(last, value)
+            owner._buffers[last] = value
 
     def _get(self, parameter: str) -> Any:
         if parameter in self._numbers:
@@ -226,7 +224,25 @@ class _PerParameter(nn.Module):
             raise InputError(message(place, f"entries for {unknown}", "names of parameters of the model", way_out))
         if missing:
             raise InputError(message(place, f"no entry for {missing}", "all adapted parameters", way_out))
-        self._first = {name: first[name] for name in self._names}
+        self._require_agreement(place, first)
+        self.__dict__["_first"] = {name: first[name] for name in self._names}  # a module may be called so as well
+
+    def _require_agreement(self, place: str, first: Mapping[str, str]) -> None:
+        """Two names of one tied parameter must not ask for different values: one of them would be taken in silence."""
+        given: dict[str, str] = {}
+        for name in self._names:
+            other = given.setdefault(first[name], name)
+            if not _same(self._get(other), self._get(name)):
+                got, way_out = f"different entries for {other!r} and {name!r}", "keep one of the two"
+                raise InputError(message(place, got, "one for these two names of a tied parameter", way_out))
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two entries are one: the same tensor, or the same number, or plain tensors that were moved apart."""
+    if one is other or not (isinstance(one, Tensor) and isinstance(other, Tensor)):
+        return one is other or (isinstance(one, float) and isinstance(other, float) and one == other)
+    learned = one.requires_grad or other.requires_grad
+    return not learned and one.device == other.device and torch.equal(one, other)
 
 
 def _require_value(place: str, value: Any) -> None:

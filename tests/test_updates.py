@@ -85,6 +85,40 @@ def test_a_mapping_may_mix_kinds_and_name_a_tied_parameter_by_any_name(backend: 
 
 
 @backends
+@pytest.mark.parametrize("name", ["items", "bind", "_names", "_first", "type", "half"])
+def test_a_mapping_names_parameters_of_modules_called_like_attributes(backend: str, name: str) -> None:
+    if backend == "torch" and hasattr(nn.Module, name):
+        pytest.skip("torch.func.functional_call takes the method for the module")
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self._modules[name] = nn.Linear(6, 4).double()
+            self._parameters[name + "_"] = nn.Parameter(scalar(1.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self._parameters[name + "_"] * self._modules[name](x)
+
+    rates = {f"{name}.weight": nn.Parameter(scalar(LR)), f"{name}.bias": scalar(LR), f"{name}_": LR}
+    model, support, query = Named(), data(0), data(1)
+    inner = loop(model, backend, update=metafast.SGD(lr=rates))
+    assert f"update.lr.{name}.weight" in inner.state_dict()
+    close(copy.deepcopy(inner)(support, query), loop(model, backend)(support, query))
+
+
+def test_a_mapping_with_two_rates_for_one_tied_parameter() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).double()
+    model[1].weight = model[0].weight
+    others = {"0.bias": 0.1, "1.bias": 0.1}
+    shared = nn.Parameter(scalar(LR))
+    for one, other in ((0.1, 9.0), (0.1, scalar(0.1)), (nn.Parameter(scalar(LR)), nn.Parameter(scalar(LR)))):
+        with pytest.raises(InputError, match=r"SGD\(lr=...\): got different entries for '0.weight' and '1.weight'"):
+            loop(model, loss=F.mse_loss, update=metafast.SGD(lr={"0.weight": one, "1.weight": other, **others}))
+    for one, other in ((0.1, 0.1), (shared, shared), (scalar(LR), scalar(LR))):
+        loop(model, loss=F.mse_loss, update=metafast.SGD(lr={"0.weight": one, "1.weight": other, **others}))
+
+
+@backends
 def test_one_learned_rate_shared_by_two_parameters_is_one_entry(backend: str) -> None:
     model, support, query = mlp(), data(0), data(1)
     shared = nn.Parameter(scalar(LR))
