@@ -23,10 +23,10 @@ def positive(text: str) -> int:
 def writable(text: str) -> Path:
     """A file that can be written; folders above it that are not there are made when it is."""
     path = Path(text)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise argparse.ArgumentTypeError(f"got {text}, a folder, expected a file")
     nearest = next(place for place in path.absolute().parents if os.path.exists(place))
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+    if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK | os.X_OK):
         raise argparse.ArgumentTypeError(f"got {text}, but nothing can be written in {nearest}; give another place")
     return path
 

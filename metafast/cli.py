@@ -168,11 +168,11 @@ def missing_packages() -> list[str]:
 
 def check_outputs(out: Path, record: Path | None) -> str | None:
     """What is wrong with the places to write to, before an hour's work is lost on it; None if nothing."""
-    if out.exists() and not out.is_dir():
+    if os.path.exists(out) and not os.path.isdir(out):  # those of Path raise for a name that is too long
         return f"--out {out} is a file; give a folder, demo.png and demo.json go into it"
-    if record is not None and record.exists():
+    if record is not None and os.path.exists(record):
         return f"--json {record} exists already; give another name, or remove it"
-    if record is not None and not record.absolute().parent.is_dir():
+    if record is not None and not os.path.isdir(record.absolute().parent):
         return f"--json {record}: there is no folder {record.absolute().parent}"
     places = {"--out": out.absolute()} | ({"--json": record.absolute().parent} if record is not None else {})
     for option, folder in places.items():
@@ -185,7 +185,7 @@ def closed(folder: Path) -> Path | None:
     """What keeps a folder, which may have to be made first, from being written to: the nearest place above that is
     there, if it is no folder or takes no files. None where it does."""
     nearest = next(place for place in (folder, *folder.parents) if os.path.exists(place))
-    return None if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK) else nearest
+    return None if os.path.isdir(nearest) and os.access(nearest, os.W_OK | os.X_OK) else nearest
 
 
 def write_json(record: dict[str, Any], path: Path) -> None:
