@@ -299,6 +299,21 @@ def test_func_grad_of_grad_raises(backend: str, reduction: str) -> None:
 
 
 @backends
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_batched_cotangents_raise(backend: str, reduction: str) -> None:
+    model, support, query = mlp(), data(0), data(1)
+    text = "is_grads_batched=True.*got several cotangents in one, expected one at a time; call torch.autograd.grad once"
+    loss = loop(model, backend, reduction=reduction)(support, query)
+    seeds = torch.eye(loss.numel(), dtype=loss.dtype).reshape(-1, *loss.shape)
+    for create_graph in (False, True):
+        with pytest.raises(TransformError, match=text):
+            torch.autograd.grad(loss, model[0].weight, seeds, is_grads_batched=True, create_graph=create_graph)
+    fast = loop(model, backend).adapt(support)["0.bias"]
+    with pytest.raises(TransformError, match=text):
+        torch.autograd.grad(fast, model[0].weight, torch.stack([fast, fast]).detach(), is_grads_batched=True)
+
+
+@backends
 def test_forward_mode_raises(backend: str) -> None:
     value, params, _, _ = setting(backend)
     with pytest.raises(TransformError, match=r"forward-mode.*expected reverse mode; use torch.func.grad"):
