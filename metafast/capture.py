@@ -218,7 +218,7 @@ def _same_state(a: Any, b: Any) -> bool:
 def _trace(recorder: Recorder, dtype: torch.dtype, outputs: dict[str, Ref], spec: Any, loss: Ref | None) -> Trace:
     recorder.finish()
     r = recorder
-    return Trace(r.calls, r.tensors, dtype, loss, outputs, spec, r.externs, r.stats)
+    return Trace(r.calls, r.tensors, dtype, loss, outputs, spec, r.externs, r.stats, r.reads, r.updates)
 
 
 # ---- what is refused before and after the run ---------------------------------------------------------------------

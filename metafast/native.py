@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -157,7 +157,18 @@ def _captured(problem: Problem, known: Mapping[str, Trace] | None) -> dict[str, 
         traces["query"] = _trace(problem, "query", params)
     if "init" not in traces:
         traces["init"], traces["update"] = _rule_traces(problem, params)
+    _refuse_moving_buffers(traces.values())
     return traces
+
+
+def _refuse_moving_buffers(traces: Collection[Trace]) -> None:
+    """A replay folds its passes' statistics at the end of the call, so each pass would read those of before: of a step,
+    a query or a task the later ones, and every pass of what comes after its own update."""
+    updates = {key for trace in traces for key in trace.updates}
+    for trace in traces:
+        for key, (op, origin) in trace.reads.items():
+            if key in updates:
+                raise Unsupported(op, origin, f"reads {key}, which BatchNorm updates in the same call")
 
 
 def _trace(problem: Problem, part: str, params: Mapping[str, Tensor]) -> Trace:

@@ -131,11 +131,11 @@ def test_train_and_eval_in_turn(backend: str) -> None:
     same_buffers(model, answer.buffers)
 
 
-def check(model: nn.Module, backend: str) -> None:
+def check(model: nn.Module, backend: str, query_objective: Any = None) -> None:
     """Loss, running statistics and gradients are those of the eager loop."""
     support, query = data(0), data(1)
-    answer = expected(model, support, query)
-    inner = loop(model, backend)
+    answer = expected(model, support, query, query_objective=query_objective)
+    inner = loop(model, backend, query_objective=query_objective)
     loss = inner(support, query)
     loss.backward()
     close(loss, answer.losses.mean())
@@ -148,6 +148,49 @@ def check(model: nn.Module, backend: str) -> None:
 @pytest.mark.parametrize("options", [{"track_running_stats": False}, {"affine": False}])
 def test_without_tracking_or_affine(backend: str, options: dict[str, bool]) -> None:
     check(net(**options), backend)
+
+
+class Reading(nn.Module):
+    """Reads a running statistic before its layer moves it, or after."""
+
+    def __init__(self, before: bool) -> None:
+        super().__init__()
+        self.body, self.norm, self.head, self.before = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, WAYS), before
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        scale = self.norm.running_var.clone()
+        x = self.norm(x)
+        return self.head(x * (scale if self.before else self.norm.running_var.clone()))
+
+
+def in_evaluation(model: nn.Module, batch: Any) -> Tensor:
+    model.eval()
+    loss = F.cross_entropy(model(batch[0]), batch[1])
+    model.train()
+    return loss
+
+
+def read_alone(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model[3](model[0](batch[0]) + model[1].running_mean), batch[1])
+
+
+@backends
+@momenta
+@pytest.mark.parametrize("query_objective", [in_evaluation, read_alone])
+def test_the_query_reads_what_the_support_moved(backend: str, momentum: float | None, query_objective: Any) -> None:
+    check(net(momentum), backend, query_objective)
+
+
+@backends
+@pytest.mark.parametrize("before", [False, True])
+def test_statistics_are_read_where_they_move(backend: str, before: bool) -> None:
+    check(Reading(before).double(), backend)
+
+
+def test_a_buffer_that_moves_and_is_read_is_named() -> None:
+    inner = loop(net(), "auto", query_objective=in_evaluation)
+    assert "1.running_mean, which BatchNorm updates in the same call" in inner.explain(data(0), data(1))
 
 
 class Counting(nn.BatchNorm1d):

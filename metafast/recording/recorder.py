@@ -62,6 +62,8 @@ class Recorder:
         self.stats: list[Stat] = []
         self.externs: list[tuple[str, Tensor]] = []
         self.hazard: Unsupported | None = None
+        self.reads: dict[str, tuple[str, Origin]] = {}  # buffers, by the op that first reads their values
+        self.updates: set[str] = set()  # buffers that BatchNorm updates
         self.momenta: dict[str, float | None] = {}  # layers with running statistics, by path
         self.originals: dict[int, str] = {}  # storages of the model's own parameters and buffers
         named = model.named_modules() if model is not None else ()
@@ -72,7 +74,6 @@ class Recorder:
         self._refs: dict[int, Ref] = {}
         self._keep: list[Tensor] = []  # every tensor seen: identities and storages stay unique
         self._storages: dict[int, str] = {}
-        self._dirty: set[str] = set()  # buffers that BatchNorm has updated
         self._undo: list[tuple[Tensor, Tensor]] = []
         # By position in `tensors`, of those made without autograd
         self._stacks: dict[int, list[tuple[CodeType, Origin]]] = {}
@@ -91,8 +92,8 @@ class Recorder:
             key = self._known.get(id(tensor)) or extern_key(tensor)
             self.externs.append((key, tensor))
             return self.leaf(key, tensor)
-        if self._dirty and not updates and (kind := self.kind(tensor)) in self._dirty:
-            self.refuse(op, f"reads {kind} after BatchNorm has updated it")
+        if not updates and (kind := self.kind(tensor)).startswith("buffer/") and kind not in self.reads:
+            self.reads[kind] = op, self.origin()
         return found
 
     def kind(self, tensor: Tensor) -> str:
@@ -268,7 +269,7 @@ class Recorder:
         if not (key.startswith("buffer/") and path in self.momenta and whole):
             self.refuse(info.name, "updates running statistics that are not the buffers of a BatchNorm module")
             return
-        self._dirty.update((key, self.kind(var)))
+        self.updates.update((key, self.kind(var)))
         count = args[0].numel() // max(args[0].shape[1], 1)
         earlier = sum(s.path == path for s in self.stats)
         stat = Stat(path, f"stat/{path}/{earlier}", self.momenta[path], count, len(self.calls))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import linecache
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from types import CodeType
 from typing import Any
@@ -105,6 +105,8 @@ class Trace:
     output_spec: Any
     externs: list[tuple[str, Tensor]]
     stats: list[Stat]
+    reads: Mapping[str, tuple[str, Origin]] = field(default_factory=dict)  # keys of buffers: who first reads them
+    updates: Set[str] = frozenset()  # keys of buffers that BatchNorm updates
     loss: Tensor | None = None
     _leaves: dict[str, Tensor] = field(default_factory=dict)
     _root: Tensor | None = None
