@@ -458,6 +458,15 @@ HAZARDS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "clipped weights": (_clip, "changes parameter layer.weight in place"),
     "counter": (lambda self, h: h + self.count.add_(1), "changes buffer count in place"),
     "outer tensor": (lambda self, h: h + OUTSIDE.add_(1), "changes a tensor found outside in place"),
+    "tensor of tensors": (lambda self, h: h * torch.tensor([[1.0, h.sum()]]).sum(), r"torch\.tensor in Net.*frozen"),
+    "as_tensor of tensors": (lambda self, h: h * torch.as_tensor((h.sum(), h.std())).sum(), "would be frozen"),
+    "new_tensor of tensors": (lambda self, h: h * h.new_tensor([h.sum()]), "would be frozen"),
+    "asarray of tensors": (lambda self, h: h * torch.asarray([h.sum()]), "would be frozen"),
+    "new of tensors": (lambda self, h: h * h.new([h.sum()]), "would be frozen"),
+    "DoubleTensor of tensors": (lambda self, h: h * torch.DoubleTensor([1.0, h.sum()]).sum(), "leave for Python"),
+    "list of tensors as index": (lambda self, h: h[:, [[h[0].argmax(), 0]]], "would be frozen"),
+    "long list of tensors as index": (lambda self, h: h[:, [h[0].argmax()] * 40], "would be frozen"),
+    "str": (lambda self, h: h * len(str(h)), "leave for Python"),
     "sparse": (lambda self, h: h.to_sparse().to_dense(), "aten._to_sparse"),
     "parameter by another way": (lambda self, h: h + self.aliases[0], "past its module's attribute"),
     "half": (lambda self, h: h.half().double(), "float16"),
@@ -572,7 +581,7 @@ def test_what_is_not_a_hazard() -> None:
         assert h.requires_grad and h.shape[1] == 5 and len(h) == 6 and h.dtype == F64
         scale = torch.tensor([0.5, 2.0])
         if scale.max() > 1 and bool(torch.eye(2).sum() == 2):
-            h = h * scale.tolist()[0]
+            h = h * scale.tolist()[0] * torch.tensor([scale[0], 1.0]).sum() + h[[0, 1, 2, 3, 4, 5]]
         h = F.dropout(h, 0.5, training=False) + F.dropout(h, 0.0, training=True)
         h.retain_grad()
         h.detach().argmax(1)

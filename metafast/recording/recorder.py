@@ -163,7 +163,7 @@ class Recorder:
         if info.base in _LIFT and id(args[0]) not in self._refs:
             return self._lift(info, func, args[0])
         refs = self._read(info.name, args, kwargs, updates=_updates_statistics(info, args))
-        static = all(self.kind(t) == _STATIC for t in _tensors((args, kwargs.values())))
+        static = all(self.kind(t) == _STATIC for t in tensors_of((args, kwargs.values())))
         self._refuse_before(info, args, kwargs, static)
         before = _layout(args[0]) if info.reshapes else None
         out = self._draw(info, func, args, kwargs) if info.random else func(*args, **kwargs)
@@ -222,7 +222,7 @@ class Recorder:
             self.refuse(info.name, "draws random numbers")
         before = torch.get_rng_state()
         out = func(*args, **kwargs)
-        elsewhere = any(t.device.type != "cpu" for t in _tensors(out))
+        elsewhere = any(t.device.type != "cpu" for t in tensors_of(out))
         if elsewhere or not torch.equal(before, torch.get_rng_state()):
             self.refuse(info.name, "draws random numbers")
         return out
@@ -243,7 +243,7 @@ class Recorder:
         if info.steers and not static:
             self.refuse(info.name, "its result steers Python, or has a shape that depends on the data")
         if info.base.startswith("index") and len(args) > 1 and isinstance(args[1], (list, tuple)):
-            masks = [t for t in _tensors(args[1]) if t.dtype in (torch.bool, torch.uint8)]
+            masks = [t for t in tensors_of(args[1]) if t.dtype in (torch.bool, torch.uint8)]
             if any(self.kind(t) != _STATIC for t in masks):
                 self.refuse(info.name, "a boolean mask as index makes a shape that depends on the data")
         for tensor in _written(info, args, kwargs):
@@ -357,14 +357,15 @@ def _refs(x: Any) -> Iterator[Ref]:
             yield from _refs(e)
 
 
-def _tensors(x: Any) -> Iterator[Tensor]:
+def tensors_of(x: Any) -> Iterator[Tensor]:
+    """The tensors in nested lists and other iterables."""
     if isinstance(x, Tensor):
         yield x
     elif not isinstance(x, (str, int, float)) and isinstance(x, Iterable):
         for e in x:
-            yield from _tensors(e)
+            yield from tensors_of(e)
 
 
 def _written(info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
     for position, name in info.writes:
-        yield from _tensors(args[position] if position < len(args) else kwargs.get(name))
+        yield from tensors_of(args[position] if position < len(args) else kwargs.get(name))

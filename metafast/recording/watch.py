@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from metafast.recording.recorder import Recorder
+from metafast.recording.recorder import Recorder, tensors_of
 
 
 class Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -32,6 +32,7 @@ class Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 _READS_DATA = "its values leave for Python or NumPy"
+_MADE_OF_VALUES = "makes a tensor of other tensors' values, which would be frozen (torch.stack keeps them)"
 _TAKES_GRADIENT = "a gradient is taken inside the loss"
 _WATCHED: dict[Any, str] = {
     torch.Tensor.register_hook: "a tensor hook changes the gradient out of sight",
@@ -47,8 +48,15 @@ _WATCHED: dict[Any, str] = {
     torch.Tensor.untyped_storage: _READS_DATA,
     torch.Tensor.apply_: _READS_DATA,
     torch.Tensor.map_: _READS_DATA,
+    torch.Tensor.__repr__: _READS_DATA,
+    # Most ways to a number reach the dispatcher; not where torch.DoubleTensor([t, ...]) asks for it
+    torch.Tensor.__float__: _READS_DATA,
+    torch.Tensor.__index__: _READS_DATA,
     torch.Tensor.set_: "replaces a tensor's memory",
 }
+# Their tensors in lists are read element by element in C++, past the dispatcher
+_OF_LISTS = {torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor, torch.Tensor.new}
+_INDEXES = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
 
 
 class Functions(TorchFunctionMode):
@@ -68,9 +76,21 @@ class Functions(TorchFunctionMode):
             recorder.refuse("Tensor.data", "reads or writes a value past autograd")
         elif func is torch.tensor and type(args[0] if args else kwargs["data"]).__module__ == "numpy":
             recorder.refuse("torch.tensor", "reads a NumPy array, whose values would be frozen")
+        elif not all(map(recorder.is_static, _in_lists(func, args, kwargs))):
+            recorder.refuse(_name(func), _MADE_OF_VALUES)
         elif (name := _macro(func, args, kwargs)) is not None:
             return recorder.macro(name, func, args, kwargs)
         return func(*args, **kwargs)
+
+
+def _in_lists(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    """The tensors in lists of which PyTorch makes one tensor; those of a tuple are each an index of its own."""
+    given: Sequence[Any] = ()
+    if func in _OF_LISTS:
+        given = [*args, *kwargs.values()]
+    elif func in _INDEXES:
+        given = args[1] if isinstance(args[1], tuple) else [args[1]]
+    return tensors_of([each for each in given if isinstance(each, (list, tuple))])
 
 
 def _forgotten(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,7 +109,8 @@ def _forgotten(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dic
 
 
 def _name(func: Any) -> str:
-    return str(getattr(func, "__qualname__", func)).replace("TensorBase", "Tensor")
+    name = str(getattr(func, "__qualname__", func))
+    return name.replace("TensorBase", "Tensor").replace("_VariableFunctionsClass", "torch")
 
 
 def _macro(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
