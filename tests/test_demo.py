@@ -296,7 +296,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, environment: dict[str, str
     """What no look beforehand tells comes before the training as well."""
     process = start(["demo", "--out", "x" * 300], tmp_path, environment)
     out, errors = process.communicate(timeout=300)
-    assert process.returncode == cli.USAGE and "training" not in out
+    assert process.returncode == cli.USAGE and "\ntraining" not in out
     assert re.fullmatch(r"metafast demo: error: --out x+ cannot be made \(.*\); give another folder\n", errors)
 
 
