@@ -253,6 +253,30 @@ def test_rules_that_return_another_tree(backend: str, wrong: str) -> None:
         inner(data(0), data(1))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [lambda s, g: torch.cat([s, s]), lambda s, g: s[None], lambda s, g: s + g],
+    ids=["grows", "wraps", "widens"],
+)
+def test_a_state_that_changes_shape_falls_back(change: Any) -> None:
+    """A growing one went native, with a wrong result: its steps read and wrote the part that init had laid out."""
+
+    class Shifty(metafast.UpdateRule):
+        def init(self, params: Any, hyper: Any) -> Any:
+            return {"sum": torch.ones(1, dtype=torch.float64)}
+
+        def update(self, params: Any, grads: Any, state: Any, hyper: Any, k: Tensor, params0: Any) -> Any:
+            s = state["sum"]
+            after = {"sum": change(s, grads["2.bias"])}
+            return {n: p - hyper["lr"] * s.sum() * grads[n] for n, p in params.items()}, after
+
+    text = r"falls back to PyTorch: update in Shifty: its state changes shape from step to step, here from \(1,\) to"
+    model, support, query = mlp(), data(0), data(1)
+    with pytest.warns(metafast.FallbackWarning, match=text):
+        loss = loop(model, "auto", update=Shifty(lr=LR), steps=3)(support, query)
+    assert torch.equal(loss, loop(model, "torch", update=Shifty(lr=LR), steps=3)(support, query))
+
+
 def test_a_rule_without_update() -> None:
     with pytest.raises(InputError, match="override update, or pass update="):
         loop(mlp(), update=metafast.UpdateRule(lr=0.1))
