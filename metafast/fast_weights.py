@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.utils import _pytree as pytree
 from . import tasks
 from .batchnorm import Buffers
 from .checkpoints import no_checkpoints
-from .errors import InputError, message
+from .errors import InputError, InputTypeError, message
 from .reference import located, swapping
 from .structure import Structure
 from .transforms import outside_compile
@@ -68,8 +69,13 @@ class FastWeights(Mapping[str, Tensor]):
         """The adapted parameters of one task, by name, differentiable: what `torch.func.functional_call` takes.
 
         **Arguments**: `index`, a task's number; negative ones count from the end. **Returns** views, each of its
-        parameter's shape. **Raises** `IndexError` for a task that there is not.
+        parameter's shape. **Raises** `IndexError` for a task that there is not, `InputTypeError` for another type.
         """
+        try:
+            index = operator.index(index)
+        except TypeError:
+            got = repr(index)
+            raise InputTypeError(message("FastWeights.task(index)", got, "an int", "pass a task's number")) from None
         if not -self.tasks <= index < self.tasks:
             raise IndexError(f"FastWeights.task: got {index}, expected 0 .. {self.tasks - 1}")
         return {name: tensor[index] for name, tensor in self._tensors.items()}

@@ -243,10 +243,10 @@ class InnerLoop(nn.Module):
 
         **Arguments**: `support`, `query`, as for the call; `repeats`, of which each instruction's least time is taken.
         **Returns** a `Profile`: `print` it, `.rows` and `.sections()` are its numbers, `.save("profile.png")` draws it.
-        Running statistics and `.grad` are left alone. **Raises** `BackendError` where the call falls back to PyTorch.
+        Running statistics and `.grad` are left alone. **Raises** `BackendError` where the call falls back to PyTorch,
+        `InputTypeError` or `InputError` for repeats that are no number from 1 up.
         """
-        if repeats < 1:
-            raise InputError(message("InnerLoop.profile(repeats=...)", repeats, "1 or more", "leave it at 5"))
+        _require_repeats(repeats)
         problem, outline = self._problem(support, query, gradient=True)
         return dispatch.profile(problem, self.backend, outline.weights(problem), repeats)
 
@@ -337,6 +337,14 @@ def _require_budget(value: Any) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
         raise InputTypeError(message(place, repr(value), "an int, in bytes, or None", way_out))
     if value is not None and value < 1:
+        raise InputError(message(place, value, "1 or more", way_out))
+
+
+def _require_repeats(value: Any) -> None:
+    place, way_out = "InnerLoop.profile(repeats=...)", "leave it at 5"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InputTypeError(message(place, repr(value), "an int", way_out))
+    if value < 1:
         raise InputError(message(place, value, "1 or more", way_out))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import namedtuple  # as pytree names the type of every one of them
 from collections.abc import Sequence
 from typing import Any
 
@@ -105,10 +106,11 @@ def require_pair(place: str, spec: pytree.TreeSpec, tensors: Sequence[Tensor]) -
 
     **Raises** `InputError` otherwise.
     """
-    pair = spec is _PAIR or (spec.type in (tuple, list) and _children(spec) == 2)
+    pair = spec is _PAIR or (spec.type in (tuple, list, namedtuple) and _children(spec) == 2)
     if not pair:
         way_out = "pass objective=fn(model, batch) for batches of another nesting"
-        raise InputError(message(place, f"a batch of nesting {spec}", "a pair (x, y)", way_out))
+        nest = pytree.tree_unflatten([_Star()] * len(tensors), spec)
+        raise InputError(message(place, f"a batch of nesting {nest!r}", "a pair (x, y)", way_out))
     for tensor in tensors:
         if tensor.dim() < 2:
             got = f"a tensor of shape {tuple(tensor.shape)}"
@@ -117,6 +119,13 @@ def require_pair(place: str, spec: pytree.TreeSpec, tensors: Sequence[Tensor]) -
         if tensor.numel() == 0:
             got = f"an empty tensor of shape {tuple(tensor.shape)}"
             raise InputError(message(place, got, "at least one example a task", "leave such tasks out"))
+
+
+class _Star:
+    """A tensor in the picture of a nesting."""
+
+    def __repr__(self) -> str:
+        return "*"
 
 
 def describe(tensors: Sequence[Tensor]) -> str:

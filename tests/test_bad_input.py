@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -96,12 +96,32 @@ def test_empty_support_and_query(backend: str) -> None:
     refused(inner, empty, query, InputError, "support: got an empty tensor")
 
 
+class Pair(NamedTuple):
+    x: Any
+    y: Any
+
+
+class Triple(NamedTuple):
+    x: Any
+    y: Any
+    weight: Any
+
+
+@backends
+def test_a_named_tuple_of_two_is_a_pair(backend: str) -> None:
+    inner, (support, query) = loop(mlp(), backend), (data(0), data(1))
+    close(inner(Pair(*support), Pair(*query)), expected(inner.model, support, query).losses.mean())
+    refused(inner, Pair(support, support[1]), query, TaskError, "task 0, inner step 0")
+
+
 @backends
 def test_a_batch_of_another_nesting(backend: str) -> None:
     inner = loop(mlp(), backend)
     (x, y), query = data(0), data(1)
-    refused(inner, {"input": x, "target": y}, query, InputError, "expected a pair .*objective=")
-    refused(inner, (x, y, y), query, InputError, "expected a pair")
+    text = r"support: got a batch of nesting \{'input': \*, 'target': \*\}, expected a pair \(x, y\); pass objective="
+    refused(inner, {"input": x, "target": y}, query, InputError, text)
+    refused(inner, (x, y, y), query, InputError, r"nesting \(\*, \*, \*\), expected a pair")
+    refused(inner, Triple(x, y, y), query, InputError, r"nesting Triple\(x=\*, y=\*, weight=\*\), expected a pair")
     refused(inner, (x, y), x, InputError, "query: .*expected a pair")
     refused(inner, (x.numpy(), y), query, InputTypeError, r"support\[0\]: got ndarray, expected a tensor")
     refused(inner, (), query, InputError, "support: got no tensor")

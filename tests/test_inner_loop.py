@@ -19,6 +19,7 @@ from loops import LR, TASKS, WAYS, backends, check_grads, close, data, expected,
 from torch import Tensor, nn
 
 import metafast
+from metafast.errors import InputTypeError
 
 pytestmark = pytest.mark.filterwarnings("ignore::metafast.FallbackWarning")
 
@@ -246,6 +247,10 @@ def test_fast_weights_is_a_mapping(backend: str) -> None:
         fast["nothing"]
     with pytest.raises(IndexError, match="expected 0"):
         fast.task(TASKS)
+    assert torch.equal(fast.task(torch.tensor(1))["0.bias"], fast["0.bias"][1])  # type: ignore[arg-type]
+    for wrong in (1.0, "a"):
+        with pytest.raises(InputTypeError, match=rf"FastWeights.task\(index\): got {wrong!r}, expected an int; pass a"):
+            fast.task(wrong)  # type: ignore[arg-type]
 
 
 def saved(value: Any) -> Any:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metafast
-from metafast.errors import BackendError, InputError
+from metafast.errors import BackendError, InputError, InputTypeError
 from metafast.sweep import SECTIONS
 
 TASKS, STEPS = 3, 2
@@ -68,3 +68,6 @@ def test_no_repeats_is_an_error() -> None:
     inner, batch = made()
     with pytest.raises(InputError, match="1 or more"):
         inner.profile(batch, batch, repeats=0)
+    for wrong in ("a", 1.5, True):
+        with pytest.raises(InputTypeError, match=rf"repeats=...\): got {wrong!r}, expected an int; leave it at 5"):
+            inner.profile(batch, batch, repeats=wrong)  # type: ignore[arg-type]
