@@ -1,6 +1,7 @@
 """What can fail, and what is warned of.
 
-Every error is a `MetafastError` and, beside it, the built-in exception that fits, so that `except ValueError` works.
+An error is a `MetafastError` and, beside it, the built-in exception that fits, so that `except ValueError` works.
+Running out of memory, a warning made an error, and the `KeyError` and `IndexError` of `FastWeights` stay what they are.
 A message reads: place, got, expected, way out; within a replay the position comes first ("task 3, inner step 2: ...").
 """
 
