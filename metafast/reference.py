@@ -363,7 +363,10 @@ def _require_same_tree(params: Any, initial: Params) -> Params:
 
 def _explained(error: Exception, where: str, batch: Sequence[Tensor]) -> Exception:
     """The error of a model or loss, with its place."""
-    text = str(error)
+    try:
+        text = str(error)
+    except Exception:  # an error that cannot even say what it is keeps its place
+        text = ""
     if isinstance(error, IndexError) and "out of bounds" in text:
         labels = [t for t in batch if not t.is_floating_point() and t.numel()]
         span = ", ".join(f"[{int(t.min())}, {int(t.max())}]" for t in labels) or "unknown"

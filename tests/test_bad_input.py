@@ -309,6 +309,18 @@ def test_a_loss_that_raises_stop_iteration(backend: str) -> None:
 
 
 @backends
+def test_a_loss_whose_error_cannot_be_printed(backend: str) -> None:
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise ValueError("nothing to say")
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        raise Mute
+
+    refused(loop(mlp(), backend, loss), data(0), data(1), TaskError, "task 0, inner step 0: Mute; batch: got")
+
+
+@backends
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_scripted_loss_that_branches_on_data(backend: str) -> None:
     """The interpreter makes an error of its own of what capture raises."""
