@@ -206,6 +206,49 @@ def test_layers_that_insist_on_their_counter(backend: str, layer: Callable[[int]
     check(nn.Sequential(nn.Linear(6, 7), layer(7), nn.Linear(7, WAYS)).double(), backend)
 
 
+class Functional(nn.BatchNorm1d):
+    """Moves its statistics by another momentum, and counts no batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True, 0.2)
+
+
+class Uncounted(nn.Module):
+    """Another module moves the statistics of a layer that does not run, by that layer's momentum."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, True, norm.momentum)
+
+
+class Shared(nn.Sequential):
+    """Two layers of different momenta with the same statistics."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(nn.BatchNorm1d(width), nn.BatchNorm1d(width, momentum=0.5))
+        self.double()  # which would untie them
+        self[1].running_mean, self[1].running_var = self[0].running_mean, self[0].running_var
+
+
+@backends
+@pytest.mark.parametrize("layer", [Functional, Uncounted, Shared])
+def test_statistics_that_move_otherwise_than_their_layer_does(backend: str, layer: Callable[[int], nn.Module]) -> None:
+    model = nn.Sequential(nn.Linear(6, 7), layer(7), nn.Linear(7, WAYS)).double()
+    assert backend == "torch" or "statistics otherwise than" in loop(model, "auto").explain(data(0), data(1))
+    check(model, backend)
+
+
+@backends
+def test_a_layer_alone(backend: str) -> None:
+    model = nn.BatchNorm1d(6).double()
+    assert backend == "torch" or "backend: native" in loop(model, "auto").explain(data(0), data(1))
+    check(model, backend)
+
+
 class Twice(nn.Module):
     """One layer called twice in a pass, and a buffer that a module writes on its own."""
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from metafast.recording.trace import Call, OpInfo, Origin, Ref, Stat, TensorInfo, Unsupported, extern_key, op_info
 
@@ -27,6 +28,7 @@ _STATIC, _VALUE = "static", "value"  # what a storage holds, unless it holds a l
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _MODULE_CALL = nn.Module._call_impl.__code__
+_LAYER_FORWARD = _BatchNorm.forward.__code__
 _user_code: dict[CodeType, bool] = {}
 
 
@@ -262,18 +264,28 @@ class Recorder:
 
     def _batch_norm(self, info: OpInfo, args: tuple[Any, ...]) -> None:
         """Note the running statistics that a pass in training mode updates."""
-        mean, var = args[3], args[4]
-        key = self.kind(mean)
-        path = key.removeprefix("buffer/").rpartition(".")[0]
-        whole = self.tensors[self._refs[id(mean)].id].key == key
-        if not (key.startswith("buffer/") and path in self.momenta and whole):
-            self.refuse(info.name, "updates running statistics that are not the buffers of a BatchNorm module")
+        keys = [self.tensors[self._refs[id(t)].id].key or "" for t in args[3:5]]
+        path = keys[0].removeprefix("buffer/").rpartition(".")[0]
+        flag = _BATCH_NORM[info.base]
+        momentum = args[5 if flag is None else flag + 1]
+        if path not in self.momenta or not self._layer_runs(path, keys) or momentum != (self.momenta[path] or 0.0):
+            self.refuse(info.name, "updates running statistics otherwise than the BatchNorm module that they belong to")
             return
-        self.updates.update((key, self.kind(var)))
+        self.updates.update(keys)
         count = args[0].numel() // max(args[0].shape[1], 1)
         earlier = sum(s.path == path for s in self.stats)
         stat = Stat(path, f"stat/{path}/{earlier}", self.momenta[path], count, len(self.calls))
         self.stats.append(stat)
+
+    def _layer_runs(self, path: str, keys: list[str]) -> bool:
+        """Whether those are the statistics of the layer at `path`, and its own forward, which also counts, runs now."""
+        frame: Any = sys._getframe(1)
+        while frame is not None and frame.f_code is not _RUN and frame.f_code is not _LAYER_FORWARD:
+            frame = frame.f_back
+        layer = frame.f_locals.get("self") if frame is not None else None
+        start = f"buffer/{path}." if path else "buffer/"
+        own = [start + "running_mean", start + "running_var"]
+        return keys == own and self._modules.get(id(layer)) == (path or type(layer).__name__)
 
     # -- origins
 
