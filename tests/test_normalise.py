@@ -100,6 +100,44 @@ def test_integer_inputs_that_are_computed_with_become_real() -> None:
     assert kind(lambda x, y: F.cross_entropy(x, y.view(-1).long())) == "int"
 
 
+BYTES = torch.tensor([[0, 1, 2, 255], [7, 44, 128, 200]], dtype=torch.uint8)
+WRAPS: dict[str, Function] = {
+    "subtraction": lambda x, u: x * (u - 128).to(x.dtype),
+    "subtraction in place": lambda x, u: x * u.clone().sub_(128),
+    "product of two": lambda x, u: x * (u * u),
+    "negation": lambda x, u: x * -u,
+    "less than nothing": lambda x, u: x * (u > -1),  # PyTorch: 255
+    "more than there is": lambda x, u: x * (u >= 300),  # PyTorch: 44
+    "another type's number": lambda x, u: x * (u > torch.tensor(-1)),
+    "filling": lambda x, u: x * u.masked_fill(u > 6, -1),
+    "cast": lambda x, u: x * u.long().to(torch.uint8),
+    "int32": lambda x, u: x * (u.to(torch.int32) * 2),
+}
+STAYS: dict[str, Function] = {
+    "images": lambda x, u: x * (u.to(x.dtype) - 128) / 255,
+    "by a float": lambda x, u: x + u * x + u / (x + 7),
+    "wider": lambda x, u: x * (u.long() - 300),
+    "comparison": lambda x, u: x * (u > 6) + (u == 44) + (u <= 0.5) + (u < u.long() * 2),
+    "moves": lambda x, u: x * torch.cat([u[1:], u.flip(0)[1:]]).clone() + u[[1, 0]].to(torch.int32),
+    "sum": lambda x, u: x * u.sum(),
+    "choice": lambda x, u: x * torch.where(u > 6, u, -1),  # PyTorch makes a uint8 of the number first
+}
+
+
+@pytest.mark.parametrize("name", WRAPS)
+def test_narrow_integers_that_may_wrap_are_refused(name: str) -> None:
+    with pytest.raises(Unsupported, match="wraps around"):
+        _graph(WRAPS[name], {("x", "0"): torch.randn(2, 4, dtype=torch.float64), ("y", "0"): BYTES})
+
+
+@pytest.mark.parametrize("name", STAYS)
+def test_narrow_integers_that_cannot_wrap_go_native(name: str) -> None:
+    x = torch.randn(2, 4, dtype=torch.float64)
+    inputs = {("x", "0"): x, ("y", "0"): BYTES}
+    graph = _graph(STAYS[name], inputs)
+    torch.testing.assert_close(evaluate(graph, _as_reals(graph, inputs))["out"], STAYS[name](x, BYTES))
+
+
 def test_boolean_inputs_are_real() -> None:
     inputs = {("x", "0"): torch.randn(3, 4, dtype=torch.float64), ("y", "0"): torch.rand(3, 4) > 0.5}
     graph = _graph(lambda x, m: torch.where(m, x, 0.0) + (~m).double(), inputs)

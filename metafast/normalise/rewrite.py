@@ -266,6 +266,8 @@ class _Rewriter:
             raise GraphError(f"{call.op}: rewritten as {self.c.shape(content)}, the run gave {info.shape}")
         if isinstance(content, Tensor):
             return content
+        if (narrow := self._may_wrap(call, info)) is not None:
+            raise Unsupported(call.op, call.origin, f"it computes in {narrow}, which wraps around")
         foreign = info.dtype.is_floating_point and info.dtype != self.trace.dtype
         if info.dtype.is_complex or (foreign and not self._exact(call, info)):
             reason = f"its result is {info.dtype}, the parameters are {self.trace.dtype}"
@@ -273,6 +275,22 @@ class _Rewriter:
         if not call.grad and info.dtype.is_floating_point:
             return Stop().get(self.b, content)
         return content
+
+    def _may_wrap(self, call: Call, info: TensorInfo) -> torch.dtype | None:
+        """The integer type narrower than int64 that a call computes in, where it does more than to move or to compare
+        numbers that fit: PyTorch takes −1 for 255 next to a uint8."""
+        base, dtype = _base(call).removesuffix("_"), info.dtype
+        refs = _refs(list(call.args))
+        operands = [torch.empty([0] * len(t.shape), dtype=t.dtype) for t in (self.trace.tensors[r.id] for r in refs)]
+        numbers = [a for a in call.args if isinstance(a, (int, float))]
+        if base in _COMPARES:
+            dtype = torch.result_type(*operands, *numbers)
+        if dtype not in _NARROW or base in _PICKS:
+            return None
+        spans = [_span(t.dtype) for t in operands] + [(n, n) for n in numbers if base in _OF_NUMBERS]
+        low, high = _span(dtype)
+        moves = base in _MOVES | _OF_NUMBERS
+        return None if moves and all(low <= a and b <= high for a, b in spans) else dtype
 
     def _exact(self, call: Call, info: TensorInfo) -> bool:
         """Whether the call only moves elements that its dtype holds as they are: a mask or a choice of constants in
@@ -285,7 +303,19 @@ class _Rewriter:
 
 _SAME = View()  # a second tensor over the same memory
 _MOVES = {"_to_copy", "where", "masked_fill", "clone", "cat", "stack", "repeat", "flip", "roll"}
+_COMPARES = {"gt", "ge", "lt", "le", "eq", "ne"}
+_OF_NUMBERS = _COMPARES | {"where", "masked_fill", "copy", "fill"}  # numbers among their arguments are no dims
+_PICKS = {"index", "index_select", "gather"}  # of the first argument, in its type
+_NARROW = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32}
 _SMALL = {torch.bool, torch.uint8, torch.int8, torch.int16}  # every floating-point dtype of interest holds them
+
+
+def _span(dtype: torch.dtype) -> tuple[float, float]:
+    """The least and the greatest number that a dtype holds."""
+    if dtype == torch.bool:
+        return 0, 1
+    info = torch.finfo(dtype) if dtype.is_floating_point or dtype.is_complex else torch.iinfo(dtype)
+    return info.min, info.max
 
 
 def _base(call: Call) -> str:
