@@ -202,7 +202,7 @@ class _Replay:
 
     def _support_gradient(self, task: _Task, step: int) -> Params:
         """The gradient of the support loss in the adapted parameters; with a graph for second order only."""
-        params = task.params
+        params = task.params = _distinct(task.params)
         with torch.enable_grad():
             if not self.second_order:
                 params = {name: p.detach().requires_grad_() for name, p in params.items()}
@@ -359,6 +359,16 @@ def _require_same_tree(params: Any, initial: Params) -> Params:
         if got != want:
             raise InputError(message(place, f"{got} for {name}", want, way_out))
     return {name: params[name] for name in initial}
+
+
+def _distinct(params: Params) -> Params:
+    """One tensor given for several parameters is several values: autograd would give each the gradient of all."""
+    seen: set[int] = set()
+    made = {}
+    for name, value in params.items():
+        made[name] = value.view_as(value) if id(value) in seen else value
+        seen.add(id(value))
+    return made
 
 
 def _explained(error: Exception, where: str, batch: Sequence[Tensor]) -> Exception:

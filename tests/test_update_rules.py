@@ -220,6 +220,28 @@ def test_a_state_that_holds_no_tensor(backend: str, state: Any) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("order", [1, 2])
+def test_one_tensor_for_two_parameters_is_two_values(backend: str, order: int) -> None:
+    """Each has the gradient of its own place, as if the second were a copy."""
+    require(backend)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    batch = torch.randn(2, 4, 3, dtype=torch.float64), torch.randn(2, 4, 3, dtype=torch.float64)
+
+    def gradients(backend: str, again: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        def update(params: Params, grads: Params, state: Any, hyper: Any, *_: Any) -> Any:
+            w = params["0.weight"] - hyper["lr"] * grads["2.weight"]
+            made = {n: p - hyper["lr"] * grads[n] for n, p in params.items()}
+            return {**made, "0.weight": w, "2.weight": again(w)}, state
+
+        rule = metafast.UpdateRule(update=update, lr=0.1)
+        loop = metafast.InnerLoop(model, nn.MSELoss(), update=rule, steps=3, order=order, backend=backend)
+        return loop.meta_gradient(batch, batch)[1]
+
+    assert_same(gradients(backend, lambda w: w), gradients("torch", torch.clone))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_subclass(backend: str) -> None:
     """A rule as a class of one's own gives what the pair of functions gives."""
 
