@@ -46,7 +46,13 @@ class LossObjective:
         output = model(x)
         if isinstance(y, Tensor) and y.is_cuda:
             require_labels(self.loss, output, y)
-        return self.loss(output, y), output
+        try:
+            return self.loss(output, y), output
+        except RuntimeError:
+            if not isinstance(y, Tensor) or y.dtype != torch.uint8:
+                raise
+        # As a leaf uint8 is not widened: it may be an image, or a mask. Some ops of PyTorch take no such labels.
+        return self.loss(output, y.long()), output
 
 
 def require_labels(loss: Loss, output: Any, target: Tensor) -> None:

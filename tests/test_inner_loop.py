@@ -583,6 +583,24 @@ def test_labels_of_any_integer_type(backend: str, name: str) -> None:
     close(loss, expected(model, (x, y), query).losses.mean())
 
 
+LOSSES_OF_LONGS: dict[str, Any] = {  # in which PyTorch itself takes no uint8
+    "smoothed": lambda o, y: F.cross_entropy(o, y, weight=torch.ones(WAYS, dtype=o.dtype), label_smoothing=0.1),
+    "one_hot": lambda o, y: (o * F.one_hot(y, WAYS)).mean(),
+    "many places": lambda o, y: F.cross_entropy(o[:, :, None], y[:, None]),
+}
+
+
+@backends
+@pytest.mark.parametrize("name", LOSSES_OF_LONGS)
+def test_bytes_as_labels_of_losses_that_want_longs(backend: str, name: str) -> None:
+    (x, y), query, loss = data(0), data(1), LOSSES_OF_LONGS[name]
+    want = loop(mlp(), "torch", loss)((x, y), query)
+    inner = loop(mlp(), backend, loss)
+    bytes_ = (x, y.byte()), (query[0], query[1].byte())
+    close(inner(*bytes_), want)
+    assert backend == "torch" or "backend: native" in inner.explain(*bytes_)
+
+
 class Attending(nn.Module):
     def __init__(self) -> None:
         super().__init__()
