@@ -95,6 +95,8 @@ def _first_task(key: str, leaf: Tensor) -> Tensor:
 class _Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes every argument that requires grad and was there before: a leaf, or made by an older autograd node."""
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         probe = torch.zeros((), requires_grad=True)

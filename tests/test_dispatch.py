@@ -244,6 +244,28 @@ def test_a_layer_that_keeps_its_last_output_is_warned_of_once_and_adds_no_leaf()
     assert len(caught) == 1
 
 
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_an_operator_on_functions_falls_back(backend: str) -> None:
+    def loss(o: Tensor, y: Tensor) -> Tensor:
+        (chosen,) = torch.cond(o.sum() > 0, lambda x: (x * 2,), lambda x: (x * 3,), (o,))
+        return F.mse_loss(chosen, y)
+
+    def plain(o: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(torch.where(o.sum() > 0, o * 2, o * 3), y)
+
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    batch = torch.randn(3, 4, 3), torch.randn(3, 4, 2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loop = metafast.InnerLoop(model, loss, update=metafast.SGD(0.1), steps=1, order=1, backend=backend)
+        got = loop.meta_gradient(batch, batch)
+    want = metafast.InnerLoop(model, plain, update=metafast.SGD(0.1), steps=1, order=1).meta_gradient(batch, batch)
+    loud = [str(w.message) for w in caught if w.category is metafast.FallbackWarning]
+    assert backend == "torch" or "cond in" in loud[0]
+    torch.testing.assert_close(got, want)
+
+
 def test_a_subclass_of_tensor_is_another_plan() -> None:
     class Doubling(Tensor):
         @classmethod

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from metafast.recording.trace import Call, OpInfo, Origin, Ref, Stat, TensorInfo, Unsupported, extern_key, op_info
@@ -160,6 +161,9 @@ class Recorder:
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make one call of the dispatcher, and write it down."""
         if self._paused:
+            return func(*args, **kwargs)
+        if isinstance(func, HigherOrderOperator):
+            self.refuse(func.name(), "an operator on functions (torch.cond, map, scan) has no native form")
             return func(*args, **kwargs)
         info = op_info(func)
         if info.base in _LIFT and id(args[0]) not in self._refs:

@@ -17,6 +17,8 @@ from metafast.recording.recorder import Recorder, tensors_of
 class Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Hands every call of the dispatcher to the recorder."""
 
+    supports_higher_order_operators = True  # so that torch.cond and its like reach the recorder
+
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._recorder = recorder
