@@ -81,16 +81,16 @@ def fold(module: _NormBase, means: Tensor, variances: Tensor) -> None:
     if module.num_batches_tracked is not None:
         seen = int(module.num_batches_tracked)
         module.num_batches_tracked.add_(passes)
-    weights = _weights(module.momentum, seen, passes)
-    kept = 1.0 - sum(weights)
+    weights, kept = _weights(module.momentum, seen, passes)
     with torch.no_grad():
         share = torch.tensor(weights, dtype=means.dtype, device=means.device)
         for running, values in ((module.running_mean, means), (module.running_var, variances)):
             running.mul_(kept).add_(share @ values)
 
 
-def _weights(momentum: float | None, seen: int, passes: int) -> list[float]:
-    """The weight of each pass in the final running value; what is left to 1 stays with the old one."""
+def _weights(momentum: float | None, seen: int, passes: int) -> tuple[list[float], float]:
+    """The weight of each pass in the final running value, and that of the old one. They add up to 1, but what is left
+    of that has no right digit where the old one's share is small."""
     if momentum is None:  # each of the seen + passes batches weighs the same
-        return [1.0 / (seen + passes)] * passes
-    return [momentum * (1.0 - momentum) ** (passes - 1 - i) for i in range(passes)]
+        return [1.0 / (seen + passes)] * passes, seen / (seen + passes)
+    return [momentum * (1.0 - momentum) ** (passes - 1 - i) for i in range(passes)], (1.0 - momentum) ** passes

@@ -317,6 +317,13 @@ def test_fold_is_the_layers_own_recurrence(momentum: float | None) -> None:
         same_buffers(layer, dict(want.named_buffers()))
 
 
+def test_what_fold_keeps_of_a_large_value_is_exact() -> None:
+    layer = nn.BatchNorm1d(1, momentum=0.7).double()
+    layer.running_mean.fill_(1e18)
+    fold(layer, torch.zeros(24, 1, dtype=torch.float64), torch.ones(24, 1, dtype=torch.float64))
+    assert float(layer.running_mean) == pytest.approx(1e18 * 0.3**24, rel=1e-13)
+
+
 def test_tracked() -> None:
     model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3, track_running_stats=False), nn.BatchNorm1d(3))
     model[2].eval()
