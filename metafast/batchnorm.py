@@ -7,13 +7,17 @@ call, to what the eager loop over the tasks in order would leave, and never in a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.module import register_module_forward_pre_hook
 
-__all__ = ["Buffers", "copied", "fold", "tracked"]
+__all__ = ["Buffers", "copied", "fold", "tracked", "unmoved"]
 
 
 class Buffers:
@@ -64,6 +68,30 @@ def tracked(model: nn.Module) -> dict[str, _NormBase]:
         for name, module in model.named_modules()
         if isinstance(module, _NormBase) and module.training and module.running_mean is not None
     }
+
+
+@contextlib.contextmanager
+def unmoved() -> Iterator[None]:
+    """A run that is only to look: layers that it passes, wherever they are held, get their running statistics back.
+
+    Nothing else is restored: what a run fills once, and notes in Python that it has, is to stay filled.
+    """
+    saved: dict[int, tuple[Tensor, Tensor]] = {}
+    thread = threading.get_ident()
+
+    def save(module: nn.Module, args: Any) -> None:
+        if isinstance(module, _NormBase) and module.training and threading.get_ident() == thread:
+            for buffer in module.buffers(recurse=False):
+                saved.setdefault(id(buffer), (buffer, buffer.detach().clone()))
+
+    hook = register_module_forward_pre_hook(save)
+    try:
+        yield
+    finally:
+        hook.remove()
+        with torch.no_grad():
+            for buffer, before in saved.values():
+                buffer.copy_(before)
 
 
 def fold(module: _NormBase, means: Tensor, variances: Tensor) -> None:

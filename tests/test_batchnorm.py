@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from loops import LR, TASKS, WAYS, backends, close, data, expected, loop
 from torch import Tensor, nn
 
+import metafast
 from metafast.batchnorm import fold, tracked
 
 pytestmark = pytest.mark.filterwarnings("ignore::metafast.FallbackWarning")
@@ -282,6 +283,26 @@ def test_a_layer_used_twice_and_buffers_written_by_the_model(backend: str) -> No
     assert int(model.passes) == 3 * TASKS
     close(model.norm.running_mean, reference.norm.running_mean)
     close(model.norm.running_var, reference.norm.running_var)
+
+
+@backends
+@momenta
+def test_a_layer_outside_the_model_makes_the_passes_of_the_loop(backend: str, momentum: float | None) -> None:
+    teacher, support, query = net(momentum), data(0), data(1)
+    reference = copy.deepcopy(teacher)
+    inner = metafast.InnerLoop(
+        nn.Linear(6, WAYS).double(),
+        objective=lambda m, b: F.mse_loss(m(b[0]), teacher(b[0])),
+        update=metafast.SGD(LR),
+        steps=2,
+        backend=backend,
+    )
+    for _ in range(2):
+        inner.meta_gradient(support, query)
+        for t in range(TASKS):
+            for x in (support[0], support[0], query[0]):
+                reference(x[t])
+        same_buffers(teacher, dict(reference.named_buffers()))
 
 
 @backends
