@@ -57,6 +57,13 @@ def _kinks(t: Tensor) -> Tensor:
     return t
 
 
+def _infinite(t: Tensor) -> Tensor:
+    """Kinks, and infinities of both signs."""
+    t = _kinks(t)
+    t.view(-1)[-2:] = torch.tensor([math.inf, -math.inf], dtype=t.dtype)
+    return t
+
+
 def _small_kinks(t: Tensor) -> Tensor:
     return _kinks(t).clamp(-4, 4)
 
@@ -96,6 +103,7 @@ for _n in _ROUND:
     case(_n, A, make=_small_kinks)(lambda x, n=_n: x * getattr(torch, n)(x))
 case("round.halves", (2, 8))(lambda x: torch.round(torch.arange(-4.0, 4.0, 0.5, dtype=x.dtype).view(2, 8) + 0 * x))
 case("hardswish", A, make=_kinks)(F.hardswish)
+case("hardswish.infinite", A, make=_infinite)(F.hardswish)
 case("logaddexp", A, V, make=_kinks)(torch.logaddexp)
 case("logaddexp.inf", A, A)(
     lambda x, y: torch.logaddexp(torch.where(x > 0.5, -math.inf, x), torch.where(x < -0.5, -math.inf, y))
@@ -405,6 +413,10 @@ for _r in ("mean", "sum", "none"):
     case(f"smooth_l1.{_r}", A, V, make=_kinks)(
         lambda x, y, r=_r: F.smooth_l1_loss(x, y.expand_as(x), reduction=r, beta=0.5)
     )
+    case(f"smooth_l1.{_r}.infinite", A, make=_infinite)(
+        lambda x, r=_r: F.smooth_l1_loss(x, torch.ones_like(x), reduction=r)
+    )
+    case(f"huber.{_r}.infinite", A, make=_infinite)(lambda x, r=_r: F.huber_loss(x, torch.ones_like(x), reduction=r))
     case(f"huber.{_r}", A, A, make=_kinks)(lambda x, y, r=_r: F.huber_loss(x, y, reduction=r, delta=0.5))
     case(f"bce_logits.{_r}", A, A, A, V)(
         lambda x, y, w, p, r=_r: F.binary_cross_entropy_with_logits(

@@ -120,8 +120,9 @@ def _smooth_l1(c: Context, x: Any, y: Any, reduction: int = 1, beta: float = 1.0
     size = c("abs", gap)
     if beta == 0:
         return c.reduce(size, reduction)
-    near = c("mul", c("square", gap), 0.5 / beta)
-    return c.reduce(c("where", c("lt", size, beta), near, c("sub", size, 0.5 * beta)), reduction)
+    close = c("lt", size, beta)
+    near = c("mul", c("square", c("where", close, gap, 0.0)), 0.5 / beta)
+    return c.reduce(c("where", close, near, c("sub", size, 0.5 * beta)), reduction)
 
 
 @rule("huber_loss")
@@ -129,7 +130,9 @@ def _huber(c: Context, x: Any, y: Any, reduction: int = 1, delta: float = 1.0) -
     gap = c("sub", x, y)
     size = c("abs", gap)
     far = c("mul", c("sub", size, 0.5 * delta), delta)
-    return c.reduce(c("where", c("le", size, delta), c("mul", c("square", gap), 0.5), far), reduction)
+    close = c("le", size, delta)
+    near = c("mul", c("square", c("where", close, gap, 0.0)), 0.5)
+    return c.reduce(c("where", close, near, far), reduction)
 
 
 # ---- probabilities --------------------------------------------------------------------------------------------

@@ -316,8 +316,10 @@ def _hardsigmoid(c: Context, x: Any) -> Value:
 
 @rule("hardswish")
 def _hardswish(c: Context, x: Any) -> Value:
-    bend = c("mul", c("mul", x, c("add", x, 3.0)), 1.0 / 6.0)
-    return c("where", c("le", x, -3.0), 0.0, c("where", c("lt", x, 3.0), bend, x))
+    inside = c("lt", c("abs", x), 3.0)
+    near = c("where", inside, x, 0.0)
+    bend = c("mul", c("mul", near, c("add", near, 3.0)), 1.0 / 6.0)
+    return c("where", inside, bend, c("where", c("le", x, -3.0), c("mul", x, 0.0), x))
 
 
 @rule("leaky_relu")
