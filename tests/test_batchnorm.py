@@ -189,6 +189,26 @@ def test_statistics_are_read_where_they_move(backend: str, before: bool) -> None
     check(Reading(before).double(), backend)
 
 
+class Warming(nn.Module):
+    """Reads how many batches its layer has seen, as a number or as a tensor."""
+
+    def __init__(self, steers: bool) -> None:
+        super().__init__()
+        self.norm, self.head, self.steers = nn.BatchNorm1d(6), nn.Linear(6, WAYS), steers
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, seen = self.norm(x), self.norm.num_batches_tracked
+        if self.steers:
+            return self.head(x if seen == 3 else 2 * x)
+        return self.head(x / (1 + seen))
+
+
+@backends
+@pytest.mark.parametrize("steers", [False, True])
+def test_the_counter_of_batches_is_read_where_it_moves(backend: str, steers: bool) -> None:
+    check(Warming(steers).double(), backend)
+
+
 def test_a_buffer_that_moves_and_is_read_is_named() -> None:
     inner = loop(net(), "auto", query_objective=in_evaluation)
     assert "1.running_mean, which BatchNorm updates in the same call" in inner.explain(data(0), data(1))

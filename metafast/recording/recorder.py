@@ -275,7 +275,7 @@ class Recorder:
         if path not in self.momenta or not self._layer_runs(path, keys) or momentum != (self.momenta[path] or 0.0):
             self.refuse(info.name, "updates running statistics otherwise than the BatchNorm module that they belong to")
             return
-        self.updates.update(keys)
+        self.updates.update([*keys, keys[0].removesuffix("running_mean") + "num_batches_tracked"])
         count = args[0].numel() // max(args[0].shape[1], 1)
         earlier = sum(s.path == path for s in self.stats)
         stat = Stat(path, f"stat/{path}/{earlier}", self.momenta[path], count, len(self.calls))

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from metafast.recording.recorder import Recorder
 
@@ -33,6 +35,8 @@ class Swapped:
         self._model, self._recorder = model, recorder
         self._copies: dict[int, Tensor] = {}
         self._stores: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = []
+        self._counters: dict[int, Tensor] = {}  # by module
+        self._hooks: list[RemovableHandle] = []
         self._modules: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = []
 
     def enter(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -43,11 +47,14 @@ class Swapped:
             before = dict(module._parameters), dict(module._buffers)
             self._swap(path, "param", module._parameters, params, leaves)
             self._swap(path, "buffer", module._buffers, buffers, leaves)
-            self._hide_counter(path, module)
+            self._find_counter(path, module)
             for store, old in zip((module._parameters, module._buffers), before, strict=True):
                 self._stores.append((path, store, old, dict(store)))
         for key, copy in leaves.items():
             self._recorder.leaf(key, copy)
+        if self._counters:
+            show = register_module_forward_hook(self._show, always_call=True)
+            self._hooks = [register_module_forward_pre_hook(self._hide), show]
         return leaves
 
     def _swap(
@@ -65,19 +72,29 @@ class Swapped:
                     self._recorder.originals[own.untyped_storage()._cdata] = full
             store[name] = self._copies[id(own)]
 
-    def _hide_counter(self, path: str, module: nn.Module) -> None:
-        """A layer that sees no counter of its batches neither writes nor reads one; its passes are folded elsewhere."""
+    def _hide(self, module: nn.Module, args: Any) -> None:
+        """While a layer runs: one that sees no counter of its batches neither writes nor reads it, and its passes are
+        folded elsewhere. Whoever else reads the counter is seen to read what moves."""
+        if id(module) in self._counters:
+            module._buffers[_COUNTER] = None
+
+    def _show(self, module: nn.Module, args: Any, result: Any) -> None:
+        if id(module) in self._counters:
+            module._buffers[_COUNTER] = self._counters[id(module)]
+
+    def _find_counter(self, path: str, module: nn.Module) -> None:
+        """Note a layer whose counter is to be hidden."""
         if not (isinstance(module, _NormBase) and module.training and module.running_mean is not None):
             return
         forward = getattr(module.forward, "__func__", module.forward)
         code = getattr(forward, "__code__", None)
         if forward is not _BatchNorm.forward and (code is None or _COUNTER in code.co_names):
             return  # it may insist on its counter (SyncBatchNorm does), and writing to that is refused
-        counted = module._buffers.get(_COUNTER) is not None
-        momentum = module.momentum if counted else module.momentum or 0.0
+        counter = module._buffers.get(_COUNTER)
+        momentum = module.momentum if counter is not None else module.momentum or 0.0
         self._recorder.momenta.setdefault(path, momentum)
-        if counted:
-            module._buffers[_COUNTER] = None
+        if counter is not None:
+            self._counters[id(module)] = counter
 
     def _save(self, path: str, module: nn.Module) -> None:
         plain = {k: v for k, v in module.__dict__.items() if k not in _STORES}
@@ -87,6 +104,8 @@ class Swapped:
     def leave(self) -> str | None:
         """Restore everything; returns the path of an attribute that had changed, if one had."""
         changed: list[str] = []
+        for hook in self._hooks:
+            hook.remove()
         for path, store, before, swapped in self._stores:
             changed += [_join(path, n) for n in {**store, **swapped} if store.get(n) is not swapped.get(n)]
             store.clear()
