@@ -46,25 +46,26 @@ class Surroundings:
     """What a replay needs to see as the first pass saw it: random state, autocast, buffers."""
 
     def __init__(self, problem: Problem) -> None:
-        kind = problem.parameter.device.type
-        self._draws = Draws.of(problem)
+        device = problem.parameter.device
+        self._cuda = [device] if device.type == "cuda" else []
+        kind = device.type
         self._autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        self._cpu_state = torch.get_rng_state()
+        self._cuda_states = [torch.cuda.get_rng_state(d) for d in self._cuda]
         self.buffers = copied(problem.buffers)
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
         """Draw the same random numbers as the first pass, leave the generators as they are."""
-        now = self._draws.now()
-        self.rewind()
-        try:
-            with self.precision():
-                yield
-        finally:
-            now.restore()
+        with torch.random.fork_rng(self._cuda), self.precision():
+            self.rewind()
+            yield
 
     def rewind(self) -> None:
         """Set the generators to where the first pass began."""
-        self._draws.restore()
+        torch.set_rng_state(self._cpu_state)
+        for device, state in zip(self._cuda, self._cuda_states, strict=True):
+            torch.cuda.set_rng_state(state, device)
 
     def precision(self) -> torch.autocast:
         """The autocast setting of the first pass."""
@@ -91,6 +92,7 @@ class Call(ABC):
 
     differentiable = 1
     surroundings: Surroundings | None = None
+    draws: Draws | None = None  # where the generators stood before the first pass, if its backend may have drawn
     read: tuple[Any, list[int]] | None = None
 
     def __init__(self, problem: Problem, backend: str, check: Check, *, ready: bool = False) -> None:
@@ -138,7 +140,8 @@ class Call(ABC):
                 "closure, a mode), than in the forward pass, expected it unchanged; call backward first: it runs the "
                 "tasks again"
             )
-        with self.surroundings.again(), torch.no_grad():
+        drawing = contextlib.nullcontext() if self.draws is None else self.draws.again()
+        with self.surroundings.again(), drawing, torch.no_grad():
             gradients = self.replay(replace(problem, buffers=self.surroundings.buffers), cotangents)
         return [gradients[key] for key in problem.wrt]
 
@@ -166,6 +169,7 @@ class FusedCall(Call):
             outcome = backend.meta_gradient(problem, self.weights(problem), fold=True)
         else:
             outcome = backend.losses(problem, fold=True)
+        self.draws = outcome.draws
         self.check(outcome, problem)
         results = [outcome.reduced(problem.reduction)]
         if problem.return_outputs:
@@ -205,6 +209,7 @@ class AdaptCall(Call):
 
     def forward(self, problem: Problem) -> list[Tensor]:
         outcome = self.backend(problem).adapt(problem, fold=True)
+        self.draws = outcome.draws
         self.check(outcome, problem)
         assert outcome.fast is not None
         return [outcome.fast[name] for name in problem.adapted]

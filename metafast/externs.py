@@ -8,6 +8,7 @@ result is kept while what the losses can read holds the same objects.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -112,13 +113,13 @@ class _Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for value in (*args, *kwargs.values()):
-            for tensor in value if isinstance(value, (list, tuple)) else (value,):
-                if isinstance(tensor, Tensor) and tensor.requires_grad and _age(tensor) < self._start:
-                    self._found.setdefault(id(tensor), weakref.ref(tensor))
+        given = list(_tensors(*args, *kwargs.values()))
+        for tensor in given:
+            if tensor.requires_grad and _age(tensor) < self._start:
+                self._found.setdefault(id(tensor), weakref.ref(tensor))
         results = func(*args, **kwargs)
-        for tensor in results if isinstance(results, (list, tuple)) else (results,):
-            if isinstance(tensor, Tensor):
+        for tensor in _tensors(results):
+            if not any(tensor is argument for argument in given):  # what is written in place was there before
                 self._made[id(tensor)] = weakref.ref(tensor)
         return results
 
@@ -126,6 +127,13 @@ class _Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """What outlived the run and is not its own: a layer that keeps its last output keeps our leaves alive."""
         tensors = [tensor for tensor in (ref() for ref in self._found.values()) if tensor is not None]
         return [t for t in tensors if (made := self._made.get(id(t))) is None or made() is not t]
+
+
+def _tensors(*values: Any) -> Iterator[Tensor]:
+    for value in values:
+        for each in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(each, Tensor):
+                yield each
 
 
 def _age(tensor: Tensor) -> int:

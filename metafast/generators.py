@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,9 +32,15 @@ class Draws:
         """Of all generators that a run of its losses may draw from."""
         return cls(_generators(problem))
 
-    def now(self) -> Draws:
-        """Where the same generators stand now."""
-        return Draws(self._generators)
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """Draw from there on, and leave the generators as they are."""
+        now = Draws(self._generators)
+        self.restore()
+        try:
+            yield
+        finally:
+            now.restore()
 
     def restore(self) -> None:
         """Set all of them back."""

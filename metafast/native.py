@@ -27,7 +27,7 @@ from metafast.ops import numel
 from metafast.problem import Objective, Outcome, Problem, hyper_tree
 from metafast.profile import Profile, Row
 from metafast.reach import CHANGES
-from metafast.reference import located
+from metafast.reference import located, swapping
 from metafast.steps import Steps, steps_of
 from metafast.sweep import BACK, SECTIONS, Loop, Section, Store, gradient_section, query_section
 from metafast.tasks import require_outputs
@@ -228,7 +228,7 @@ def _rule_traces(problem: Problem, params: Mapping[str, Tensor]) -> tuple[Trace,
             raise Unsupported("update", type(rule).__name__, reason)
         return {f"param/{n}": made[n] for n in names} | {f"state/{i}": s for i, s in enumerate(flat)}
 
-    with torch.no_grad():
+    with swapping, torch.no_grad():
         state = init(given)
     spec.clear()
     inputs = {**given, ("step", "k"): torch.zeros((), dtype=problem.parameter.dtype)}

@@ -36,6 +36,7 @@ CHANGES = "running the losses or the update rule changes what they read (a count
 _DEPTH = 24
 _WIDTH = 1 << 16  # longer containers take too long to be looked through at each call
 _BYTES = 1 << 22  # so do larger NumPy arrays
+_UNREAD_WIDTH, _UNREAD_BYTES = 1 << 8, 1 << 14  # of attributes of modules that no code names: longer ones are data
 _MISSING = object()
 _CONSTANTS = (type(None), bool, int, str, bytes, complex, torch.dtype, torch.device, torch.layout, torch.memory_format)
 _CODE = (types.FunctionType, types.MethodType, functools.partial)
@@ -49,8 +50,8 @@ _OF_A_FUNCTION = ("__code__", "__defaults__", "__kwdefaults__")
 _OF_A_RULE = frozenset({"_cache", "_changes"})
 _CALLED = frozenset({"init", "update"})  # of an update rule, by us: no code of the user's names them
 _READS_GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")
-_BY_ANY_GLOBAL = frozenset({"globals", "vars", "eval", "exec"})
 _IMPORTS = frozenset({"import_module", "__import__"})
+_BY_ANY_GLOBAL = _IMPORTS | {"globals", "vars", "eval", "exec", "__globals__", "f_globals", "getmodule"}
 _ENDS = frozenset({"torch", "metafast", "numpy", *sys.stdlib_module_names})  # code that reads its arguments only
 
 
@@ -101,9 +102,10 @@ class Reach:
         """How often each tensor that it finds was written to in place; PyTorch does not count for inference tensors."""
         return [0 if tensor.is_inference() else tensor._version for tensor, _ in self._tensors]
 
-    def draws(self) -> list[str]:
+    def draws(self) -> list[str | bytes]:
         """The states of generator objects, to see whether a run drew from one."""
-        return [repr(read()) for read, _ in self._generators]
+        states = [read() for read, _ in self._generators]
+        return [state.numpy().tobytes() if isinstance(state, Tensor) else repr(state) for state in states]
 
     def generators(self) -> list[tuple[Callable[[], Any], Callable[[Any], Any]]]:
         """How to read and to set the states of those that can be set."""
@@ -158,6 +160,7 @@ class _Walk:
         self.computed: list[tuple[Callable[[], Any], Any]] = []
         self.generators: list[_State] = []
         self.refused: str | None = None
+        self._unread = False  # whether what is visited is an attribute of a module that no code names
         self.keep: list[Any] = []
         self._numbers: dict[int, int] = {}
         self._inside: frozenset[int] = frozenset()
@@ -236,6 +239,8 @@ class _Walk:
 
     def _container(self, value: Any, depth: int) -> Any:
         self.sizes.append((value, len(value)))
+        if self._unread and len(value) > _UNREAD_WIDTH:
+            return self._passed_by(value)
         if len(value) > _WIDTH:
             return self._refuse(value, f"a {type(value).__name__} of {len(value)} entries")
         if isinstance(value, dict):
@@ -260,11 +265,17 @@ class _Walk:
         self.places.append(("type", module, None, type(module)))
         self.sizes.append((own, len(own)))
         key = [self._class(type(module), depth)]
-        key += [self._slot(own, name, depth) for name in list(own) if name not in hidden]
+        key += [self._attribute_of(own, name, depth) for name in list(own) if name not in hidden]
         for name in ("_modules", *_HOOKS) if id(module) in self._inside else (*_STORES, *_HOOKS):
             if (store := own.get(name)) is not None:
                 key.append((name, self._named(store, depth, [entry for entry in store if entry not in hyper])))
         return tuple(key)
+
+    def _attribute_of(self, own: dict[str, Any], name: str, depth: int) -> Any:
+        before, self._unread = self._unread, not self._any_name and name not in self._wanted
+        key = self._slot(own, name, depth)
+        self._unread = before
+        return key
 
     def _inner_loop(self, inner: nn.Module, depth: int) -> Any:
         """A loss that knows the loop it is the loss of: the options that code names. Hyper-parameters are leaves of the
@@ -278,8 +289,15 @@ class _Walk:
         return tuple(key)
 
     def _refuse(self, value: Any, what: str) -> Any:
+        if self._unread:
+            return self._passed_by(value)
         self.refused = self.refused or what
         return _Identity(value)
+
+    def _passed_by(self, value: Any) -> Any:
+        """What no code reads by its name is data. Where code reaches it otherwise, it is looked through there."""
+        del self._numbers[id(value)]
+        return (_Identity(value), len(value) if hasattr(value, "__len__") else 0)
 
     def _function(self, f: Any, depth: int) -> Any:
         if isinstance(f, functools.partial):
@@ -377,14 +395,17 @@ class _Walk:
         if isinstance(value, weakref.ref):
             return self._read(value, depth)
         if isinstance(value, functools._lru_cache_wrapper):
-            self.computed.append((filled := functools.partial(_filled, value), filled()))
-            return (filled(), self.visit(value.__wrapped__, depth + 1))
+            clears = _clears(value)
+            self.computed.append((functools.partial(_clears, value), clears))
+            return (clears, self.visit(value.__wrapped__, depth + 1))
         if isinstance(value, functools.partialmethod):
             return tuple([self.visit(part, depth + 1) for part in (value.func, value.args, value.keywords)])
-        if isinstance(value, collections.UserList):
+        if type(value) is collections.UserList:
             return self._slot(value.__dict__, "data", depth)
         if not isinstance(value, Mapping) or _of_the_user(type(value).__module__):
             return None
+        if self._unread and len(value) > _UNREAD_WIDTH:
+            return self._passed_by(value)
         if len(value) > _WIDTH:
             return self._refuse(value, f"a {type(value).__name__} of {len(value)} entries")
         items = list(value.items())
@@ -392,6 +413,8 @@ class _Walk:
         return tuple([(self.visit(k, depth + 1), self.visit(v, depth + 1)) for k, v in items])
 
     def _array(self, value: Any) -> Any:
+        if self._unread and (value.nbytes > _UNREAD_BYTES or value.dtype.hasobject):
+            return self._passed_by(value)
         if value.nbytes > _BYTES or value.dtype.hasobject:
             return self._refuse(value, f"a NumPy array of {value.nbytes} bytes, dtype {value.dtype}")
         self.computed.append((value.tobytes, value.tobytes()))
@@ -524,10 +547,17 @@ def _is_rule(cls: type) -> bool:
     return issubclass(cls, UpdateRule)
 
 
-def _filled(cached: Any) -> tuple[int, int]:
-    """How often a cached function ran, and how many results it holds."""
-    info = cached.cache_info()
-    return info.misses, info.currsize
+_ran: weakref.WeakKeyDictionary[Any, tuple[int, int]] = weakref.WeakKeyDictionary()
+
+
+def _clears(cached: Any) -> int:
+    """How often the results of a cached function were seen to be gone: it has run less often than before."""
+    clears, before = _ran.get(cached, (0, 0))
+    now = cached.cache_info().misses
+    clears += now < before
+    if now != before:
+        _ran[cached] = clears, now
+    return clears
 
 
 def _slots_of(cls: type) -> Iterator[str]:
@@ -548,7 +578,7 @@ def _generator_state(value: Any) -> _State | None:
     if isinstance(value, types.GeneratorType):
         return lambda: value.gi_frame and (value.gi_frame.f_lasti, *map(id, value.gi_frame.f_locals.values())), None
     if isinstance(value, torch.Generator):
-        return lambda: value.get_state().tolist(), lambda state: value.set_state(torch.tensor(state, dtype=torch.uint8))
+        return value.get_state, value.set_state
     kind = f"{type(value).__module__}.{type(value).__name__}"
     if kind == "random.Random":
         return value.getstate, value.setstate

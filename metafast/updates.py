@@ -150,7 +150,8 @@ class UpdateRule(nn.Module):
             yield
         finally:
             for store, name, value in own:
-                store[name] = value
+                if store.get(name) is hyper[name]:  # else the rule has set another
+                    store[name] = value
 
     @property
     def changes(self) -> int:

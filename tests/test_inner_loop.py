@@ -379,6 +379,22 @@ def test_options_may_change_between_calls(backend: str) -> None:
     check_grads(model, expected(model, support, query, steps=3, order=1, hyper=hyper))
 
 
+@backends
+@pytest.mark.filterwarnings("ignore::metafast.FallbackWarning")
+def test_a_found_tensor_that_the_loss_writes_to_keeps_its_gradient(backend: str) -> None:
+    """As CLIP keeps its temperature in bounds."""
+    scale = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+
+    def loss(out: Tensor, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            scale.clamp_(0.0, 4.0)
+        return F.cross_entropy(out * scale, y)
+
+    loop_ = metafast.InnerLoop(mlp(), loss, update=metafast.SGD(lr=LR), steps=1, order=1, backend=backend)
+    loop_(data(0), data(1)).backward()
+    assert scale.grad is not None and scale.grad.abs() > 1e-6
+
+
 # ---- what a call leaves alone --------------------------------------------------------------------------------
 
 

@@ -460,6 +460,82 @@ def test_what_takes_too_long_to_look_through_falls_back(make: Callable[[], Any],
         inner(*tasks())
 
 
+class UserList(collections.UserList):  # type: ignore[type-arg]
+    gain = 1.0
+
+
+def attribute_of_a_list() -> tuple[Any, Callable[[], None]]:
+    held = UserList([0.0])
+    return a_gain(lambda: held.gain, lambda: setattr(held, "gain", 2.0))
+
+
+def by_the_functions_globals() -> tuple[Any, Callable[[], None]]:
+    return a_gain(lambda: helper.__globals__["GAIN"], lambda: None)
+
+
+def by_the_modules_name() -> tuple[Any, Callable[[], None]]:
+    return a_gain(lambda: importlib.import_module(__name__).GAIN, lambda: None)
+
+
+@pytest.mark.parametrize("make", [by_the_functions_globals, by_the_modules_name])
+def test_globals_that_are_read_on_other_ways(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = metafast.InnerLoop(nn.Linear(3, 2).double(), make()[0], update=metafast.SGD(lr=0.1), steps=1)
+    agree(inner)
+    monkeypatch.setitem(globals(), "GAIN", 3.0)
+    agree(inner)
+
+
+def test_an_attribute_of_a_users_list() -> None:
+    loss, alter = attribute_of_a_list()
+    inner = metafast.InnerLoop(nn.Linear(3, 2).double(), loss, update=metafast.SGD(lr=0.1), steps=1)
+    agree(inner)
+    alter()
+    agree(inner)
+
+
+UNREAD: dict[str, Any] = {
+    "long list": lambda: [1.0] * 70_000,
+    "list": lambda: list(range(1000)),
+    "names": lambda: np.array(["a", "b"], dtype=object),
+    "array": lambda: np.zeros(10_000),
+    "iterator": lambda: iter([1.0, 2.0]),
+    "cycle": lambda: itertools.cycle([1.0]),
+    "generator": torch.Generator,
+}
+
+
+@pytest.mark.parametrize("make", UNREAD.values(), ids=UNREAD)
+def test_data_on_the_model_that_no_code_names_costs_no_plan(make: Any) -> None:
+    model = nn.Linear(3, 2).double()
+    model.some_notes = held = make()
+    inner = metafast.InnerLoop(model, F.mse_loss, update=metafast.SGD(lr=0.1), steps=1, backend="native")
+    for step in range(3):
+        inner(*tasks())
+        if isinstance(held, list) or (isinstance(held, np.ndarray) and held.dtype != object):
+            held[5] = step
+    assert len(dispatch._plans[model]) == 1
+
+
+def test_a_cached_function_that_others_call_costs_no_plan() -> None:
+    read = functools.lru_cache(lambda n: 1.0)
+    model = nn.Linear(3, 2).double()
+    inner = metafast.InnerLoop(
+        model, lambda out, y: F.mse_loss(out, y) * read(0), update=metafast.SGD(lr=0.1), steps=1, backend="native"
+    )
+    for step in range(3):
+        inner(*tasks())
+        read(step)
+    assert len(dispatch._plans[model]) == 1
+
+
+def test_a_native_replay_leaves_the_generators_of_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(3, 2).double()
+    inner = metafast.InnerLoop(model, F.mse_loss, update=metafast.SGD(lr=0.1), steps=1, reduction="none")
+    inner(*tasks())
+    monkeypatch.setattr(random, "setstate", lambda state: pytest.fail("another thread may be drawing"))
+    inner(*tasks()).mean().backward()
+
+
 class Trainer:
     """An objective that is a method: of its owner's attributes it reads one."""
 
