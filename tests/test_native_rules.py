@@ -23,6 +23,8 @@ TARGETS = ("cross_entropy", "bce", "soft_margin", "hinge_embedding")  # PyTorch 
 # What PyTorch itself cannot answer.
 UNANSWERED = dict.fromkeys(["isnan", "isinf"], "no gradient at all")
 UNANSWERED |= dict.fromkeys(["max.nan", "min.nan"], "a loss that is NaN")
+_INFINITE = [c.name for c in CASES if c.name.startswith(("hardswish", "smooth_l1", "huber")) and "infinite" in c.name]
+UNANSWERED |= dict.fromkeys(_INFINITE, "a loss that is NaN: ∞/∞")
 _NAN = ["pow.at_zero", "std.zero", "norm.zero", "logaddexp.inf"]
 UNANSWERED |= dict.fromkeys(_NAN, "PyTorch's second derivative is NaN here")
 UNANSWERED |= dict.fromkeys(["act.hardsigmoid", "cdist", "cdist.1"], "PyTorch has no second derivative")
