@@ -36,7 +36,8 @@ CHANGES = "running the losses or the update rule changes what they read (a count
 _DEPTH = 24
 _WIDTH = 1 << 16  # longer containers take too long to be looked through at each call
 _BYTES = 1 << 22  # so do larger NumPy arrays
-_UNREAD_WIDTH, _UNREAD_BYTES = 1 << 8, 1 << 14  # of attributes of modules that no code names: longer ones are data
+_LONG = 1 << 8  # of longer containers (registries, data) the entries are watched, and not what is in them
+_UNREAD_BYTES = 1 << 14  # larger arrays, and long containers, are data where they are attributes that no code names
 _MISSING = object()
 _CONSTANTS = (type(None), bool, int, str, bytes, complex, torch.dtype, torch.device, torch.layout, torch.memory_format)
 _CODE = (types.FunctionType, types.MethodType, functools.partial)
@@ -52,7 +53,8 @@ _CALLED = frozenset({"init", "update"})  # of an update rule, by us: no code of 
 _READS_GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")
 _IMPORTS = frozenset({"import_module", "__import__"})
 _BY_ANY_GLOBAL = _IMPORTS | {"globals", "vars", "eval", "exec", "__globals__", "f_globals", "getmodule"}
-_ENDS = frozenset({"torch", "metafast", "numpy", *sys.stdlib_module_names})  # code that reads its arguments only
+# code that reads its arguments only
+_ENDS = frozenset({"torch", "metafast", "numpy", "_pytest", *sys.stdlib_module_names})
 
 
 class Reach:
@@ -239,7 +241,7 @@ class _Walk:
 
     def _container(self, value: Any, depth: int) -> Any:
         self.sizes.append((value, len(value)))
-        if self._unread and len(value) > _UNREAD_WIDTH:
+        if self._unread and len(value) > _LONG:
             return self._passed_by(value)
         if len(value) > _WIDTH:
             return self._refuse(value, f"a {type(value).__name__} of {len(value)} entries")
@@ -248,12 +250,21 @@ class _Walk:
             if len(value) > 1:
                 self.places.append(("order", value, None, tuple(value)))
             self.places += [("item", value, key, entry) for key, entry in items]
-            return (type(value), tuple([(self.visit(k, depth + 1), self.visit(v, depth + 1)) for k, v in items]))
+            visit = self._visitor(len(items))
+            return (type(value), tuple([(visit(k, depth + 1), visit(v, depth + 1)) for k, v in items]))
         before = value.copy() if isinstance(value, set) else tuple(value)
         if not isinstance(value, (tuple, frozenset)):
             self.lists.append((value, before))
         kind = frozenset if isinstance(value, (set, frozenset)) else tuple
-        return (type(value), kind([self.visit(entry, depth + 1) for entry in value]))
+        visit = self._visitor(len(value))
+        return (type(value), kind([visit(entry, depth + 1) for entry in value]))
+
+    def _visitor(self, entries: int) -> Callable[[Any, int], Any]:
+        return self.visit if entries <= _LONG else self._entry
+
+    def _entry(self, value: Any, depth: int) -> Any:
+        """One of a long container's: numbers and words, or known by identity."""
+        return self.visit(value, depth) if isinstance(value, (*_CONSTANTS, float)) else _Identity(value)
 
     def _module(self, module: nn.Module, depth: int) -> Any:
         """Flags, plain attributes, children and hooks; of a module outside the model, parameters and buffers too."""
@@ -319,7 +330,9 @@ class _Walk:
         return tuple(key)
 
     def _imported(self, name: str, depth: int) -> Any:
-        """A module that code imports when it runs, if that has happened."""
+        """A module that code imports when it runs, if that has happened; of an installed one which it is."""
+        if (module := sys.modules.get(name)) is not None and _installed(module):
+            return _Identity(module)
         if name in sys.modules:
             return self._slot(sys.modules, name, depth)
         self.sizes.append((sys.modules, len(sys.modules)))
@@ -404,21 +417,26 @@ class _Walk:
             return self._slot(value.__dict__, "data", depth)
         if not isinstance(value, Mapping) or _of_the_user(type(value).__module__):
             return None
-        if self._unread and len(value) > _UNREAD_WIDTH:
+        if self._unread and len(value) > _LONG:
             return self._passed_by(value)
         if len(value) > _WIDTH:
             return self._refuse(value, f"a {type(value).__name__} of {len(value)} entries")
         items = list(value.items())
         self.computed.append((functools.partial(_same_entries, value, items), True))
-        return tuple([(self.visit(k, depth + 1), self.visit(v, depth + 1)) for k, v in items])
+        visit = self._visitor(len(items))
+        return tuple([(visit(k, depth + 1), visit(v, depth + 1)) for k, v in items])
 
     def _array(self, value: Any) -> Any:
         if self._unread and (value.nbytes > _UNREAD_BYTES or value.dtype.hasobject):
             return self._passed_by(value)
         if value.nbytes > _BYTES or value.dtype.hasobject:
             return self._refuse(value, f"a NumPy array of {value.nbytes} bytes, dtype {value.dtype}")
-        self.computed.append((value.tobytes, value.tobytes()))
-        return (type(value), str(value.dtype), value.shape, value.tobytes())
+        try:
+            raw = value.tobytes()
+        except Exception:  # a subclass of the user's, or NumPy's masked constant
+            return _Identity(value)
+        self.computed.append((value.tobytes, raw))
+        return (type(value), str(value.dtype), value.shape, raw)
 
 
 def _watched(walk: _Walk) -> Any:
@@ -539,6 +557,11 @@ def _modules_named(read: _Names, globals_: Mapping[str, Any]) -> list[str]:
         relative = [f"{parent}.{name}" if name else parent for parent in parents]
         names += [n for n in [*whole, *(r for r in relative if r in sys.modules)] if _of_the_user(n)]
     return names
+
+
+def _installed(module: types.ModuleType) -> bool:
+    file = str(_attribute(module, "__file__") or "")
+    return "site-packages" in file or "dist-packages" in file
 
 
 def _is_rule(cls: type) -> bool:
