@@ -133,7 +133,6 @@ def _plan(problem: Problem) -> Choice:
         traces = dict(problem.traces) or captured(problem, known_traces(problem))
         if not checked and traces["support"].loss is None:
             traces = captured(problem)
-        _require_steady(problem, traces)
         plan = make_plan(problem, traces, [c.backend.plan for c in others])  # type: ignore[attr-defined]
         differs = disagreement(plan, problem, traces, ("query",) if checked else ("support", "query"))
     except Unsupported as error:
@@ -148,21 +147,6 @@ def _plan(problem: Problem) -> Choice:
     steps = {part: trace.written() for part, trace in traces.items() if part != "query"}
     key = plan_key(_captured_half(problem))
     return Choice(Native(plan), reason, True, support=support, steps=Steps(key, weakref.ref(_reach(problem)), steps))
-
-
-def _require_steady(problem: Problem, traces: Mapping[str, Trace]) -> None:
-    """A state is laid out once, for all steps. Raises Unsupported where the update gives it another shape, of which a
-    program would read and write the wrong part."""
-    from metafast.capture import Unsupported
-
-    before, after = (
-        {key: tuple(trace.tensors[ref.id].shape) for key, ref in trace.outputs.items() if key.startswith("state/")}
-        for trace in (traces["init"], traces["update"])
-    )
-    for key, shape in before.items():
-        if after[key] != shape:
-            reason = f"its state changes shape from step to step, here from {shape} to {after[key]}"
-            raise Unsupported("update", type(problem.update).__name__, reason)
 
 
 def known_traces(problem: Problem) -> dict[str, Trace]:

@@ -110,6 +110,7 @@ class Plan:
 def make_plan(problem: Problem, traces: Mapping[str, Trace], known: Iterable[Plan] = ()) -> Plan:
     """The plan for a problem that was captured as `traces`. What it has in common with plans that are `known` is
     theirs. Raises Unsupported where something cannot go native."""
+    _require_steady(problem, traces)
     support, query = traces["support"], traces.get("query")
     graph = normalise(support, outputs=False)
     query_graph = normalise(query, outputs=problem.return_outputs) if query is not None else None
@@ -132,6 +133,19 @@ def make_plan(problem: Problem, traces: Mapping[str, Trace], known: Iterable[Pla
         plan.output_keys = tuple(k for k in query_graph.outputs if k.startswith("output/"))
         plan.output_dtypes = tuple(query.tensors[query.outputs[k].id].dtype for k in plan.output_keys)
     return plan
+
+
+def _require_steady(problem: Problem, traces: Mapping[str, Trace]) -> None:
+    """A state is laid out once, for all steps. Raises Unsupported where the update gives it another shape, of which a
+    program would read and write the wrong part."""
+    before, after = (
+        {key: tuple(trace.tensors[ref.id].shape) for key, ref in trace.outputs.items() if key.startswith("state/")}
+        for trace in (traces["init"], traces["update"])
+    )
+    for key, shape in before.items():
+        if after[key] != shape:
+            reason = f"its state changes shape from step to step, here from {shape} to {after[key]}"
+            raise Unsupported("update", type(problem.update).__name__, reason)
 
 
 def captured(problem: Problem, known: Mapping[str, Trace] | None = None) -> dict[str, Trace]:
