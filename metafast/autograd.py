@@ -287,7 +287,7 @@ class _Eager(Function):
             with torch.no_grad():
                 grads = scaled(saved[count:], cotangents[0]) if call.ready else call.backward(call.problem, cotangents)
         if torch.is_grad_enabled():  # create_graph: whoever differentiates these shall hear of it
-            grads = once(grads, call.wanted(saved[:count]))
+            grads = once(grads, [*call.wanted(saved[:count]), *(c for c in cotangents if c is not None)])
         return (None, *grads)
 
 
@@ -326,10 +326,10 @@ class Once(Function):
         )
 
 
-def once(grads: Sequence[Tensor | None], leaves: Sequence[Tensor]) -> list[Tensor | None]:
-    """The gradients, which can't be differentiated again: whoever tries hears of it."""
+def once(grads: Sequence[Tensor | None], read: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients, which can't be differentiated again: whoever tries, in what they were made from, hears of it."""
     given = [g for g in grads if g is not None]
-    passed = iter(apply(Once, len(given), *given, *leaves) if given else ())
+    passed = iter(apply(Once, len(given), *given, *read) if given else ())
     return [None if g is None else next(passed) for g in grads]
 
 

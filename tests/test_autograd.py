@@ -44,6 +44,18 @@ def test_double_backward_raises(backend: str, way: str) -> None:
 
 
 @backends
+@pytest.mark.parametrize("way", ["mean", "none", "adapt"])
+def test_differentiating_in_the_cotangent_raises(backend: str, way: str) -> None:
+    model, support, query = mlp(), data(0), data(1)
+    inner = loop(model, backend, reduction="none" if way == "none" else "mean")
+    value = inner.adapt(support)["0.weight"] if way == "adapt" else inner(support, query)
+    weight = torch.ones_like(value, requires_grad=True)  # jvp by two vjps, as torch.autograd.functional.jvp has it
+    grads = torch.autograd.grad(value, list(model.parameters()), weight, create_graph=True)
+    with pytest.raises(DoubleBackwardError, match="second differentiation"):
+        torch.autograd.grad(grads, weight, [torch.ones_like(g) for g in grads], allow_unused=True)
+
+
+@backends
 def test_create_graph_alone_is_fine(backend: str) -> None:
     model, support, query = mlp(), data(0), data(1)
     loss = loop(model, backend)(support, query)
