@@ -19,6 +19,9 @@ CANCELLED: int
 MOST_GROUPS: int
 """Tasks run in at most so many groups, each on one thread."""
 
+SOURCES: str
+"""A digest of the C++ files that this was built from: `metafast.build.digest`."""
+
 class Program:
     """What is run for one task; immutable, may be run by several threads.
 

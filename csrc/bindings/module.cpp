@@ -224,4 +224,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("return_free_pages", &return_free_pages);
   m.attr("CANCELLED") = kCancelled;
   m.attr("MOST_GROUPS") = kMaxGroups;
+  m.attr("SOURCES") = METAFAST_SOURCES;
 }
