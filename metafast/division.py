@@ -33,8 +33,7 @@ class Portion(NamedTuple):
         return self.lowered.blocks(self.tasks)
 
 
-# Measured on two AVX2 cores (bench/LEDGER.md).
-MOST_STATE_BYTES = 1 << 16  # of all lanes' parameters: a slot of them lies in a fraction of the second-level cache
+# Measured on two cores, with AVX2 and with AVX-512 (bench/LEDGER.md).
 LANE = 0.75  # time of a task in a block, of that of a task by itself
 LEAST_GAIN = 0.04  # of the time, that tasks side by side, or a second program, must promise
 
@@ -44,10 +43,19 @@ def divided(state: Mapping[str, Shape], itemsize: int, tasks: int) -> Division:
 
     `state` has what a step hands to the next. How many threads a call may use plays no part: no bit depends on it.
     """
-    lanes = int(_C.vector_bytes()) // itemsize
-    if sum(map(numel, state.values())) * itemsize * lanes > MOST_STATE_BYTES:
+    vector = int(_C.vector_bytes())
+    lanes = vector // itemsize
+    if sum(map(numel, state.values())) * itemsize * lanes > most_state_bytes(vector):
         return ((1, tasks),)
     return _quickest(lanes, tasks, _cores())
+
+
+def most_state_bytes(vector: int) -> int:
+    """Bytes of the parameters of all lanes of a vector of so many bytes: a fraction of the second-level cache.
+
+    Most processors with AVX-512 have 1 to 2 MiB of it a core, others half as much.
+    """
+    return 1 << 17 if vector >= 64 else 1 << 16
 
 
 @functools.cache

@@ -288,7 +288,9 @@ def test_all_tasks_are_done_once_and_every_block_is_full(tasks: int, cores: int)
 
 def test_few_parameters_lie_side_by_side() -> None:
     lanes = metafast._C.vector_bytes() // 4
-    assert divided({"w": (20, 40)}, 4, 1000 * lanes) == ((lanes, 1000 * lanes),)
+    sinusoid = {"0.weight": (40, 1), "0.bias": (40,), "2.weight": (40, 40), "2.bias": (40,), "4.weight": (1, 40)}
+    for small in ({"w": (20, 40)}, sinusoid):  # on every instruction set
+        assert divided(small, 4, 1000 * lanes) == ((lanes, 1000 * lanes),)
     assert divided({"w": (784, 256)}, 4, 1000 * lanes) == ((1, 1000 * lanes),)
 
 

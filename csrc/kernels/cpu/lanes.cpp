@@ -52,13 +52,17 @@ void tile(const LaneProduct<T>& p, int64_t m, int64_t n, int64_t k, int64_t dept
     if (last) break;
     first = p.more_a + a_at, b = p.more_b + b_at;
   }
-  const bool add = p.add || k > 0;
-  const int64_t from = k > 0 ? 0 : p.from;
-  const Vec<T> scale = splat(p.scale);
-  METAFAST_UNROLL for (int r = 0; r < rows; ++r) METAFAST_UNROLL for (int c = 0; c < columns; ++c) {
-    T* y = p.C.p + (m + r) * p.C.rs + (n + c) * p.C.cs;
-    store(y, add ? fma<T>(acc[r][c], scale, load(y + from)) : acc[r][c]);
+  // Read before the first store: after each the compiler would read them anew.
+  const int64_t c_rs = p.C.rs, c_cs = p.C.cs, from = k > 0 ? 0 : p.from;
+  T* const out = p.C.p + m * c_rs + n * c_cs;
+  if (p.add || k > 0) {
+    const T* const taken = out + from;
+    const Vec<T> scale = splat(p.scale);
+    METAFAST_UNROLL for (int r = 0; r < rows; ++r) METAFAST_UNROLL for (int c = 0; c < columns; ++c)
+        acc[r][c] = fma<T>(acc[r][c], scale, load(taken + r * c_rs + c * c_cs));
   }
+  METAFAST_UNROLL for (int r = 0; r < rows; ++r) METAFAST_UNROLL for (int c = 0; c < columns; ++c)
+      store(out + r * c_rs + c * c_cs, acc[r][c]);
 }
 
 template <class T, int rows, int columns>

@@ -74,9 +74,9 @@ METAFAST_INLINE Vec<T> join_lanes(Vec<T>* v) {
 // Joins Q quantities over rows [0, n): term(row, q) writes the quantities of one row to q[0..Q).
 template <class T, int Q, class Join, class Term>
 METAFAST_INLINE void join_chunk(Vec<T>* out, int64_t n, Term term) {
-  Vec<T> acc[4][Q];
-  for (auto& a : acc)
-    for (int q = 0; q < Q; ++q) a[q] = splat(Join::empty);
+  Vec<T> acc[4][Q];  // every loop over it is unrolled: an index that varies would keep it in memory
+  METAFAST_UNROLL for (int u = 0; u < 4; ++u) METAFAST_UNROLL for (int q = 0; q < Q; ++q) acc[u][q] =
+      splat(Join::empty);
   int64_t r = 0;
   for (; r + 4 <= n; r += 4) METAFAST_UNROLL for (int u = 0; u < 4; ++u) {
       Vec<T> t[Q];
@@ -86,10 +86,10 @@ METAFAST_INLINE void join_chunk(Vec<T>* out, int64_t n, Term term) {
   for (; r < n; ++r) {
     Vec<T> t[Q];
     term(r, t);
-    for (int q = 0; q < Q; ++q) acc[0][q] = Join::of(acc[0][q], t[q]);
+    METAFAST_UNROLL for (int q = 0; q < Q; ++q) acc[0][q] = Join::of(acc[0][q], t[q]);
   }
-  for (int q = 0; q < Q; ++q)
-    out[q] = Join::of(Join::of(acc[0][q], acc[1][q]), Join::of(acc[2][q], acc[3][q]));
+  METAFAST_UNROLL for (int q = 0; q < Q; ++q) out[q] =
+      Join::of(Join::of(acc[0][q], acc[1][q]), Join::of(acc[2][q], acc[3][q]));
 }
 
 // The same over any number of rows.
