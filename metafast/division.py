@@ -33,9 +33,8 @@ class Portion(NamedTuple):
         return self.lowered.blocks(self.tasks)
 
 
-# Measured on two cores, with AVX2 and with AVX-512 (bench/LEDGER.md).
-LANE = 0.75  # time of a task in a block, of that of a task by itself
-LEAST_GAIN = 0.04  # of the time, that tasks side by side, or a second program, must promise
+LANE = 0.75  # time of a task in a block, of that of a task by itself: measured with AVX2 and AVX-512 (bench/LEDGER.md)
+LEAST_GAIN = 0.04  # of the time, that tasks side by side, or a second program, must promise: a guess
 
 
 def divided(state: Mapping[str, Shape], itemsize: int, tasks: int) -> Division:
@@ -45,15 +44,16 @@ def divided(state: Mapping[str, Shape], itemsize: int, tasks: int) -> Division:
     """
     vector = int(_C.vector_bytes())
     lanes = vector // itemsize
-    if sum(map(numel, state.values())) * itemsize * lanes > most_state_bytes(vector):
+    if sum(map(numel, state.values())) * itemsize * lanes > _most_state_bytes(vector):
         return ((1, tasks),)
     return _quickest(lanes, tasks, _cores())
 
 
-def most_state_bytes(vector: int) -> int:
+def _most_state_bytes(vector: int) -> int:
     """Bytes of the parameters of all lanes of a vector of so many bytes: a fraction of the second-level cache.
 
-    Most processors with AVX-512 have 1 to 2 MiB of it a core, others half as much.
+    Most processors with AVX-512 have 1 to 2 MiB of it a core, others half as much. It sees neither rows nor widths,
+    and so takes some nets that are quicker one by one (bench/LEDGER.md).
     """
     return 1 << 17 if vector >= 64 else 1 << 16
 
