@@ -269,6 +269,8 @@ class _Eager(Function):
         results = call.first_pass(call.problem)
         n = call.differentiable
         ctx.call = call
+        if not call.ready:
+            ctx.memory = _memory(call.problem)
         # All leaves are saved, also those that take no gradient: autograd notices if one is changed in place.
         ctx.save_for_backward(*call.problem.leaves.values(), *results[n:])
         ctx.set_materialize_grads(False)
@@ -281,6 +283,8 @@ class _Eager(Function):
         call: Call = ctx.call
         count = len(call.problem.leaves)
         saved = saved_by(ctx)
+        if not call.ready:
+            _require_same(ctx.memory, _memory(call.problem))
         if call.ready and _is_one(cotangents[0]):
             grads: list[Tensor | None] = list(saved[count:])
         else:
@@ -289,6 +293,33 @@ class _Eager(Function):
         if torch.is_grad_enabled():  # create_graph: whoever differentiates these shall hear of it
             grads = once(grads, [*call.wanted(saved[:count]), *(c for c in cotangents if c is not None)])
         return (None, *grads)
+
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _memory(problem: Problem) -> dict[str, tuple[Any, ...]]:
+    """What autograd's count of in-place writes does not see of the leaves, `.data` being written or replaced: where
+    each lies, and but for the batches, which no optimizer writes to, the sum of its bits. Keeps that memory from being
+    given to others."""
+    found = {}
+    for key, leaf in problem.leaves.items():
+        t = leaf.detach()
+        if t.layout is torch.strided:
+            bits = (
+                None if key[0] in "sq" or t.is_complex() else t.reshape(-1).view(_BITS[t.element_size()]).sum().item()
+            )
+            found[key] = (t.data_ptr(), t.shape, t.stride(), bits, t.untyped_storage())
+    return found
+
+
+def _require_same(before: dict[str, tuple[Any, ...]], now: dict[str, tuple[Any, ...]]) -> None:
+    for key, (*facts, _) in before.items():
+        if facts != [*now[key][:-1]]:
+            raise InputChangedError(
+                f"backward of InnerLoop: got {key.replace('/', ' ', 1)} with other memory or values behind `.data` "
+                "than in the forward pass, expected it unchanged; call backward first: it runs the tasks again"
+            )
 
 
 def _is_one(seed: Tensor | None) -> bool:

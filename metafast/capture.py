@@ -17,11 +17,7 @@ the first capture in a process costs what the eager run costs.
 from __future__ import annotations
 
 import contextlib
-import dis
-import random
-import sys
-import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,9 +26,12 @@ from torch.utils import _pytree as pytree
 
 from metafast.checkpoints import own_graphs
 from metafast.errors import InputError, InputTypeError, message
-from metafast.recording.recorder import Recorder, run
+from metafast.generators import Draws
+from metafast.recording.first_change import FirstChange
+from metafast.recording.recorder import Recorder
 from metafast.recording.swap import Swapped, copy_of
 from metafast.recording.trace import Call, OpInfo, Origin, Ref, Stat, TensorInfo, Trace, Unsupported, op_info
+from metafast.recording.users import run
 from metafast.recording.watch import Calls, Functions
 from metafast.reference import swapping
 from metafast.transforms import eagerly
@@ -101,7 +100,10 @@ def capture_function(
         if not isinstance(result, Tensor):
             raise Unsupported("return", "", f"{name} is a {type(result).__name__}, not a tensor")
     _refuse_custom_functions(recorder, results.values())
-    return _trace(recorder, dtype, {name: recorder.ref(t, "return") for name, t in results.items()}, None, None)
+    trace = _trace(recorder, dtype, {name: recorder.ref(t, "return") for name, t in results.items()}, None, None)
+    leaves = {f"{role}/{name}": copy for (role, name), copy in copies.items()} | dict(trace.externs)
+    trace.values = {key: t.detach() for key, t in {**leaves, **{f"made/{n}": t for n, t in results.items()}}.items()}
+    return trace
 
 
 def find_externs(
@@ -135,9 +137,9 @@ def _run_model(
 ) -> tuple[Any, dict[str, Tensor]]:
     """Run the objective on the swapped model; returns its result and the leaves by key."""
     flat, spec = pytree.tree_flatten(batch)
-    swapped = Swapped(model, recorder)
     keys = iter(batch_keys)
     with swapping, torch.inference_mode(False), torch.enable_grad(), own_graphs():
+        swapped = Swapped(model, recorder)
         try:
             leaves = swapped.enter(params, buffers)
             for i, t in enumerate(flat):
@@ -146,35 +148,47 @@ def _run_model(
                     flat[i] = leaves[key] = copy_of(t, t.requires_grad)
                     recorder.leaf(key, flat[i])
             result = _record(recorder, objective, model, pytree.tree_unflatten(flat, spec))
+            changed = swapped.changed()
         finally:
-            changed = swapped.leave()
-    recorder.refuse_temporaries()
-    if changed is not None:
-        recorder.refuse("attribute", f"the forward changes its module: {changed}", _written_at(model, changed))
+            swapped.leave()
+        recorder.refuse_temporaries()
+        if changed is not None:
+            path = changed.rpartition(".")[0]
+            kind = type(model.get_submodule(path)).__name__
+            swapped = Swapped(model, Recorder(model, strict=False))
+            at = Origin(path or kind)
+            if recorder.strict:
+                try:
+                    swapped.enter(params, buffers)
+                    batch = pytree.tree_unflatten(flat, spec)
+                    at = _first_change(recorder, lambda: swapped.changed() is None, objective, model, batch) or at
+                finally:
+                    swapped.leave()
+            recorder.refuse("attribute", f"the forward changes its module: {changed} (of {kind})", at)
     return result, leaves
 
 
-def _written_at(model: nn.Module, changed: str) -> Origin:
-    """The line of a module's class that sets an attribute, else the first that names it."""
-    path, _, name = changed.rpartition(".")
-    module = dict(model.named_modules()).get(path, model)
-    functions = [f for cls in type(module).__mro__ if cls is not nn.Module for f in vars(cls).values()]
-    codes = [f.__code__ for f in functions if isinstance(f, types.FunctionType) and f.__name__ != "__init__"]
-    read = [(code, i) for code in codes if name in code.co_names for i in dis.get_instructions(code)]
-    named = sorted([at for at in read if at[1].argval == name], key=lambda at: at[1].opname != "STORE_ATTR")
-    lines = [(code, _line(code, i.offset)) for code, i in named[:1]]
-    return Origin(path or type(module).__name__, *lines[0]) if lines else Origin(path or type(module).__name__)
-
-
-def _line(code: types.CodeType, offset: int) -> int:
-    return next((line for start, end, line in code.co_lines() if start <= offset < end and line), code.co_firstlineno)
+def _first_change(
+    recorder: Recorder, holds: Callable[[], bool], function: Callable[..., Any], *args: Any
+) -> Origin | None:
+    """Run the user's code again, to find the line after which `holds()` does not."""
+    with eagerly(), contextlib.suppress(Exception), FirstChange(holds, recorder.modules) as found:
+        run(function, *args)
+    return found.origin
 
 
 def _record(recorder: Recorder, function: Callable[..., Any], *args: Any) -> Any:
-    """Run the user's code under both modes."""
+    """Run the user's code under both modes, and set the random generators back."""
+    generators = Draws.everywhere()
     try:
-        with eagerly(), _same_random_state(recorder), Calls(recorder), Functions(recorder):
+        with eagerly(), Calls(recorder), Functions(recorder):
             result = run(function, *args)
+        if (drawn := generators.drawn()) is not None:
+            generators.restore()
+            at = None
+            if recorder.strict:
+                at = _first_change(recorder, lambda: generators.drawn() is None, function, *args)
+            recorder.refuse(drawn, "draws random numbers", at or Origin())
     except RuntimeError as error:
         if recorder.hazard is not None and recorder.strict:  # torch.jit's interpreter makes another error of it
             raise recorder.hazard from error
@@ -182,6 +196,7 @@ def _record(recorder: Recorder, function: Callable[..., Any], *args: Any) -> Any
             raise Unsupported("autograd", "", f"every parameter requires grad while captured: {error}") from error
         raise
     finally:
+        generators.restore()
         recorder.undo()
     if recorder.hazard is not None and recorder.strict:  # raised before, and caught by the user's own code
         raise recorder.hazard
@@ -190,29 +205,6 @@ def _record(recorder: Recorder, function: Callable[..., Any], *args: Any) -> Any
 
 # What PyTorch says of parameters that require grad and usually do not: the reference may still run them
 _ONLY_HERE = ("leaf Variable that requires grad", "is not differentiable with respect to argument")
-
-
-@contextlib.contextmanager
-def _same_random_state(recorder: Recorder) -> Iterator[None]:
-    """Restore all generators; a forward that drew from Python's or NumPy's is a hazard."""
-    before, python = torch.get_rng_state(), random.getstate()
-    numpy = sys.modules.get("numpy.random")
-    array: Any = numpy.get_state() if numpy is not None else None
-    try:
-        yield
-        if random.getstate() != python:
-            recorder.refuse("random", "the forward draws from Python's random numbers", Origin())
-        if numpy is not None and not _same_state(numpy.get_state(), array):
-            recorder.refuse("numpy.random", "the forward draws from NumPy's random numbers", Origin())
-    finally:
-        torch.set_rng_state(before)
-        random.setstate(python)
-        if numpy is not None:
-            numpy.set_state(array)
-
-
-def _same_state(a: Any, b: Any) -> bool:
-    return bool((a[1] == b[1]).all()) and a[2:] == b[2:]
 
 
 def _trace(recorder: Recorder, dtype: torch.dtype, outputs: dict[str, Ref], spec: Any, loss: Ref | None) -> Trace:

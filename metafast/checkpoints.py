@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils import checkpoint
 
-__all__ = ["no_checkpoints", "own_graphs"]
+__all__ = ["no_checkpoints", "own_graphs", "saving_hooks"]
 
 
 _REENTRANT, _OTHER = "CheckpointFunction", "_checkpoint_without_reentrant_generator"
@@ -42,10 +42,16 @@ def no_checkpoints() -> Iterator[None]:
             setattr(checkpoint, name, original)
 
 
+def saving_hooks() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """The innermost hooks that what autograd saves passes through now."""
+    hooks: tuple[Callable[..., Any], Callable[..., Any]] | None
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
+    return hooks
+
+
 def own_graphs() -> contextlib.AbstractContextManager[Any]:
     """Graphs made inside keep what they save as it is, whatever hooks for saved tensors stand around the call."""
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    if top is not None and top(True) is None:
+    if saving_hooks() is None:
         return contextlib.nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(_same, _same)
 

@@ -110,7 +110,11 @@ def _settled(problem: Problem) -> tuple[Choice, tuple[Any, ...]]:
         if reach.same() and draws == reach.draws():
             return choice, plan_key(problem)
         problem = replace(problem, reach=None)
-    return Choice(Reference(), CHANGES if choice.native else choice.reason, False), plan_key(problem)[:-1]
+    if choice.native:
+        from metafast.native import Unsupported, first_change
+
+        choice = Choice(Reference(), str(Unsupported("state", first_change(problem) or "", CHANGES)), False)
+    return replace(choice, restless=False), plan_key(problem)[:-1]
 
 
 def _plan(problem: Problem) -> Choice:
@@ -125,6 +129,7 @@ def _plan(problem: Problem) -> Choice:
         return Choice(Reference(), f"the compiled module cannot be imported ({error})", False)
     from metafast.capture import Unsupported
     from metafast.native import Native, captured, disagreement, make_plan
+    from metafast.recording.users import calling
 
     support = plan_key(_support_half(problem))
     others = [c for c in _plans.get(problem.model, {}).values() if c.native]
@@ -136,13 +141,14 @@ def _plan(problem: Problem) -> Choice:
         plan = make_plan(problem, traces, [c.backend.plan for c in others])  # type: ignore[attr-defined]
         differs = disagreement(plan, problem, traces, ("query",) if checked else ("support", "query"))
     except Unsupported as error:
-        return Choice(Reference(), str(error), False, restless=error.op == "attribute")
+        reason = str(error) if error.located else f"{error} (called from {calling()})"
+        return Choice(Reference(), reason, False, restless=error.op == "attribute")
     except (MetafastError, MemoryError):  # what is wrong with the call, or with the machine
         raise
     except Exception as error:  # a defect of ours costs speed, not the answer; what the user's code raises, eager shows
         return Choice(Reference(), f"making the plan failed ({type(error).__name__}: {error}); please report it", False)
     if differs is not None:
-        return Choice(Reference(), f"capture lost something of the forward: {differs}", False)
+        return Choice(Reference(), f"capture lost something: {differs}", False)
     reason = "every op has a native kernel; the first task agrees with PyTorch's autograd"
     steps = {part: trace.written() for part, trace in traces.items() if part != "query"}
     key = plan_key(_captured_half(problem))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ from torch.utils import _pytree as pytree
 from metafast import _C, collector
 from metafast.binding import MOST_FORMS, Call
 from metafast.budget import held
-from metafast.capture import Trace, Unsupported, capture, capture_function
+from metafast.capture import Origin, Trace, Unsupported, capture, capture_function
 from metafast.division import Portion
 from metafast.errors import LabelError, position
 from metafast.generators import Draws
@@ -26,7 +27,8 @@ from metafast.normalise import normalise
 from metafast.ops import numel
 from metafast.problem import Objective, Outcome, Problem, hyper_tree
 from metafast.profile import Profile, Row
-from metafast.reach import CHANGES
+from metafast.reach import CHANGES, Reach
+from metafast.recording.first_change import FirstChange
 from metafast.reference import located, swapping
 from metafast.steps import Steps, steps_of
 from metafast.sweep import BACK, SECTIONS, Loop, Section, Store, gradient_section, query_section
@@ -151,14 +153,29 @@ def _require_steady(problem: Problem, traces: Mapping[str, Trace]) -> None:
 def captured(problem: Problem, known: Mapping[str, Trace] | None = None) -> dict[str, Trace]:
     """What a plan is made of: the traces of support, query, init and update, where they are not `known` yet. Those of
     support and query come with eager PyTorch's loss and gradients on the first task. Raises Unsupported."""
-    draws, drawn = Draws.of(problem), [] if problem.reach is None else problem.reach.draws()
+    draws, moving = Draws.of(problem), [] if problem.reach is None else problem.reach.draws()
     try:
         traces = _captured(problem, known)
-        if problem.reach is not None and problem.reach.draws() != drawn:
-            raise Unsupported("random", "", CHANGES)
-        return traces
+        drawn = draws.drawn()
+        if problem.reach is None or problem.reach.draws() == moving:
+            return traces
     finally:
         draws.restore()
+    raise Unsupported(drawn or "iterator", first_change(problem) or "", CHANGES)
+
+
+def first_change(problem: Problem) -> Origin | None:
+    """The line of the user's that changes what the losses and the update rule read: they are run once more."""
+    reach = Reach(problem.model, problem.inner_objective, problem.query_objective, problem.update)
+    draws, moving = Draws.of(replace(problem, reach=reach)), reach.draws()
+    modules = {id(module): name or type(module).__name__ for name, module in problem.model.named_modules()}
+    found = FirstChange(lambda: reach.same() and reach.draws() == moving, modules)
+    try:
+        with contextlib.suppress(Exception), found:
+            _captured(problem, None)
+    finally:
+        draws.restore()
+    return found.origin
 
 
 def _captured(problem: Problem, known: Mapping[str, Trace] | None) -> dict[str, Trace]:
@@ -247,8 +264,8 @@ def _rule_traces(problem: Problem, params: Mapping[str, Tensor]) -> tuple[Trace,
     spec.clear()
     inputs = {**given, ("step", "k"): torch.zeros((), dtype=problem.parameter.dtype)}
     for n in names:
-        # Distinct values, so that an identity between inputs cannot be mistaken for one of the rule's
-        inputs["grad", n] = torch.full_like(params[n], 0.5)
+        # Distinct tensors, so that an identity between inputs cannot be mistaken for one of the rule's
+        inputs["grad", n] = torch.linspace(-0.5, 0.75, params[n].numel(), dtype=params[n].dtype).view_as(params[n])
         inputs["param0", n] = params[n].clone()
     inputs |= {("state", name.removeprefix("state/")): s.detach().clone() for name, s in state.items()}
     known = _externs(problem)
@@ -388,7 +405,8 @@ class Native:
 def disagreement(
     plan: Plan, problem: Problem, traces: Mapping[str, Trace], parts: Sequence[str] = ("support", "query")
 ) -> str | None:
-    """Run losses and gradients of the first task natively and compare with what eager autograd gave at capture.
+    """Run losses and gradients of the first task, and one step of the update rule, natively, and compare with what
+    eager PyTorch gave at capture.
 
     Returns None where they agree, else what differs. Capture cannot see everything a forward does (a custom backward, a
     hook); this can. float32 is compared loosely: BatchNorm over few samples and kinks move single entries by per cents.
@@ -408,7 +426,20 @@ def disagreement(
         off, size = _distance(made, trace.gradients)
         if off > tolerance * size + 1e-6 and off > _ROUNDINGS * _uncertainty(problem, part, trace):
             return f"the gradient of the first task differs from PyTorch's by {off / (size or 1.0):.2g} of its norm"
-    return None
+    return next((found for part in ("init", "update") if (found := _rule_differs(plan, traces[part], part))), None)
+
+
+def _rule_differs(plan: Plan, trace: Trace, part: str) -> str | None:
+    """Compare what the native rule makes of the values that it was captured with."""
+    if not trace.values:
+        return None  # compared before, for another plan
+    graph = plan.loop.init if part == "init" else plan.loop.update
+    made = evaluate(graph, {(i.role, i.name): trace.values[f"{i.role}/{i.name}"] for i in graph.inputs})
+    wanted = {name: trace.values[f"made/{name}"] for name in graph.outputs}
+    off, size = _distance(made, wanted)
+    if off <= (1e-9 if plan.dtype == torch.float64 else 1e-4) * size:
+        return None
+    return f"{part} of the update rule differs from PyTorch's by {off / (size or 1.0):.2g} of its norm"
 
 
 def _first_run(plan: Plan, problem: Problem, part: str, keys: Sequence[str]) -> Call:
@@ -452,24 +483,29 @@ def _first_task(problem: Problem, times: int) -> Problem:
 def _loss_differs(trace: Trace, loss: float, tolerance: float) -> str | None:
     assert trace.loss is not None
     expected = float(trace.loss.detach())
-    if not math.isfinite(expected) or abs(loss - expected) <= tolerance * max(1.0, abs(expected)):
-        return None
-    return f"the loss of the first task is {loss:.6g} natively, {expected:.6g} in PyTorch"
+    if math.isfinite(expected):
+        same = abs(loss - expected) <= tolerance * max(1.0, abs(expected))
+    else:
+        same = loss == expected or (math.isnan(loss) and math.isnan(expected))
+    return None if same else f"the loss of the first task is {loss:.6g} natively, {expected:.6g} in PyTorch"
 
 
-def _distance(
-    grads: Mapping[str, Tensor | None], expected: Mapping[str, Tensor | None]
-) -> tuple[float, float]:
-    """The norm of the difference of two gradients, and that of the second; 0 where the second is not finite."""
-    off = size = 0.0
+def _distance(grads: Mapping[str, Tensor | None], expected: Mapping[str, Tensor | None]) -> tuple[float, float]:
+    """The norm of the difference of two gradients, and that of the second, over what is finite in both; the first is
+    infinite where not the same entries are."""
+    pairs = []
     for key, want in expected.items():
         if want is not None:
-            b = want.detach().double()
-            got = grads.get(key)
-            a = torch.zeros_like(b) if got is None else got.detach().double()
-            off += float((a - b).square().sum())
-            size += float(b.square().sum())
-    return (math.sqrt(off), math.sqrt(size)) if math.isfinite(size) else (0.0, 0.0)
+            got, b = grads.get(key), want.detach().double()
+            a = torch.zeros_like(b) if got is None else got.detach().double().reshape(b.shape)
+            finite = b.isfinite()
+            if not torch.equal(finite, a.isfinite()):
+                return math.inf, 1.0
+            pairs.append((a[finite], b[finite]))
+    scale = max([float(b.abs().max()) for _, b in pairs if b.numel()], default=0.0) or 1.0
+    off = sum(float(((a - b) / scale).square().sum()) for a, b in pairs)
+    size = sum(float((b / scale).square().sum()) for _, b in pairs)
+    return math.sqrt(off) * scale, math.sqrt(size) * scale
 
 
 def evaluate(graph: Graph, values: Mapping[tuple[str, str], Tensor]) -> dict[str, Tensor]:

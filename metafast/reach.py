@@ -29,6 +29,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .generators import Generator, plain
+
 __all__ = ["CHANGES", "Reach"]
 
 CHANGES = "running the losses or the update rule changes what they read (a counter? a random generator?)"
@@ -104,14 +106,13 @@ class Reach:
         """How often each tensor that it finds was written to in place; PyTorch does not count for inference tensors."""
         return [0 if tensor.is_inference() else tensor._version for tensor, _ in self._tensors]
 
-    def draws(self) -> list[str | bytes]:
+    def draws(self) -> list[Any]:
         """The states of generator objects, to see whether a run drew from one."""
-        states = [read() for read, _ in self._generators]
-        return [state.numpy().tobytes() if isinstance(state, Tensor) else repr(state) for state in states]
+        return [plain(read()) for _, read, _ in self._generators]
 
-    def generators(self) -> list[tuple[Callable[[], Any], Callable[[Any], Any]]]:
-        """How to read and to set the states of those that can be set."""
-        return [(read, put) for read, put in self._generators if put is not None]
+    def generators(self) -> list[Generator]:
+        """Those whose states can be set."""
+        return [(name, read, put) for name, read, put in self._generators if put is not None]
 
 
 class _Key:
@@ -590,21 +591,28 @@ def _slots_of(cls: type) -> Iterator[str]:
             yield name
 
 
-_State = tuple[Callable[[], Any], "Callable[[Any], Any] | None"]
+_State = tuple[str, Callable[[], Any], "Callable[[Any], Any] | None"]
 
 
 def _generator_state(value: Any) -> _State | None:
     """How to read what a generator has come to, and how to set it: one of random numbers that is no module's own, a
     counter, a generator function's."""
-    if isinstance(value, itertools.count):
-        return lambda: value, None
-    if isinstance(value, types.GeneratorType):
-        return lambda: value.gi_frame and (value.gi_frame.f_lasti, *map(id, value.gi_frame.f_locals.values())), None
-    if isinstance(value, torch.Generator):
-        return value.get_state, value.set_state
     kind = f"{type(value).__module__}.{type(value).__name__}"
+    if isinstance(value, itertools.count):
+        return kind, lambda: repr(value), None
+    if isinstance(value, types.GeneratorType):
+        return (
+            kind,
+            lambda: value.gi_frame and (value.gi_frame.f_lasti, *map(id, value.gi_frame.f_locals.values())),
+            None,
+        )
+    if isinstance(value, torch.Generator):
+        return "torch.Generator", value.get_state, value.set_state
     if kind == "random.Random":
-        return value.getstate, value.setstate
+        return kind, value.getstate, value.setstate
     if kind == "numpy.random._generator.Generator":
-        return lambda: value.bit_generator.state, functools.partial(setattr, value.bit_generator, "state")
-    return (value.get_state, value.set_state) if kind == "numpy.random.mtrand.RandomState" else None
+        bits = value.bit_generator
+        return "numpy.random.Generator", lambda: bits.state, functools.partial(setattr, bits, "state")
+    if kind == "numpy.random.mtrand.RandomState":
+        return "numpy.random.RandomState", value.get_state, value.set_state
+    return None

@@ -83,6 +83,26 @@ def test_a_change_in_place_before_backward_raises(backend: str, reduction: str, 
 
 
 @backends
+@pytest.mark.parametrize("deferred", ["none", "adapt"])
+@pytest.mark.parametrize("what", ["replaced", "written", "support"])
+def test_a_change_behind_data_before_a_replay_raises(backend: str, deferred: str, what: str) -> None:
+    """Autograd does not count it, and the tasks run again on what is there then."""
+    model, support, query = mlp(), data(0), data(1)
+    inner = loop(model, backend, reduction="none")
+    loss = (inner(support, query) if deferred == "none" else inner.adapt(support)["0.weight"]).sum()
+    before = support[0].data if what == "support" else model[0].weight.data
+    if what == "written":
+        model[0].weight.data.mul_(2)
+    else:
+        (support[0] if what == "support" else model[0].weight).data = before + 1
+    with pytest.raises(InputChangedError, match=r"(param 0\.weight|support 0) with other memory or values"):
+        loss.backward(retain_graph=True)
+    if what != "written":
+        (support[0] if what == "support" else model[0].weight).data = before
+        loss.backward()
+
+
+@backends
 @pytest.mark.parametrize("what", ["closure", "constant", "eval"])
 def test_a_change_of_what_the_losses_read_before_a_replay_raises(backend: str, what: str) -> None:
     model, support, query = mlp(), data(0), data(1)

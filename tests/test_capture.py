@@ -391,6 +391,26 @@ def _hook(self: Any, h: Tensor) -> Tensor:
     return h
 
 
+def _graph_hook(self: Any, h: Tensor) -> Tensor:
+    h.grad_fn.register_hook(lambda inputs, outputs: tuple(2 * g for g in inputs))  # type: ignore[union-attr]
+    return h
+
+
+def _graph_prehook(self: Any, h: Tensor) -> Tensor:
+    h.grad_fn.register_prehook(lambda outputs: tuple(2 * g for g in outputs))  # type: ignore[union-attr]
+    return h
+
+
+def _edge(self: Any, h: Tensor) -> Tensor:
+    torch.autograd.graph.register_multi_grad_hook([h], lambda grads: None)
+    return h
+
+
+def _packed(self: Any, h: Tensor) -> Tensor:
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: 2 * t, lambda t: t):
+        return h * h
+
+
 def _clip(self: Any, h: Tensor) -> Tensor:
     with torch.no_grad():
         self.layer.weight.clamp_(-0.1, 0.1)
@@ -442,19 +462,26 @@ HAZARDS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "masked_select": (lambda self, h: h.masked_select(h > 0), "aten.masked_select"),
     "boolean index": (lambda self, h: h[h > 0], "boolean mask"),
     "unique": (lambda self, h: h * len(h.unique()), "aten._unique2"),
+    "hook of the graph": (_graph_hook, r"Tensor\.grad_fn in Net: test_capture\.py:\d+ `h\.grad_fn\..*hooks"),
+    "prehook of the graph": (_graph_prehook, r"Tensor\.grad_fn in Net: .*hooks"),
+    "gradient edge": (_edge, r"Tensor\.grad_fn in Net: test_capture\.py:\d+ .*hooks"),
+    "hooks for saved tensors": (_packed, r"aten\.mul\.Tensor in Net: test_capture\.py:\d+ .*hooks for saved tensors"),
     "dropout": (lambda self, h: F.dropout(h, 0.5, training=True), "draws random numbers"),
     "rand": (lambda self, h: h + torch.rand_like(h), "draws random numbers"),
     "randn": (lambda self, h: h + torch.randn(5, generator=GENERATOR, dtype=F64), "draws random numbers"),
-    "random": (lambda self, h: h * random.random(), "Python's random numbers"),
-    "numpy.random": (lambda self, h: h * float(np.random.rand()), "NumPy's random numbers"),
+    "random": (lambda self, h: h * random.random(), r"random in Net: test_capture\.py:\d+ .*draws random numbers"),
+    "numpy.random": (
+        lambda self, h: h * float(np.random.rand()),
+        r"numpy\.random in Net: test_capture\.py:\d+ .*draws random numbers",
+    ),
     "from_numpy": (lambda self, h: h + torch.from_numpy(np.ones(5)), "NumPy array"),
     "as_tensor": (lambda self, h: h + torch.as_tensor(np.ones(5)), "NumPy array"),
     "tensor(numpy)": (lambda self, h: h + torch.tensor(np.ones(5)), "NumPy array"),
     "frombuffer": (lambda self, h: h + torch.frombuffer(bytearray(40), dtype=F64), "out of sight"),
-    "self.last": (_attribute, "changes its module: last"),
-    "self.note": (_number, "changes its module: note"),
-    "self.history": (_list, "changes its module: history"),
-    "self.eval": (_evaluate, "changes its module: training"),
+    "self.last": (_attribute, r"Net: test_capture\.py:\d+ `self\.last = h`: .*changes its module: last"),
+    "self.note": (_number, r"`self\.note \+= 1`: .*changes its module: note"),
+    "self.history": (_list, r"`self\.history\.append\(h\)`: .*changes its module: history"),
+    "self.eval": (_evaluate, r"`self\.eval\(\)`: .*changes its module: training"),
     "new parameter": (_new_weight, "changes its module: layer.weight"),
     "clipped weights": (_clip, "changes parameter layer.weight in place"),
     "counter": (lambda self, h: h + self.count.add_(1), "changes buffer count in place"),

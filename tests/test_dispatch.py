@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -11,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -299,24 +302,87 @@ def test_arguments_that_torch_forgets_under_a_mode_are_kept() -> None:
     agree(Net().double(), lambda p, y: F.l1_loss(p, y, weight=weight))
 
 
-
-def test_what_capture_cannot_see_fails_the_first_use_check() -> None:
+@pytest.mark.parametrize("factor", [3.0, float("nan")])
+def test_what_capture_cannot_see_fails_the_first_use_check(factor: float) -> None:
     """A hook on an autograd node leaves no mark on tensors or modules; comparing one task's gradient finds it."""
 
     class Hooked(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             out = super().forward(x)
-            if out.grad_fn is not None:
-                out.grad_fn.register_prehook(lambda grads: tuple(g * 3 for g in grads))
+            with torch._C.DisableTorchFunction():
+                if out.grad_fn is not None:
+                    out.grad_fn.register_prehook(lambda grads: tuple(g * factor for g in grads))
             return out
 
     net = Hooked(3, 2).double()
-    inner = metafast.InnerLoop(net, F.mse_loss, update=metafast.SGD(lr=0.1), steps=2)
-    with pytest.warns(metafast.FallbackWarning):
+    inner = metafast.InnerLoop(net, F.mse_loss, update=metafast.SGD(lr=0.1), steps=0)
+    with pytest.warns(metafast.FallbackWarning, match="lost something: the gradient of the first task"):
         ours = inner.meta_gradient(*tasks())[1]
-    theirs = gradients(net, "torch")
-    for name in theirs:
-        torch.testing.assert_close(ours[name], theirs[name])
+    theirs = metafast.InnerLoop(net, F.mse_loss, update=metafast.SGD(lr=0.1), steps=0, backend="torch")
+    for name, g in theirs.meta_gradient(*tasks())[1].items():
+        torch.testing.assert_close(ours[name], g, equal_nan=True)
+
+
+def test_an_update_that_comes_out_otherwise_fails_the_first_use_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    from metafast import native
+
+    traces_of = native._rule_traces
+
+    def other(*args: Any) -> Any:
+        init, update = traces_of(*args)
+        update.values = {key: 2 * t if key.startswith("made/") else t for key, t in update.values.items()}
+        return init, update
+
+    monkeypatch.setattr(native, "_rule_traces", other)
+    with pytest.warns(metafast.FallbackWarning, match="update of the update rule differs from PyTorch's by 0.5"):
+        metafast.InnerLoop(nn.Linear(3, 2).double(), F.mse_loss, update=metafast.SGD(lr=0.1), steps=1)(*tasks())
+
+
+NUMPY, COUNTER = np.random.default_rng(0), itertools.count()
+UNSEEN_UNTIL_AFTERWARDS: dict[str, tuple[Callable[[], float], str]] = {
+    "random": (lambda: random.random(), r"random in Drawing: test_dispatch\.py:\d+ `.*random\.random\(\), r.*: draws"),
+    "uniform": (lambda: random.uniform(0, 1), r"random in Drawing: test_dispatch\.py:\d+ `.*random\.uniform\("),
+    "numpy": (lambda: float(np.random.rand()), r"numpy\.random in Drawing: test_dispatch\.py:\d+ `.*np\.random\.rand"),
+    "generator": (lambda: NUMPY.random(), r"numpy\.random\.Generator in Drawing: test_dispatch\.py:\d+ `.*NUMPY\."),
+    "counter": (lambda: float(next(COUNTER)), r"in Drawing: test_dispatch\.py:\d+ `.*next\(COUNTER\)"),
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN_UNTIL_AFTERWARDS)
+def test_what_shows_only_after_the_run_is_traced_to_the_users_line(name: str) -> None:
+    draw, words = UNSEEN_UNTIL_AFTERWARDS[name]
+
+    class Drawing(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            out = super().forward(x)
+            return out * draw()
+
+    inner = metafast.InnerLoop(Drawing(3, 2).double(), F.mse_loss, update=metafast.SGD(lr=0.1), steps=1)
+    with pytest.warns(metafast.FallbackWarning, match=words):
+        inner.meta_gradient(*tasks())
+
+
+def test_a_recurrent_net_falls_back_at_the_line_that_calls_it() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cells = nn.LSTM(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out, _ = self.cells(x)
+            return out
+
+    inner = metafast.InnerLoop(Recurrent().double(), F.mse_loss, update=metafast.SGD(lr=0.1), steps=1)
+    words = r"attribute in Recurrent: test_dispatch\.py:\d+ `out, _ = self\.cells\(x\)`: .*cells\._flat_weight.* LSTM"
+    with pytest.warns(metafast.FallbackWarning, match=words):
+        inner.meta_gradient(*tasks())
+
+
+def test_where_no_line_of_the_model_is_the_users_the_call_is_shown() -> None:
+    net = nn.Sequential(nn.Linear(3, 2), nn.Dropout()).double()
+    words = r"bernoulli.* in 1: draws random numbers \(called from test_dispatch\.py:\d+ `metafast\.InnerLoop\(net"
+    with pytest.warns(metafast.FallbackWarning, match=words):
+        metafast.InnerLoop(net, F.mse_loss, update=metafast.SGD(lr=0.1), steps=1)(*tasks())
 
 
 class StraightThrough(torch.autograd.Function):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import CodeType
@@ -14,7 +13,9 @@ from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from metafast.checkpoints import saving_hooks
 from metafast.recording.trace import Call, OpInfo, Origin, Ref, Stat, TensorInfo, Unsupported, extern_key, op_info
+from metafast.recording.users import inside_run, origin_of
 
 _LIFT = {"lift", "lift_fresh"}
 _SHAPE_ONLY = {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"}
@@ -26,27 +27,7 @@ _BATCH_NORM |= {"_native_batch_norm_legit": 5, "_batch_norm_with_update": None}
 
 _STATIC, _VALUE = "static", "value"  # what a storage holds, unless it holds a leaf: then its key
 
-_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
-_MODULE_CALL = nn.Module._call_impl.__code__
 _LAYER_FORWARD = _BatchNorm.forward.__code__
-_user_code: dict[CodeType, bool] = {}
-
-
-def run(function: Callable[..., Any], *args: Any) -> Any:
-    """Call the user's code; the frame of this function is where origins end."""
-    return function(*args)
-
-
-_RUN = run.__code__
-
-
-def _is_user_code(code: CodeType) -> bool:
-    found = _user_code.get(code)
-    if found is None:
-        between = os.path.basename(code.co_filename) in ("contextlib.py", "functools.py")
-        found = _user_code[code] = not between and not code.co_filename.startswith((_PACKAGE, _TORCH))
-    return found
 
 
 class Recorder:
@@ -70,7 +51,7 @@ class Recorder:
         self.momenta: dict[str, float | None] = {}  # layers with running statistics, by path
         self.originals: dict[int, str] = {}  # storages of the model's own parameters and buffers
         named = model.named_modules() if model is not None else ()
-        self._modules = {id(m): n or type(m).__name__ for n, m in named}
+        self.modules = {id(m): n or type(m).__name__ for n, m in named}
         self._known = {id(t): key for key, t in (known or {}).items()}
         self._task = torch._C._current_graph_task_id()  # a call may itself be part of a backward pass: a checkpoint's
         self._paused = False
@@ -246,6 +227,8 @@ class Recorder:
     def _refuse_before(self, info: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any], static: bool) -> None:
         if torch._C._current_graph_task_id() != self._task:
             self.refuse(info.name, "a gradient is taken inside the loss (autograd.grad or backward)")
+        if _packed_by_the_user():
+            self.refuse(info.name, "hooks for saved tensors may change the gradient out of sight")
         if info.steers and not static:
             self.refuse(info.name, "its result steers Python, or has a shape that depends on the data")
         if info.base.startswith("index") and len(args) > 1 and isinstance(args[1], (list, tuple)):
@@ -284,29 +267,18 @@ class Recorder:
     def _layer_runs(self, path: str, keys: list[str]) -> bool:
         """Whether those are the statistics of the layer at `path`, and its own forward, which also counts, runs now."""
         frame: Any = sys._getframe(1)
-        while frame is not None and frame.f_code is not _RUN and frame.f_code is not _LAYER_FORWARD:
+        while (frame := inside_run(frame)) is not None and frame.f_code is not _LAYER_FORWARD:
             frame = frame.f_back
         layer = frame.f_locals.get("self") if frame is not None else None
         start = f"buffer/{path}." if path else "buffer/"
         own = [start + "running_mean", start + "running_var"]
-        return keys == own and self._modules.get(id(layer)) == (path or type(layer).__name__)
+        return keys == own and self.modules.get(id(layer)) == (path or type(layer).__name__)
 
     # -- origins
 
     def origin(self, frame: Any = None) -> Origin:
         """Where the run is: the innermost module of the model on the stack, and the innermost line of user code."""
-        module, code, line = "", None, 0
-        frame = sys._getframe(1) if frame is None else frame
-        while frame is not None and frame.f_code is not _RUN:
-            here = frame.f_code
-            if code is None and _is_user_code(here):
-                code, line = here, frame.f_lineno
-            if here is _MODULE_CALL and not module:
-                module = self._modules.get(id(frame.f_locals.get("self")), "")
-            if code is not None and module:
-                break
-            frame = frame.f_back
-        return Origin(module, code, line)
+        return origin_of(sys._getframe(1) if frame is None else frame, self.modules)
 
     def applied(self, node: Any) -> Origin:
         """Where the autograd.Function of a node in the graph was applied, which the node does not know.
@@ -325,11 +297,17 @@ class Recorder:
         """Autograd is off inside an autograd.Function's forward: note from where its results were called for."""
         stack: list[tuple[CodeType, Origin]] = []
         frame: Any = sys._getframe(1)
-        while frame is not None and frame.f_code is not _RUN:
+        while (frame := inside_run(frame)) is not None:
             stack.append((frame.f_code, self.origin(frame)))
             frame = frame.f_back
         for ref in _refs(outputs):
             self._stacks[ref.id] = stack
+
+
+def _packed_by_the_user() -> bool:
+    """Whether what autograd saves now passes through hooks other than torch's own (checkpoints, `save_on_cpu`)."""
+    hooks = saving_hooks()
+    return hooks is not None and not str(getattr(hooks[0], "__module__", "")).startswith(("torch.", "metafast."))
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -101,34 +101,49 @@ class Swapped:
         containers = {k: c for k, v in plain.items() if (c := _contents(v)) is not None}
         self._modules.append((path, module.__dict__, plain, containers))
 
-    def leave(self) -> str | None:
-        """Restore everything; returns the path of an attribute that had changed, if one had."""
-        changed: list[str] = []
+    def changed(self) -> str | None:
+        """The path of an attribute that is not what it was, if one is not."""
+        for path, store, _, swapped in self._stores:
+            for name in {**store, **swapped}:
+                if store.get(name) is not swapped.get(name):
+                    return _join(path, name)
+        for path, now, plain, containers in self._modules:
+            for name in _changes(now, plain, containers):
+                return _join(path, name)
+        return None
+
+    def leave(self) -> None:
+        """Restore everything."""
         for hook in self._hooks:
             hook.remove()
-        for path, store, before, swapped in self._stores:
-            changed += [_join(path, n) for n in {**store, **swapped} if store.get(n) is not swapped.get(n)]
+        for _, store, before, _ in self._stores:
             store.clear()
             store.update(before)
-        for path, now, plain, containers in self._modules:
-            changed += [_join(path, n) for n in _restore(now, plain, containers)]
-        return changed[0] if changed else None
+        for _, now, plain, containers in self._modules:
+            _restore(now, plain, containers)
 
 
-def _restore(now: dict[str, Any], plain: dict[str, Any], containers: dict[str, Any]) -> list[str]:
-    """Bring a module's attributes back; returns the names of those that had changed."""
-    changed = [name for name in now if name not in plain and name not in _STORES]
-    for name in changed:
-        del now[name]
+def _changes(now: dict[str, Any], plain: dict[str, Any], containers: dict[str, Any]) -> Iterator[str]:
+    """The names of a module's attributes that are not as they were."""
+    for name in now:
+        if name not in plain and name not in _STORES:
+            yield name
     for name, value in plain.items():
         if name not in now or not _same(now[name], value):
-            changed.append(name)
-            now[name] = value
+            yield name
     for name, contents in containers.items():
         if not _same_all(_contents(plain[name]), contents):
-            changed.append(name)
-            _refill(plain[name], contents)
-    return changed
+            yield name
+
+
+def _restore(now: dict[str, Any], plain: dict[str, Any], containers: dict[str, Any]) -> None:
+    for name in list(_changes(now, plain, containers)):
+        if name not in plain:
+            del now[name]
+            continue
+        now[name] = plain[name]
+        if name in containers and not _same_all(_contents(plain[name]), containers[name]):
+            _refill(plain[name], containers[name])
 
 
 def _join(path: str, name: str) -> str:

@@ -22,6 +22,7 @@ class Unsupported(MetafastError):
 
     def __init__(self, op: str, origin: object, reason: str) -> None:
         self.op, self.origin, self.reason = op, str(origin), reason
+        self.located = isinstance(origin, Origin) and origin.code is not None  # whether it shows a line
         where = f" in {self.origin}" if self.origin else ""
         super().__init__(f"{op}{where}: {reason}")
 
@@ -108,6 +109,7 @@ class Trace:
     reads: Mapping[str, tuple[str, Origin]] = field(default_factory=dict)  # keys of buffers: who first reads them
     updates: Set[str] = frozenset()  # keys of buffers that BatchNorm updates
     loss: Tensor | None = None
+    values: Mapping[str, Tensor] = field(default_factory=dict)  # of a function: its leaves by key, and what it returned
     _leaves: dict[str, Tensor] = field(default_factory=dict)
     _root: Tensor | None = None
     _gradients: dict[str, Tensor | None] = field(default_factory=dict)
@@ -127,7 +129,7 @@ class Trace:
 
     def written(self) -> Trace:
         """What was written down, without the numbers of the run."""
-        return replace(self, loss=None, _leaves={}, _root=None, _gradients={})
+        return replace(self, loss=None, values={}, _leaves={}, _root=None, _gradients={})
 
     def with_externs(self, keys: Mapping[int, str]) -> Trace:
         """The same with these keys, by `id`, for the tensors found outside; the others are named by what they are."""
@@ -172,6 +174,7 @@ def show(trace: Trace) -> str:
 
 
 # ---- what is known of an op ----------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class OpInfo:

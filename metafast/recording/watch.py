@@ -76,6 +76,8 @@ class Functions(TorchFunctionMode):
             recorder.refuse(_name(func), reason)
         elif getattr(func, "__self__", None) is torch.Tensor.data and not constant:
             recorder.refuse("Tensor.data", "reads or writes a value past autograd")
+        elif getattr(func, "__self__", None) is torch.Tensor.grad_fn:
+            return self._graph(func(*args))
         elif func is torch.tensor and type(args[0] if args else kwargs["data"]).__module__ == "numpy":
             recorder.refuse("torch.tensor", "reads a NumPy array, whose values would be frozen")
         elif not all(map(recorder.is_static, _in_lists(func, args, kwargs))):
@@ -83,6 +85,11 @@ class Functions(TorchFunctionMode):
         elif (name := _macro(func, args, kwargs)) is not None:
             return recorder.macro(name, func, args, kwargs)
         return func(*args, **kwargs)
+
+    def _graph(self, node: Any) -> Any:
+        if node is not None:
+            self._recorder.refuse("Tensor.grad_fn", "reads the autograd graph, where hooks may change the gradient")
+        return node
 
 
 def _in_lists(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
