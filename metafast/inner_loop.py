@@ -24,7 +24,7 @@ from .errors import (
     warn,
 )
 from .fast_weights import FastWeights
-from .outline import NO_QUERY, Given, Outline
+from .outline import NO_QUERY, Outline
 from .problem import Loss, Objective, Outcome, Problem
 from .reference import swapping
 from .transforms import outside_compile, traced, tracing
@@ -259,12 +259,14 @@ class InnerLoop(nn.Module):
             way_out = "call it outside of what is traced"
             raise TransformError(message(place, "a call to trace", "tensors with values", way_out))
         with swapping:  # another thread may have other tensors on the model just now
-            outline = self._outline
-            given = None if outline is None else outline.given(support, query)
-            if outline is None or given is None:
+            outline, problem = self._outline, None
+            if outline is not None and outline.current():
+                problem = outline.again(self, support, query, gradient=gradient)
+                problem = problem or outline.problem(self, support, query, gradient=gradient)
+            if outline is None or problem is None:
                 outline = self.__dict__["_outline"] = Outline(self)
-                given = cast(Given, outline.read(support, query))
-            return outline.problem(self, given, gradient=gradient), outline
+                problem = cast(Problem, outline.problem(self, support, query, gradient=gradient))
+            return problem, outline
 
     def _with_gradient(self, outline: Outline, problem: Problem) -> Outcome:
         backend = dispatch.choose(problem, self.backend)

@@ -28,7 +28,7 @@ from .transforms import tracing, transformed
 if TYPE_CHECKING:
     from .inner_loop import InnerLoop
 
-__all__ = ["Given", "LossObjective", "Outline", "require_labels"]
+__all__ = ["LossObjective", "Outline", "require_labels"]
 
 NO_QUERY = object()  # in place of a query batch: adapt alone
 
@@ -103,24 +103,41 @@ class Outline:
         self._weights: dict[Any, Tensor] = {}
         self._last: _Last | None = None
 
-    def given(self, support: Any, query: Any) -> Given | None:
-        """The tensors of a call with these batches; None where it no longer describes the model and the update rule."""
-        if self._changes != self.update.changes or not self.structure.current():
+    def current(self) -> bool:
+        """Whether it still describes the model and the update rule."""
+        return self._changes == self.update.changes and self.structure.current()
+
+    def again(self, inner: InnerLoop, support: Any, query: Any, *, gradient: bool) -> Problem | None:
+        """The problem that a call poses, where it is like that of the last and the outline is current: what was looked
+        into then is not looked into again. This is on every call's way, a tenth of a small net's.
+        """
+        last, found = self._last, self.structure.read()
+        if last is None or found is None:
             return None
-        return self.read(support, query)
+        parameters, buffers = found
+        tensors = [*parameters, *self.update.hyper(parameters[self._first]).values()]
+        for place, batch, spec in (("support", support, last.specs[0]), ("query", query, last.specs[1])):
+            if spec is tasks.PAIR and type(batch) is tuple and len(batch) == 2:
+                tensors += batch  # whether each is a tensor like the last one's is seen below
+            elif batch is not NO_QUERY:
+                flat, nest = tasks.flatten(batch, place)
+                if nest != spec:
+                    return None
+                tensors += flat
+            elif spec is not None:
+                return None
+        if last.options != _options(inner, gradient) or last.reach is not self._reach or not last.reach.same():
+            return None
+        return last.over(tensors, buffers)
 
-    def read(self, support: Any, query: Any) -> Given | None:
-        """The same for an outline that was just made."""
+    def problem(self, inner: InnerLoop, support: Any, query: Any, *, gradient: bool) -> Problem | None:
+        """The problem that a call poses, validated; None where the outline no longer describes the model."""
         found = self.structure.read()
-        return None if found is None else Given(self, *found, support, query)
-
-    def problem(self, inner: InnerLoop, given: Given, *, gradient: bool) -> Problem:
-        """The problem that a call poses, validated; one like the last is not looked into again."""
-        options = (inner.steps, inner.order, inner.return_outputs, inner.reduction, inner.memory_budget, gradient)
-        problem = None if self._last is None else self._last.again(given, options, self.reach())
-        if problem is None:
-            problem = self._validated(inner, given, gradient)
-            self._last = _Last.of(problem, given, options)
+        if found is None:
+            return None
+        given = Given(self, *found, support, query)
+        problem = self._validated(inner, given, gradient)
+        self._last = _Last.of(problem, given, _options(inner, gradient))
         return problem
 
     def _validated(self, inner: InnerLoop, given: Given, gradient: bool) -> Problem:
@@ -263,14 +280,19 @@ class Given:
         return leaves
 
 
+def _options(inner: InnerLoop, gradient: bool) -> tuple[Any, ...]:
+    return (inner.steps, inner.order, inner.return_outputs, inner.reduction, inner.memory_budget, gradient)
+
+
 class _Last:
     """The problem of the last call without its tensors, and what must hold for the next to be like it."""
 
     def __init__(self, problem: Problem, given: Given, options: tuple[Any, ...], externs: list[Tensor]) -> None:
         from . import _C
 
+        assert problem.reach is not None
         self._problem, self._keys, self._buffers = problem.over({}, {}), tuple(problem.leaves), tuple(problem.buffers)
-        self._options, self._specs = options, given.specs
+        self.options, self.specs, self.reach = options, given.specs, problem.reach
         self._externs = [weakref.ref(tensor) for tensor in externs]
         self._facts = _C.Facts([*given.tensors, *externs, *given.buffers])
 
@@ -285,16 +307,14 @@ class _Last:
         except (ImportError, RuntimeError):  # no compiled module; a nested tensor has no shape
             return None
 
-    def again(self, given: Given, options: tuple[Any, ...], reach: Reach) -> Problem | None:
-        """The problem over the tensors of this call, if it is like the last."""
-        if reach is not self._problem.reach or options != self._options or given.specs != self._specs or tracing():
+    def over(self, leaves: list[Any], buffers: list[Tensor]) -> Problem | None:
+        """The problem over the tensors of this call, if they are like those of the last."""
+        if self._externs:
+            leaves += [ref() for ref in self._externs]
+        if tracing() or not self._facts.hold([*leaves, *buffers]):
             return None
-        externs = [ref() for ref in self._externs]
-        leaves: list[Any] = [*given.tensors, *externs]
-        if not self._facts.hold([*leaves, *given.buffers]):
-            return None
-        buffers = dict(zip(self._buffers, given.buffers, strict=True))
-        return self._problem.over(dict(zip(self._keys, leaves, strict=True)), buffers)
+        named = dict(zip(self._buffers, buffers, strict=True)) if buffers else {}
+        return self._problem.over(dict(zip(self._keys, leaves, strict=True)), named)
 
 
 def _objectives(inner: InnerLoop) -> tuple[tuple[Objective, Objective], tuple[bool, bool]]:

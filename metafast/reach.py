@@ -92,9 +92,9 @@ class Reach:
         return (
             self._places is not None
             and self._places.hold()
-            and all([_same_items(items, before) for items, before in self._lists])
-            and all([_tensor_facts(tensor) == facts for tensor, facts in self._tensors])
-            and all([read() == before for read, before in self._computed])
+            and (not self._lists or all([_same_items(items, before) for items, before in self._lists]))
+            and (not self._tensors or all([_tensor_facts(tensor) == facts for tensor, facts in self._tensors]))
+            and (not self._computed or all([read() == before for read, before in self._computed]))
         )
 
     def finds(self, before: Reach) -> bool:

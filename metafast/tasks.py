@@ -12,10 +12,10 @@ from torch.utils import _pytree as pytree
 
 from .errors import InputError, InputTypeError, message
 
-__all__ = ["count_tasks", "describe", "flatten", "nesting"]
+__all__ = ["PAIR", "count_tasks", "describe", "flatten", "nesting"]
 __all__ += ["require_outputs", "require_pair", "stack", "take", "unflatten"]
 
-_PAIR = pytree.tree_flatten((0, 0))[1]
+PAIR = pytree.tree_flatten((0, 0))[1]
 _ONE_TENSOR = pytree.tree_flatten(0)[1]
 _REFUSED = (torch.float16, torch.bfloat16)
 
@@ -26,7 +26,7 @@ def flatten(batch: Any, place: str) -> tuple[list[Tensor], pytree.TreeSpec]:
     **Raises** `InputTypeError` where a leaf is no tensor, `InputError` where there is none at all.
     """
     if type(batch) is tuple and len(batch) == 2 and isinstance(batch[0], Tensor) and isinstance(batch[1], Tensor):
-        return [batch[0], batch[1]], _PAIR  # the common case: no walk
+        return [batch[0], batch[1]], PAIR  # the common case: no walk
     leaves, spec = pytree.tree_flatten(batch)
     if not leaves:
         raise InputError(message(place, "no tensor", "at least one", "pass e.g. (x, y), each (T, N, ...)"))
@@ -41,12 +41,12 @@ def flatten(batch: Any, place: str) -> tuple[list[Tensor], pytree.TreeSpec]:
 
 def nesting(spec: pytree.TreeSpec | None) -> Any:
     """What stands for a nesting in keys: equal for equal ones, and quick to hash for the common pair."""
-    return "pair" if spec is _PAIR else spec
+    return "pair" if spec is PAIR else spec
 
 
 def unflatten(tensors: Sequence[Any], spec: pytree.TreeSpec) -> Any:
     """The nesting of `spec` around `tensors`."""
-    if spec is _PAIR:
+    if spec is PAIR:
         return tensors[0], tensors[1]
     return pytree.tree_unflatten(list(tensors), spec)
 
@@ -106,7 +106,7 @@ def require_pair(place: str, spec: pytree.TreeSpec, tensors: Sequence[Tensor]) -
 
     **Raises** `InputError` otherwise.
     """
-    pair = spec is _PAIR or (spec.type in (tuple, list, namedtuple) and _children(spec) == 2)
+    pair = spec is PAIR or (spec.type in (tuple, list, namedtuple) and _children(spec) == 2)
     if not pair:
         way_out = "pass objective=fn(model, batch) for batches of another nesting"
         nest = pytree.tree_unflatten([_Star()] * len(tensors), spec)
