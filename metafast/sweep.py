@@ -74,6 +74,7 @@ class Loop:
     wrt: tuple[str, ...]
     order: int
 
+
     def wants(self, i: Input) -> bool:
         """Whether an input's gradient is added to a leaf's where it comes up, not handed on as an adjoint."""
         mine = i.role == "param" and i.name in self.adapted

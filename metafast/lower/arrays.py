@@ -117,7 +117,7 @@ def reshaped(a: Array, shape: Shape) -> Array | None:
         else:
             runs.append([n, s])
     strides = [0] * len(shape)
-    left, step = runs[-1] if runs else [1, 1]
+    left, step = (runs[-1] if runs else [1, 1])
     for d in reversed(range(len(shape))):
         if shape[d] == 1:
             strides[d] = step

@@ -50,8 +50,8 @@ def _flat(ins: Instruction) -> bool:
     length, strides = ins.ints[5], _strides(ins)
     modes = ins.ints[6 + len(strides) + outputs :][:outputs]
     whole = [a.offset == 0 and a.buffer.nbytes == length * a.itemsize for a in ins.operands]
-    return (
-        1 in strides and max(modes) < SUM and all(s == 0 or (s == 1 and w) for s, w in zip(strides, whole, strict=True))
+    return 1 in strides and max(modes) < SUM and all(
+        s == 0 or (s == 1 and w) for s, w in zip(strides, whole, strict=True)
     )
 
 

@@ -179,3 +179,5 @@ def _bce_logits(
 @rule("soft_margin_loss")
 def _soft_margin(c: Context, x: Any, target: Any, reduction: int = 1) -> Value:
     return c.reduce(c("softplus", c("neg", c("mul", target, x))), reduction)
+
+

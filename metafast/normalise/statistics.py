@@ -59,12 +59,16 @@ def _evaluation(
 
 
 @rule("_batch_norm_with_update")
-def _update(c: Context, x: Any, weight: Any, bias: Any, mean: Any, var: Any, momentum: float, eps: float) -> Normalised:
+def _update(
+    c: Context, x: Any, weight: Any, bias: Any, mean: Any, var: Any, momentum: float, eps: float
+) -> Normalised:
     return _batch_norm(c, x, weight, bias, mean, var, True, eps)
 
 
 @rule("native_layer_norm")
-def _layer_norm(c: Context, x: Any, normalized_shape: Sequence[int], weight: Any, bias: Any, eps: float) -> Normalised:
+def _layer_norm(
+    c: Context, x: Any, normalized_shape: Sequence[int], weight: Any, bias: Any, eps: float
+) -> Normalised:
     shape = c.shape(x)
     first = len(shape) - len(normalized_shape)
     dims = tuple(range(first, len(shape)))

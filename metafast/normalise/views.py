@@ -285,6 +285,8 @@ def _unbound(shape: Shape, results: Sequence[Shape], dim: int = 0) -> list[Chain
 
 
 @_view("diagonal")
-def _diagonal(shape: Shape, results: Sequence[Shape], offset: int = 0, dim1: int = 0, dim2: int = 1) -> list[Chain]:
+def _diagonal(
+    shape: Shape, results: Sequence[Shape], offset: int = 0, dim1: int = 0, dim2: int = 1
+) -> list[Chain]:
     rank = len(shape)
     return [(Diagonal(offset, dim1 % rank, dim2 % rank),)]

@@ -78,7 +78,9 @@ def _row(
         return simpler if simpler is not None else winners.scatter(b, name, inputs)
 
     POINTWISE.add(name)
-    register(Op(name, _infer, evaluate, "pointwise", vjp or _vjp(partials), jvp or _jvp(partials), simplify=folded))
+    register(
+        Op(name, _infer, evaluate, "pointwise", vjp or _vjp(partials), jvp or _jvp(partials), simplify=folded)
+    )
 
 
 def _is(b: Builder, v: Value, number: float) -> bool:

@@ -144,7 +144,9 @@ register(
         lambda x, a: ((_pooled(x[0], a), "real"),),
         lambda x, a: (_avg(x[0], a),),
         "avg_pool",
-        vjp=lambda b, n, ct: [None if ct is None else b.op("avg_pool_adj", ct, size=n.inputs[0].shape[2:], **n.attrs)],
+        vjp=lambda b, n, ct: [
+            None if ct is None else b.op("avg_pool_adj", ct, size=n.inputs[0].shape[2:], **n.attrs)
+        ],
         jvp=lambda b, n, t: [None if t is None else b.op("avg_pool", t, **n.attrs)],
     )
 )

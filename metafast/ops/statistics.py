@@ -105,7 +105,9 @@ def _project_vjp(b: Builder, n: Node, ct: Value | None, ct_corr: Value | None) -
     dv = dx = dr = None
     if ct is not None:
         dv, ct_x = b.ops("project", ct, xhat, rstd, dims=dims)
-        both = b.op("add", *(b.op("mul", t, spread(b, c, dims, shape)) for t, c in ((ct, n.outputs[1]), (v, ct_x))))
+        both = b.op("add", *(
+            b.op("mul", t, spread(b, c, dims, shape)) for t, c in ((ct, n.outputs[1]), (v, ct_x))
+        ))
         dx = b.op("neg", b.op("mul", both, spread(b, rstd, dims, shape)))
         dr = b.op("div", b.op("sum", b.op("mul", ct, n.outputs[0]), dims=dims), rstd)
     if ct_corr is not None:

@@ -101,7 +101,9 @@ def sum_to(b: Builder, v: Value, shape: Shape) -> Value:
     if v.shape == shape:
         return v
     lead = len(v.shape) - len(shape)
-    dims = tuple(range(lead)) + tuple(d + lead for d, n in enumerate(shape) if n == 1 and v.shape[d + lead] != 1)
+    dims = tuple(range(lead)) + tuple(
+        d + lead for d, n in enumerate(shape) if n == 1 and v.shape[d + lead] != 1
+    )
     if dims:
         v = b.op("sum", v, dims=dims)
     return b.op("reshape", v, shape=shape)
