@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metafast.checkpoints import own_graphs
+from metafast.checkpoints import no_checkpoints, own_graphs
 from metafast.errors import InputError, InputTypeError, message
 from metafast.recording.recorder import Recorder, run
 from metafast.recording.swap import Swapped, copy_of
@@ -91,7 +91,7 @@ def capture_function(
     _refuse_setting(None)
     recorder = Recorder(None, known=known)
     dtype = _float_dtype(inputs.values())
-    with swapping, torch.inference_mode(False), torch.enable_grad(), own_graphs():
+    with swapping, torch.inference_mode(False), torch.enable_grad(), no_checkpoints(), own_graphs():
         copies = {at: copy_of(t, True) for at, t in inputs.items()}
         for (role, name), copy in copies.items():
             recorder.leaf(f"{role}/{name}", copy)
@@ -137,7 +137,7 @@ def _run_model(
     flat, spec = pytree.tree_flatten(batch)
     swapped = Swapped(model, recorder)
     keys = iter(batch_keys)
-    with swapping, torch.inference_mode(False), torch.enable_grad(), own_graphs():
+    with swapping, torch.inference_mode(False), torch.enable_grad(), no_checkpoints(), own_graphs():
         try:
             leaves = swapped.enter(params, buffers)
             for i, t in enumerate(flat):

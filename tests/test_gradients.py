@@ -357,6 +357,22 @@ def test_activation_checkpoints(backend: str, reentrant: bool, way: str) -> None
     assert x.grad is not None
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpoints_of_what_needs_no_gradient_go_native(reentrant: bool) -> None:
+    """A reentrant one of a model's first layers would take them for constants: its input requires no grad."""
+
+    class Net(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self[2](checkpoint(lambda x: self[1](self[0](x)), x, use_reentrant=reentrant))
+            return out
+
+    plain = mlp()
+    answer = expected(plain, data(0), data(1))
+    model = Net(*plain)
+    loop(model, "native")(data(0), data(1)).backward()
+    check_grads(model, answer)
+
+
 @backends
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("way", ["fused", "fast"])
