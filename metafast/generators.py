@@ -1,4 +1,7 @@
-"""Where the random generators that losses may draw from stand: to draw the same again, or as if none had been drawn."""
+"""Where the random generators that losses may draw from stand: to draw the same again, or as if none had been drawn.
+
+Plain attributes of the model's modules go along: a pass counts in them, or notes there what it has filled.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .attributes import Attributes
+
 if TYPE_CHECKING:
     from .problem import Problem
 
 __all__ = ["Draws"]
 
 Generator = tuple[Callable[[], Any], Callable[[Any], Any]]
-"""How to read the state of a generator, and how to set it."""
+"""How to read a state, of a generator or of the model's attributes, and how to set it."""
 
 
 class Draws:
-    """The states of PyTorch's, Python's and NumPy's own generators, and of those that the losses of a problem read."""
+    """The states of PyTorch's, Python's and NumPy's own generators, of those that the losses of a problem read, and the
+    attributes of its model."""
 
     def __init__(self, generators: list[Generator]) -> None:
         self._generators = generators
@@ -49,7 +55,8 @@ class Draws:
 
 
 def _generators(problem: Problem) -> list[Generator]:
-    found: list[Generator] = [(torch.get_rng_state, torch.set_rng_state), (random.getstate, random.setstate)]
+    found: list[Generator] = [(functools.partial(Attributes, problem.model), Attributes.restore)]
+    found += [(torch.get_rng_state, torch.set_rng_state), (random.getstate, random.setstate)]
     device = problem.parameter.device
     if device.type == "cuda":
         read, put = torch.cuda.get_rng_state, torch.cuda.set_rng_state
