@@ -74,7 +74,8 @@ def tracked(model: nn.Module) -> dict[str, _NormBase]:
 def unmoved() -> Iterator[None]:
     """A run that is only to look: layers that it passes, wherever they are held, get their running statistics back.
 
-    Nothing else is restored: what a run fills once, and notes in Python that it has, is to stay filled.
+    Nothing else of what is outside the model is restored: what a run fills once, and notes in Python that it has, is to
+    stay filled.
     """
     saved: dict[int, tuple[Tensor, Tensor]] = {}
     thread = threading.get_ident()

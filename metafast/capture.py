@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metafast.checkpoints import own_graphs
+from metafast.checkpoints import no_checkpoints, own_graphs
 from metafast.errors import InputError, InputTypeError, message
 from metafast.generators import Draws
 from metafast.recording.first_change import FirstChange
@@ -90,7 +90,7 @@ def capture_function(
     _refuse_setting(None)
     recorder = Recorder(None, known=known)
     dtype = _float_dtype(inputs.values())
-    with swapping, torch.inference_mode(False), torch.enable_grad(), own_graphs():
+    with swapping, torch.inference_mode(False), torch.enable_grad(), no_checkpoints(), own_graphs():
         copies = {at: copy_of(t, True) for at, t in inputs.items()}
         for (role, name), copy in copies.items():
             recorder.leaf(f"{role}/{name}", copy)
@@ -138,7 +138,7 @@ def _run_model(
     """Run the objective on the swapped model; returns its result and the leaves by key."""
     flat, spec = pytree.tree_flatten(batch)
     keys = iter(batch_keys)
-    with swapping, torch.inference_mode(False), torch.enable_grad(), own_graphs():
+    with swapping, torch.inference_mode(False), torch.enable_grad(), no_checkpoints(), own_graphs():
         swapped = Swapped(model, recorder)
         try:
             leaves = swapped.enter(params, buffers)

@@ -33,7 +33,8 @@ __all__ = ["find_externs"]
 def find_externs(problem: Problem) -> list[Tensor]:
     """The tensors that require grad and are read, but are not leaves of `problem`: in the order of first use.
 
-    Runs the first task, once if it can be captured; buffers and random state are as before afterwards.
+    Runs the first task, once if it can be captured; buffers, attributes of the model and random state are as before
+    afterwards.
     A parameter that a closure reads directly, past the model, counts too: there it stands for its initial value.
     """
     traces = _captured(problem)

@@ -1,4 +1,7 @@
-"""Where the random generators that losses may draw from stand: to draw the same again, or as if none had been drawn."""
+"""Where the random generators that losses may draw from stand: to draw the same again, or as if none had been drawn.
+
+Plain attributes of the model's modules go along: a pass counts in them, or notes there what it has filled.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,9 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
+
+from .attributes import Attributes
 
 if TYPE_CHECKING:
     from .problem import Problem
@@ -21,16 +27,18 @@ Generator = tuple[str, Callable[[], Any], Callable[[Any], Any]]
 
 
 class Draws:
-    """The states of PyTorch's, Python's and NumPy's own generators, and of those that the losses of a problem read."""
+    """The states of PyTorch's, Python's and NumPy's own generators, of those that the losses of a problem read, and the
+    attributes of its model."""
 
-    def __init__(self, generators: list[Generator]) -> None:
-        self._generators = generators
+    def __init__(self, generators: list[Generator], model: nn.Module | None = None) -> None:
+        self._generators, self._model = generators, model
         self._states = [read() for _, read, _ in generators]
+        self._attributes = None if model is None else Attributes(model)
 
     @classmethod
     def of(cls, problem: Problem) -> Draws:
-        """Of all generators that a run of its losses may draw from."""
-        return cls(_generators(problem))
+        """Of all generators that a run of its losses may draw from, and of its model."""
+        return cls(_generators(problem), problem.model)
 
     @classmethod
     def everywhere(cls) -> Draws:
@@ -47,7 +55,7 @@ class Draws:
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
         """Draw from there on, and leave the generators as they are."""
-        now = Draws(self._generators)
+        now = Draws(self._generators, self._model)
         self.restore()
         try:
             yield
@@ -58,6 +66,8 @@ class Draws:
         """Set all of them back."""
         for (_, _, put), state in zip(self._generators, self._states, strict=True):
             put(state)
+        if self._attributes is not None:
+            self._attributes.restore()
 
 
 def plain(state: Any) -> Any:

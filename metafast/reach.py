@@ -180,12 +180,9 @@ class _Walk:
 
     def visit(self, value: Any, depth: int) -> Any:
         """Any value."""
-        if isinstance(value, enum.Enum):
-            return _Identity(value)
-        if isinstance(value, _CONSTANTS):
-            return (type(value), value)
-        if isinstance(value, float):
-            return (float, value.hex())  # tells -0.0 from 0.0
+        constant = _constant(value)
+        if constant is not None and not _of_the_user(type(value).__module__):
+            return constant
         if isinstance(value, type):
             return self._class(value, depth)
         if (number := self._numbers.get(id(value))) is not None:
@@ -193,6 +190,8 @@ class _Walk:
         self._number(value)
         if depth > _DEPTH:
             return _Identity(value)
+        if constant is not None:
+            return (constant, self._class_and_attributes(value, depth))
         if isinstance(value, Tensor):
             return self._tensor(value)
         if isinstance(value, nn.Module):
@@ -200,7 +199,9 @@ class _Walk:
         if isinstance(value, _CODE):
             return self._function(value, depth)
         if isinstance(value, (list, tuple, deque, dict, set, frozenset)):
-            return self._container(value, depth)
+            key = self._container(value, depth)
+            own = _of_the_user(type(value).__module__)
+            return (key, self._class_and_attributes(value, depth)) if own else key
         if isinstance(value, types.ModuleType):
             names = [*self._sorted, "environ"] if "getenv" in self._wanted else self._sorted
             return (_Identity(value), self._named(value.__dict__, depth, names))
@@ -379,14 +380,17 @@ class _Walk:
         owner = _attribute(value, "__self__")
         if owner is not None and not isinstance(owner, types.ModuleType):  # a method written in C
             return (getattr(value, "__name__", ""), self.visit(owner, depth + 1))
+        key = self._class_and_attributes(value, depth)
+        return key if len(key) > 1 else _Identity(value)
+
+    def _class_and_attributes(self, value: Any, depth: int) -> tuple[Any, ...]:
+        """What an object's class defines, and its attributes, as far as code names them."""
         key: list[Any] = [self.visit(type(value), depth + 1)]
         self.places.append(("type", value, None, type(value)))
         store = _attribute(value, "__dict__")
         slots = [name for base in type(value).__mro__ for name in _slots_of(base)]
         slotted = [name for name in slots if _attribute(value, name, _MISSING) is not _MISSING]
-        if not isinstance(store, dict) and not slotted:
-            return _Identity(value)
-        if isinstance(store, dict):
+        if isinstance(store, dict) and store is not value:
             every = self._any_name or type(value).__module__.startswith("metafast.")
             key.append(self._named(store, depth, list(store) if every else self._sorted))
         for name in slotted:
@@ -447,6 +451,15 @@ def _watched(walk: _Walk) -> Any:
     except ImportError:
         return None
     return _C.Places(walk.places, walk.sizes)
+
+
+def _constant(value: Any) -> tuple[Any, ...] | None:
+    """The value of a number, a word or their like; None for what is none."""
+    if isinstance(value, enum.Enum):
+        return (_Identity(value),)
+    if isinstance(value, float):
+        return (type(value), value.hex())  # tells -0.0 from 0.0
+    return (type(value), value) if isinstance(value, _CONSTANTS) else None
 
 
 def _code(root: Any) -> Any:

@@ -330,6 +330,61 @@ def test_a_gradient_inside_the_loss(backend: str, reduction: str, order: int) ->
     check_grads(model, answer)
 
 
+class Counts(nn.Module):
+    """Counts its passes, and notes that the first of them has filled a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.passes, self.filled, self.seen = mlp(), 0, False, [0]
+        self.register_buffer("mean", torch.zeros(6, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.filled:
+            self.mean.copy_(x.mean(0))
+            self.filled = True
+        self.passes += 1
+        self.seen.append(self.passes)
+        out: Tensor = self.net(x - self.mean) * (1 + 0.1 * self.seen[-1])
+        return out
+
+    def held(self) -> tuple[Any, ...]:
+        return self.passes, self.filled, tuple(self.seen), self.mean.tolist()
+
+
+@backends
+@pytest.mark.filterwarnings("ignore::metafast.FallbackWarning")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_what_a_model_notes_in_its_attributes_is_as_the_eager_loop_leaves_it(backend: str, reduction: str) -> None:
+    """Neither the look for tensors outside nor a replay counts: both begin where the first pass began."""
+    model = Counts()
+    answer = expected(model, data(0), data(1))
+    inner = loop(model, backend, reduction=reduction)
+    loss = inner(data(0), data(1))
+    after = model.held()
+    assert after[0] == TASKS * 3
+    loss.mean().backward()
+    assert model.held() == after
+    close(loss.mean(), answer.losses.mean())
+    close(model.mean, answer.buffers["mean"])
+    check_grads(model, answer)
+    sum(t.sum() for t in inner.adapt(data(0)).values()).backward()  # type: ignore[union-attr]
+    assert model.passes == after[0] + TASKS * 2
+
+
+@backends
+@pytest.mark.filterwarnings("ignore::metafast.FallbackWarning")
+def test_after_an_error_a_model_holds_what_it_held(backend: str) -> None:
+    model, (x, y) = Counts(), data(0)
+    before = model.held()
+    inner = loop(model, backend, nonfinite="raise")
+    with pytest.raises(metafast.errors.LabelError):
+        inner((x, torch.where(torch.arange(TASKS)[:, None] == 1, 99, y)), data(1))
+    assert model.held() == before
+    with pytest.raises(metafast.NonFiniteError):
+        inner((torch.where(torch.arange(TASKS)[:, None, None] == 1, torch.inf, x), y), data(1))
+    assert model.held() == before
+
+
 @backends
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -355,6 +410,22 @@ def test_activation_checkpoints(backend: str, reentrant: bool, way: str) -> None
     x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
     model(x).sum().backward()  # and elsewhere they are as they were
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpoints_of_what_needs_no_gradient_go_native(reentrant: bool) -> None:
+    """A reentrant one of a model's first layers would take them for constants: its input requires no grad."""
+
+    class Net(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self[2](checkpoint(lambda x: self[1](self[0](x)), x, use_reentrant=reentrant))
+            return out
+
+    plain = mlp()
+    answer = expected(plain, data(0), data(1))
+    model = Net(*plain)
+    loop(model, "native")(data(0), data(1)).backward()
+    check_grads(model, answer)
 
 
 @backends

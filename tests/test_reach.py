@@ -6,6 +6,7 @@ import array
 import collections
 import contextvars
 import dataclasses
+import enum
 import functools
 import importlib
 import itertools
@@ -17,7 +18,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -334,10 +335,50 @@ def cleared_cache() -> tuple[Any, Callable[[], None]]:
     return a_gain(read, read.cache_clear)
 
 
+class Act(enum.Enum):
+    TANH = "tanh"
+
+    def gain(self) -> float:
+        return GAIN
+
+
+class Rate(float):
+    def gain(self) -> float:
+        return GAIN
+
+
+class Pair(NamedTuple):
+    first: float
+
+    def gain(self) -> float:
+        return self.first * GAIN
+
+
+class Table(dict):  # type: ignore[type-arg]
+    def gain(self) -> float:
+        return sum(self.values()) * GAIN
+
+
+def of_a_class(held: Any) -> tuple[Any, Callable[[], None]]:
+    return a_gain(lambda: held.gain(), lambda: globals().__setitem__("GAIN", 2.0))
+
+
+def attribute_of_a_tuple() -> tuple[Any, Callable[[], None]]:
+    held = type("Own", (tuple,), {"gain": 1.0})()
+    return a_gain(lambda: held.gain, lambda: setattr(held, "gain", 2.0))
+
+
+def attribute_of_a_number_that_holds_itself() -> tuple[Any, Callable[[], None]]:
+    held = type("Own", (int,), {})(1)
+    held.gain, held.data = 1.0, held
+    return a_gain(lambda: held.data.gain, lambda: setattr(held, "gain", 2.0))
+
+
 _FUNCTIONS = (keyword_default, other_module, attribute_of_a_callables_class, closure_in_a_closure, order_of_a_dict)
 _FUNCTIONS += (attribute_of_a_function, attribute_of_a_tensor, gradient_of_a_tensor, property_of_a_metaclass)
 _FUNCTIONS += (method_of_a_class, imported_by_the_loss, imported_by_name, environment, cleared_cache)
 _FUNCTIONS += (getattr_that_raises, weak_reference, attribute_getter, context_variable, cached_function)
+_FUNCTIONS += (attribute_of_a_tuple, attribute_of_a_number_that_holds_itself)
 _SEEN: dict[str, Any] = {f.__name__: f for f in _FUNCTIONS} | {
     "proxy": lambda: mapping(types.MappingProxyType),
     "chain": lambda: mapping(lambda d: collections.ChainMap({}, d)),  # type: ignore[arg-type]
@@ -347,11 +388,18 @@ _SEEN: dict[str, Any] = {f.__name__: f for f in _FUNCTIONS} | {
     "long dict": lambda: raw_numbers(dict.fromkeys(range(5000), 1.0)),
     "long array": lambda: raw_numbers(np.ones(50000)),
     "array": lambda: raw_numbers(array.array("d", [1.0])),
+    "method of an enumeration": lambda: of_a_class(Act.TANH),
+    "method of a number": lambda: of_a_class(Rate(1.0)),
+    "method of a named tuple": lambda: of_a_class(Pair(1.0)),
+    "method of a dict": lambda: of_a_class(Table(a=1.0)),
 }
 
 
 @pytest.mark.parametrize("make", _SEEN.values(), ids=_SEEN)
-def test_a_change_of_what_the_loss_reads_is_seen(make: Callable[[], tuple[Any, Callable[[], None]]]) -> None:
+def test_a_change_of_what_the_loss_reads_is_seen(
+    make: Callable[[], tuple[Any, Callable[[], None]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(globals(), "GAIN", 1.0)
     loss, alter = make()
     inner = metafast.InnerLoop(nn.Linear(3, 2).double(), loss, update=metafast.SGD(lr=0.1), steps=2)
     agree(inner)
@@ -597,9 +645,7 @@ _DRAWS += [lambda: np.random.default_rng(0).normal, lambda: random.Random(0).ran
 @pytest.mark.parametrize("draw", _DRAWS)
 def test_a_loss_that_reads_what_it_changes_falls_back_once(draw: Callable[[], Callable[[], float]]) -> None:
     net, number = nn.Linear(3, 2).double(), draw()
-    inner = metafast.InnerLoop(
-        net, lambda out, y: F.mse_loss(out, y) * number(), update=metafast.SGD(lr=0.1), steps=1
-    )
+    inner = metafast.InnerLoop(net, lambda out, y: F.mse_loss(out, y) * number(), update=metafast.SGD(lr=0.1), steps=1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         losses = [inner(*tasks()).item() for _ in range(3)]
@@ -666,9 +712,7 @@ def test_after_an_error_nothing_has_been_drawn(make: Any, fails: str) -> None:
             raise ValueError("no")
         return value * float("inf")
 
-    inner = metafast.InnerLoop(
-        nn.Linear(3, 2).double(), loss, update=metafast.SGD(lr=0.1), steps=2, nonfinite="raise"
-    )
+    inner = metafast.InnerLoop(nn.Linear(3, 2).double(), loss, update=metafast.SGD(lr=0.1), steps=2, nonfinite="raise")
     inner(*tasks())
     seed()
     expected = draw()

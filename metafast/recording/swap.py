@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import collections
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,10 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from metafast.attributes import Attributes
 from metafast.recording.recorder import Recorder
 
-_SIMPLE = (bool, int, float, complex, str, bytes, type(None))
-_STORES = ("_parameters", "_buffers")
 _COUNTER = "num_batches_tracked"
 
 
@@ -37,13 +35,12 @@ class Swapped:
         self._stores: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = []
         self._counters: dict[int, Tensor] = {}  # by module
         self._hooks: list[RemovableHandle] = []
-        self._modules: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = []
+        self._attributes = Attributes(model)
 
     def enter(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Swap in copies of these; returns the copies by leaf key."""
         leaves: dict[str, Tensor] = {}
         for path, module in self._model.named_modules():
-            self._save(path, module)
             before = dict(module._parameters), dict(module._buffers)
             self._swap(path, "param", module._parameters, params, leaves)
             self._swap(path, "buffer", module._buffers, buffers, leaves)
@@ -96,21 +93,13 @@ class Swapped:
         if counter is not None:
             self._counters[id(module)] = counter
 
-    def _save(self, path: str, module: nn.Module) -> None:
-        plain = {k: v for k, v in module.__dict__.items() if k not in _STORES}
-        containers = {k: c for k, v in plain.items() if (c := _contents(v)) is not None}
-        self._modules.append((path, module.__dict__, plain, containers))
-
     def changed(self) -> str | None:
         """The path of an attribute that is not what it was, if one is not."""
         for path, store, _, swapped in self._stores:
             for name in {**store, **swapped}:
                 if store.get(name) is not swapped.get(name):
-                    return _join(path, name)
-        for path, now, plain, containers in self._modules:
-            for name in _changes(now, plain, containers):
-                return _join(path, name)
-        return None
+                    return f"{path}.{name}" if path else name
+        return self._attributes.changed()
 
     def leave(self) -> None:
         """Restore everything."""
@@ -119,60 +108,8 @@ class Swapped:
         for _, store, before, _ in self._stores:
             store.clear()
             store.update(before)
-        for _, now, plain, containers in self._modules:
-            _restore(now, plain, containers)
-
-
-def _changes(now: dict[str, Any], plain: dict[str, Any], containers: dict[str, Any]) -> Iterator[str]:
-    """The names of a module's attributes that are not as they were."""
-    for name in now:
-        if name not in plain and name not in _STORES:
-            yield name
-    for name, value in plain.items():
-        if name not in now or not _same(now[name], value):
-            yield name
-    for name, contents in containers.items():
-        if not _same_all(_contents(plain[name]), contents):
-            yield name
-
-
-def _restore(now: dict[str, Any], plain: dict[str, Any], containers: dict[str, Any]) -> None:
-    for name in list(_changes(now, plain, containers)):
-        if name not in plain:
-            del now[name]
-            continue
-        now[name] = plain[name]
-        if name in containers and not _same_all(_contents(plain[name]), containers[name]):
-            _refill(plain[name], containers[name])
+        self._attributes.restore()
 
 
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
-
-
-def _contents(value: Any) -> Any:
-    """A container's elements, to compare and restore; None for anything else."""
-    if isinstance(value, dict):
-        return list(value.items())
-    return list(value) if isinstance(value, (list, set, collections.deque, bytearray)) else None
-
-
-def _refill(value: Any, contents: list[Any]) -> None:
-    value.clear()
-    if isinstance(value, (dict, set)):
-        value.update(contents)
-    else:
-        value.extend(contents)
-
-
-def _same(a: Any, b: Any) -> bool:
-    """The same object, an equal number or string, or tuples of such."""
-    if a is b:
-        return True
-    if type(a) is not type(b):
-        return False
-    return _same_all(a, b) if isinstance(a, tuple) else isinstance(a, _SIMPLE) and bool(a == b)
-
-
-def _same_all(a: Any, b: Any) -> bool:
-    return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
