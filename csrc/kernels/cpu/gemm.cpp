@@ -12,6 +12,9 @@ namespace {
 // With so few rows, so long for each of them, B is better read along k than packed: measured on AVX2.
 constexpr int64_t kFewRows = 12, kLongRows = 32;
 
+// Of B and of C: what half a first-level cache holds, and what a second-level one has to share.
+constexpr int64_t kNearBytes = 24576, kFarBytes = 262144;
+
 // What a call is, after the operands are turned so that n lies together in C wherever that can be had.
 struct Sizes {
   int64_t batch, M, N, K, a_bs, a_rs, a_cs, b_bs, b_rs, b_cs, c_bs, c_rs, c_cs;
@@ -24,6 +27,7 @@ struct Sizes {
   bool pack;        // B is copied into strips
   int64_t vectors;  // of a strip
   int64_t width;    // elements of a strip
+  int64_t rows;     // that all strips pass before the next: M, or those of a tile
   bool lanes;       // the matrices of the batch lie in the lanes of vectors
   int64_t columns;  // of a block of those
 
@@ -50,6 +54,7 @@ struct Sizes {
     s.width = s.vectors * kLanes<T>;
     const bool big = s.M > 64 && s.K * s.N * static_cast<int64_t>(sizeof(T)) > 131072;
     s.pack = ((s.b_cs != 1 && s.N > 1) || big) && !s.dots;
+    s.rows = whole_rows<T>(s) ? max_tile_rows(static_cast<int>(s.vectors)) : s.M;
     return s;
   }
 
@@ -68,6 +73,13 @@ struct Sizes {
     constexpr int64_t L = kLanes<T>;
     if (K <= 1 || L <= 2) return false;
     return M <= 2 ? K >= L : N * (K + 4 * L) <= L * K || (M <= kFewRows && K >= kLongRows * M);
+  }
+
+  // Whether C is written row after row: where it lies far away and B near, caches see what comes next.
+  template <class T>
+  static bool whole_rows(const Sizes& s) {
+    constexpr int64_t size = sizeof(T);
+    return !s.pack && s.scaled && s.K * s.N * size <= kNearBytes && s.M * s.N * size >= kFarBytes;
   }
 
   static void swap(int64_t& a, int64_t& b) {
@@ -132,15 +144,18 @@ void multiply(const Product<T>& p, const Sizes& s, T* c, int64_t c_rs, bool add,
     if (s.pack) pack_strips(p, p.b, s, k, depth, packed);
     if (s.pack && s.pair) pack_strips(p, p.more_b, s, k, depth, more);
     if (s.pair) call.b_gap = (s.pack ? more - packed : p.more_b - p.b) - depth * call.b_rs;
-    call.a = p.a + k * s.a_cs, call.length = depth, call.add = add || k > 0;
+    call.length = depth, call.add = add || k > 0;
     call.from = k > 0 ? 0 : p.from;
-    for (int64_t n = 0; n < p.N; n += s.width) {
-      const int64_t columns = min64(s.width, p.N - n), vectors = (columns + L - 1) / L;
-      call.b = s.pack ? packed + n * depth : p.b + k * s.b_rs + n * s.b_cs;
-      call.c = c + n;
-      call.bias = last_depth && p.bias && !s.turned ? p.bias + n : nullptr;
-      call.last = columns - (vectors - 1) * L;
-      run_strip<T>(call, p.M, vectors);
+    for (int64_t m = 0; m < p.M; m += s.rows) {
+      call.a = p.a + m * s.a_rs + k * s.a_cs;
+      for (int64_t n = 0; n < p.N; n += s.width) {
+        const int64_t columns = min64(s.width, p.N - n), vectors = (columns + L - 1) / L;
+        call.b = s.pack ? packed + n * depth : p.b + k * s.b_rs + n * s.b_cs;
+        call.c = c + m * c_rs + n;
+        call.bias = last_depth && p.bias && !s.turned ? p.bias + n : nullptr;
+        call.last = columns - (vectors - 1) * L;
+        run_strip<T>(call, min64(s.rows, p.M - m), vectors);
+      }
     }
   }
 }
