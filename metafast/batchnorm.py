@@ -71,17 +71,20 @@ def tracked(model: nn.Module) -> dict[str, _NormBase]:
 
 
 @contextlib.contextmanager
-def unmoved() -> Iterator[None]:
-    """A run that is only to look: layers that it passes, wherever they are held, get their running statistics back.
+def unmoved(model: nn.Module) -> Iterator[None]:
+    """A run that is only to look, or to replay: layers that it passes and that `model`, which runs with copies of its
+    buffers, does not hold get their running statistics back.
 
     Nothing else of what is outside the model is restored: what a run fills once, and notes in Python that it has, is to
     stay filled.
     """
     saved: dict[int, tuple[Tensor, Tensor]] = {}
-    thread = threading.get_ident()
+    thread, inside = threading.get_ident(), frozenset(map(id, model.modules()))
 
     def save(module: nn.Module, args: Any) -> None:
-        if isinstance(module, _NormBase) and module.training and threading.get_ident() == thread:
+        if not isinstance(module, _NormBase) or id(module) in inside:
+            return
+        if module.training and threading.get_ident() == thread:
             for buffer in module.buffers(recurse=False):
                 saved.setdefault(id(buffer), (buffer, buffer.detach().clone()))
 

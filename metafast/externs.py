@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import collector
-from .batchnorm import unmoved
 from .dispatch import known_traces
 from .generators import Draws
 from .problem import Problem
@@ -82,7 +81,7 @@ def _seen(problem: Problem) -> list[Tensor]:
         wrt=tuple(["param/" + name for name in problem.adapted]),  # the losses run with gradients on
     )
     draws = Draws.of(problem)
-    with torch.enable_grad(), unmoved(), seen:
+    with torch.enable_grad(), seen:
         if problem.query_spec is None:
             Reference().adapt(one, fold=False)
         else:

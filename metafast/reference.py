@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from . import tasks
-from .batchnorm import Buffers
+from .batchnorm import Buffers, unmoved
 from .checkpoints import no_checkpoints, own_graphs
 from .errors import InputError, InputTypeError, LabelError, MetafastError, TaskError, message, position
 from .generators import Draws
@@ -134,6 +134,8 @@ class _Replay:
             stack.enter_context(eagerly())
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.set_grad_enabled(self.differentiate))
+            if not self.fold:
+                stack.enter_context(unmoved(self.problem.model))
             if self.second_order:  # PyTorch differentiates no other form of attention twice
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             self._exit = stack.pop_all()

@@ -326,6 +326,25 @@ def test_a_layer_outside_the_model_makes_the_passes_of_the_loop(backend: str, mo
 
 
 @backends
+@pytest.mark.filterwarnings("ignore::metafast.FallbackWarning")
+@pytest.mark.parametrize("way", ["none", "adapt"])
+def test_a_replay_leaves_the_statistics_of_a_layer_outside_the_model(backend: str, way: str) -> None:
+    teacher, support, query = net(0.1), data(0), data(1)
+    inner = metafast.InnerLoop(
+        nn.Linear(6, WAYS).double(),
+        objective=lambda m, b: F.mse_loss(m(b[0]), teacher(b[0])),
+        update=metafast.SGD(LR),
+        steps=2,
+        reduction="none",
+        backend=backend,
+    )
+    out = inner(support, query) if way == "none" else inner.adapt(support)["weight"]
+    before = copy.deepcopy(dict(teacher.named_buffers()))
+    out.sum().backward()
+    same_buffers(teacher, before)
+
+
+@backends
 def test_an_error_leaves_the_statistics(backend: str) -> None:
     model, support = net(), data(0)
     before = copy.deepcopy(dict(model.named_buffers()))
