@@ -30,6 +30,8 @@ struct Columns {
     int v = 0;
     const int whole = last == L ? vectors : vectors - 1;
     for (; v + wide <= whole; v += wide) f(v, Constant<wide>{}, Constant<1>{});
+    if constexpr (wide > 2)
+      for (; v + 2 <= whole; v += 2) f(v, Constant<2>{}, Constant<1>{});
     for (; v < whole; ++v) f(v, Constant<1>{}, Constant<1>{});
     if (v < vectors) f(v, Constant<1>{}, Constant<0>{});
   }
