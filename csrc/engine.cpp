@@ -27,13 +27,13 @@ Engine& Engine::current() {
   return current_engine.compare_exchange_strong(expected, fresh.get()) ? *fresh.release() : *expected;
 }
 
-void Engine::run(GroupRunner& runner, int groups, int workers, bool help) {
+void Engine::run(GroupRunner& runner, int groups, int workers, bool help, bool backwards) {
   pool_.start(workers);
   runner_ = &runner;
   workers_ = workers;
   look_.store(workers, std::memory_order_relaxed);
   help_.store(help, std::memory_order_relaxed);
-  groups_.open(groups, std::min(groups, workers));
+  groups_.open(groups, std::min(groups, workers), backwards);
   pool_.wake(workers);
   work(0, [this] { return !groups_.finished(); });
   help_.store(false, std::memory_order_relaxed);

@@ -36,9 +36,9 @@ class Engine {
   Buffer accumulators;
 
   // Runs groups 0..groups-1 on `workers` threads, this one included; returns when all have run. Only workers
-  // 0..groups-1 run one. With `help`, idle workers look for shared instructions until then. Throws
-  // std::system_error before anything has run.
-  void run(GroupRunner& runner, int groups, int workers, bool help);
+  // 0..groups-1 run one, this one from the last on if `backwards`. With `help`, idle workers look for shared
+  // instructions until then. Throws std::system_error before anything has run.
+  void run(GroupRunner& runner, int groups, int workers, bool help, bool backwards);
 
   // How many workers would help right now. May be out of date when it is used: nothing depends on it but
   // speed.

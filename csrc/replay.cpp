@@ -49,6 +49,7 @@ class Replay final : GroupRunner {
 
   static std::vector<Part> parts_of(const Call& call);
   int count_workers() const;
+  bool spares_caller() const;
   template <class Count>
   auto most(Count count) const;
   std::byte* reserve_sums() const;
@@ -113,6 +114,14 @@ int Replay::count_workers() const {
   return splits_ ? call_.threads : std::clamp(groups_, 1, call_.threads);
 }
 
+// Whether this thread leaves blocks of tasks that fill a second-level cache to others, where there is one for each: it
+// runs Python between two calls, and that and they would find each other's memory there in place of their own.
+bool Replay::spares_caller() const {
+  constexpr int64_t kFilling = int64_t{1} << 19;
+  const Part& blocks = parts_.front();
+  return parts_.size() > 1 && blocks.end < workers_ && blocks.layout.bytes >= kFilling;
+}
+
 std::byte* Replay::reserve_sums() const {
   const int64_t bytes = parts_.front().program.sizes().accumulator;
   return engine_.accumulators.reserve(AccumulatorTree::bytes_needed(groups_, bytes));
@@ -138,7 +147,7 @@ Outcome Replay::run() {
   {
     const FlushSubnormals flush;
     flush_ = &flush;
-    engine_.run(*this, groups_, workers_, splits_);
+    engine_.run(*this, groups_, workers_, splits_, spares_caller());
   }
   const int failed = failed_group_.load();
   if (failed < groups_) return outcomes_[failed];
