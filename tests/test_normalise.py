@@ -121,6 +121,7 @@ UNSUPPORTED: dict[str, tuple[Function, str]] = {
     "float32": (lambda x: x.float() * 2, "float32"),
     "complex": (lambda x: torch.view_as_real(torch.view_as_complex(x.view(3, 2, 2)) * 2), "view_as_complex"),
     "as_strided": (lambda x: x.as_strided((2, 2), (1, 1)) * 2, "as_strided"),
+    "written": (lambda x: (lambda y: (y.as_strided((2, 2), (1, 1))[0].mul_(2), y)[-1])(x * 1), "as_strided"),
     "to_int": (lambda x: x * x.to(torch.int64), "cast"),
 }
 
