@@ -108,6 +108,8 @@ def fold(module: _NormBase, means: Tensor, variances: Tensor) -> None:
     made the passes.
     """
     passes = means.shape[0]
+    if not passes:  # no step was made
+        return
     assert module.running_mean is not None and module.running_var is not None
     seen = 0
     if module.num_batches_tracked is not None:

@@ -93,6 +93,15 @@ def test_adapt_folds_its_own_passes_and_fast_weights_theirs(backend: str, moment
 
 
 @backends
+@momenta
+def test_an_adapt_without_steps_makes_no_pass(backend: str, momentum: float | None) -> None:
+    model, support = net(momentum), data(0)
+    before = copy.deepcopy(dict(model.named_buffers()))
+    loop(model, backend, steps=0).adapt(support)
+    same_buffers(model, before)
+
+
+@backends
 def test_eval_mode_reads_the_running_statistics_and_leaves_them(backend: str) -> None:
     model, support, query = net().eval(), data(0), data(1)
     before = copy.deepcopy(dict(model.named_buffers()))

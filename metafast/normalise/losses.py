@@ -130,7 +130,7 @@ def _huber(c: Context, x: Any, y: Any, reduction: int = 1, delta: float = 1.0) -
     gap = c("sub", x, y)
     size = c("abs", gap)
     far = c("mul", c("sub", size, 0.5 * delta), delta)
-    close = c("le", size, delta)
+    close = c("lt", size, delta)  # at the seam PyTorch's second derivative is that of the far side
     near = c("mul", c("square", c("where", close, gap, 0.0)), 0.5)
     return c.reduce(c("where", close, near, far), reduction)
 
@@ -179,5 +179,3 @@ def _bce_logits(
 @rule("soft_margin_loss")
 def _soft_margin(c: Context, x: Any, target: Any, reduction: int = 1) -> Value:
     return c.reduce(c("softplus", c("neg", c("mul", target, x))), reduction)
-
-

@@ -15,6 +15,7 @@ import torch
 
 from metafast.graph import Value
 from metafast.normalise.table import Context, rule
+from metafast.normalise.views import Stop
 
 _SAME_NAME = "neg exp log sqrt rsqrt square abs sign tanh sigmoid erf relu expm1 log1p sin cos atan floor"
 _SAME_NAME += " maximum minimum gt ge lt le eq ne"
@@ -329,7 +330,9 @@ def _leaky_relu(c: Context, x: Any, negative_slope: float = 0.01) -> Value:
 
 @rule("_prelu_kernel")
 def _prelu(c: Context, x: Any, weight: Any) -> Value:
-    return c("where", c("step", x), x, c("mul", weight, x))
+    """At 0 PyTorch's slope is the weight, but no second derivative depends on it."""
+    slope = c("where", c("step", x), 1.0, Stop().get(c.b, c.real(weight)))
+    return c("where", c("step", c("neg", x)), c("mul", weight, x), c("mul", slope, x))
 
 
 @rule("rrelu_with_noise")
@@ -339,9 +342,12 @@ def _rrelu(c: Context, x: Any, noise: Any, lower: float = 0.125, upper: float = 
 
 @rule("elu")
 def _elu(c: Context, x: Any, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Value:
-    positive = c("step", x)
-    below = c("expm1", c("mul", c("where", positive, 0.0, x), input_scale))
-    return c("where", positive, c("mul", x, scale), c("mul", below, alpha * scale))
+    """At 0 PyTorch's slope is that of the left side, its second derivative that of the right."""
+    negative = c("step", c("neg", x))
+    below = c("expm1", c("mul", c("where", negative, x, 0.0), input_scale))
+    left = alpha * scale * input_scale
+    slope = scale if left == scale else c("where", c("step", x), scale, left)
+    return c("where", negative, c("mul", below, alpha * scale), c("mul", x, slope))
 
 
 @rule("celu")

@@ -9,6 +9,7 @@ parent, and a view whose parent has changed is derived anew. That is all of func
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,6 +52,19 @@ class _Cell:
         self.parent = parent
         self.view = view
         self.seen = parent.content if parent is not None else None
+
+
+@dataclass(frozen=True)
+class _Unknown(View):
+    """A view that has no native form."""
+
+    error: Unsupported
+
+    def get(self, b: Builder, v: Value) -> Value:
+        raise self.error
+
+    def of_tensor(self, t: Tensor) -> Tensor:
+        raise self.error
 
 
 class _Rewriter:
@@ -171,9 +185,11 @@ class _Rewriter:
     def _poison(self, call: Call, info: OpInfo | None, error: Unsupported) -> None:
         for ref in _written(call, info):
             self._write(self._cell(ref), error)
+        base = call.args[0] if info is not None and info.view else None
         for ref in _refs(call.outputs):
-            if ref.id not in self.cells:
-                self.cells[ref.id] = _Cell(error)
+            if ref.id not in self.cells:  # what is written to a view reaches what it views
+                seen = (self._cell(base), _Unknown(error)) if isinstance(base, Ref) else ()
+                self.cells[ref.id] = _Cell(error, *seen)
 
     def _arguments(self, call: Call) -> tuple[list[Any], dict[str, Any], bool]:
         """The arguments with what tensors hold, and whether all of that is constant."""

@@ -149,6 +149,28 @@ class Diagonal(View):
         return t.diagonal(self.offset, self.dim1, self.dim2)
 
 
+@dataclass(frozen=True)
+class Windows(View):
+    """Windows of a dim, which may overlap, laid along a new last one; element by element."""
+
+    dim: int
+    size: int
+    step: int
+    shape: Shape
+
+    def get(self, b: Builder, v: Value) -> Value:
+        last = (self.shape[self.dim] - 1) * self.step
+        cuts = [Slice(self.dim, i, i + last + 1, self.step).get(b, v) for i in range(self.size)]
+        parts = [b.op("reshape", cut, shape=(*cut.shape, 1)) for cut in cuts]
+        return b.op("concat", *parts, dim=len(v.shape)) if len(parts) > 1 else parts[0]
+
+    def put(self, c: Context, parent: Value, new: Any) -> Value:
+        raise c.refuse("writes through windows")
+
+    def of_tensor(self, t: Tensor) -> Tensor:
+        return t.unfold(self.dim, self.size, self.step)
+
+
 def is_constant(b: Builder, v: Value) -> bool:
     """Whether nothing flows back through the value anyway."""
     node = b.producer(v)
@@ -285,8 +307,19 @@ def _unbound(shape: Shape, results: Sequence[Shape], dim: int = 0) -> list[Chain
 
 
 @_view("diagonal")
-def _diagonal(
-    shape: Shape, results: Sequence[Shape], offset: int = 0, dim1: int = 0, dim2: int = 1
-) -> list[Chain]:
+def _diagonal(shape: Shape, results: Sequence[Shape], offset: int = 0, dim1: int = 0, dim2: int = 1) -> list[Chain]:
     rank = len(shape)
     return [(Diagonal(offset, dim1 % rank, dim2 % rank),)]
+
+
+@_view("unfold")
+def _unfolded(shape: Shape, results: Sequence[Shape], dimension: int, size: int, step: int) -> list[Chain]:
+    """Windows side by side are a reshape; a 0-dim tensor has one."""
+    if not shape or not size:
+        return [(Reshape(results[0]),)]
+    d = dimension % len(shape)
+    if size != step:
+        return [(Windows(d, size, step, results[0]),)]
+    n = results[0][d]
+    order = [i for i in range(len(shape) + 1) if i != d + 1]
+    return [(Slice(d, 0, n * size), Reshape((*shape[:d], n, size, *shape[d + 1 :])), Permute((*order, d + 1)))]
