@@ -17,6 +17,7 @@ the first capture in a process costs what the eager run costs.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -153,27 +154,38 @@ def _run_model(
             swapped.leave()
         recorder.refuse_temporaries()
         if changed is not None:
-            path = changed.rpartition(".")[0]
-            kind = type(model.get_submodule(path)).__name__
-            swapped = Swapped(model, Recorder(model, strict=False))
-            at = Origin(path or kind)
-            if recorder.strict:
-                try:
-                    swapped.enter(params, buffers)
-                    batch = pytree.tree_unflatten(flat, spec)
-                    at = _first_change(recorder, lambda: swapped.changed() is None, objective, model, batch) or at
-                finally:
-                    swapped.leave()
-            recorder.refuse("attribute", f"the forward changes its module: {changed} (of {kind})", at)
+            again = functools.partial(objective, model, pytree.tree_unflatten(flat, spec))
+            _refuse_change(recorder, model, changed, params, buffers, again)
     return result, leaves
 
 
-def _first_change(
-    recorder: Recorder, holds: Callable[[], bool], function: Callable[..., Any], *args: Any
-) -> Origin | None:
-    """Run the user's code again, to find the line after which `holds()` does not."""
+def _refuse_change(
+    recorder: Recorder,
+    model: nn.Module,
+    changed: str,
+    params: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    again: Callable[[], Any],
+) -> None:
+    """Refuse a forward that changed an attribute of its module."""
+    path = changed.rpartition(".")[0]
+    kind = type(model.get_submodule(path)).__name__
+    at, swapped = Origin(path or kind), Swapped(model, Recorder(model, strict=False))
+    try:
+        swapped.enter(params, buffers)
+        at = _first_change(recorder, lambda: swapped.changed() is None, again) or at
+    finally:
+        swapped.leave()
+    recorder.refuse("attribute", f"the forward changes its module: {changed} (of {kind})", at)
+
+
+def _first_change(recorder: Recorder, holds: Callable[[], bool], again: Callable[[], Any]) -> Origin | None:
+    """Run the user's code again, to find the line after which `holds()` does not. None where hazards are passed over:
+    nobody asks for it."""
+    if not recorder.strict:
+        return None
     with eagerly(), contextlib.suppress(Exception), FirstChange(holds, recorder.modules) as found:
-        run(function, *args)
+        run(again)
     return found.origin
 
 
@@ -185,9 +197,7 @@ def _record(recorder: Recorder, function: Callable[..., Any], *args: Any) -> Any
             result = run(function, *args)
         if (drawn := generators.drawn()) is not None:
             generators.restore()
-            at = None
-            if recorder.strict:
-                at = _first_change(recorder, lambda: generators.drawn() is None, function, *args)
+            at = _first_change(recorder, lambda: generators.drawn() is None, functools.partial(function, *args))
             recorder.refuse(drawn, "draws random numbers", at or Origin())
     except RuntimeError as error:
         if recorder.hazard is not None and recorder.strict:  # torch.jit's interpreter makes another error of it
