@@ -287,6 +287,7 @@ void avg_pool_adj(Call& c) { average(c, true); }
 void one_hot(Call& c) {
   c.sizes(0, 2);
   c.flag(4, "real (labels of the element type)");
+  c.flag(5, "wraps (labels below 0 count from the end)");
   c.strided(in, {c.i[0]}, {c.i[3]}, c.i[4] != 0 ? 0 : 8);
   c.dense(out, product(c.i.first(2)));
   c.result.nanoseconds = volume(c.i.first(2)) / kElementsPerNanosecond;

@@ -195,7 +195,8 @@ class Call:
         e = self.portions[0].lowered.externals[space - EXTERNAL] if space is not None and space >= EXTERNAL else None
         if e is not None and e.per_task:
             labels = self.given[self.form.leaves.index(e)][task]
-            wrong = labels[((labels < 0) | (labels >= code.ints[1])) & (labels != code.ints[2])]
+            lowest = -code.ints[1] if code.ints[5] else 0
+            wrong = labels[((labels < lowest) | (labels >= code.ints[1])) & (labels != code.ints[2])]
             if len(wrong):
                 return f"label {int(wrong[0])}"
         return "a computed label"

@@ -280,9 +280,10 @@ def _scatter(ct: torch.Tensor, winners: torch.Tensor, size: Any) -> torch.Tensor
     return torch.einsum("ncpq,ncp->ncq", hot, ct.flatten(2)).reshape(*ct.shape[:2], *size)
 
 
-def _one_hot(labels: torch.Tensor, classes: int, ignore_index: int) -> torch.Tensor:
+def _one_hot(labels: torch.Tensor, classes: int, ignore_index: int, wraps: bool) -> torch.Tensor:
     labels = labels.long()
     kept = labels != ignore_index
+    labels = labels % classes if wraps else labels
     return F.one_hot(labels.where(kept, torch.zeros_like(labels)), classes).double() * kept[:, None]
 
 
@@ -568,11 +569,11 @@ def _losses() -> list[Case]:
     ]
     cases.append(Case("log_softmax", (Arg((9, 11), draw="large"),), {"dim": 1}))
     cases += [
-        Case("one_hot", (Arg((n,), layout, "labels", 5),), {"classes": 5, "ignore_index": i})
+        Case("one_hot", (Arg((n,), layout, "labels", 5),), {"classes": 5, "ignore_index": i, "wraps": False})
         for n, layout, i in ((13, "dense", -100), (6, "strided", 2), (1, "dense", -100))
     ]
     cases += [
-        Case("one_hot", (Arg((n,), layout, "truth"),), {"classes": 3, "ignore_index": i})
+        Case("one_hot", (Arg((n,), layout, "truth"),), {"classes": 3, "ignore_index": i, "wraps": False})
         for n, layout, i in ((13, "dense", -100), (6, "strided", 1))
     ]
     return cases

@@ -653,7 +653,7 @@ def pool_cases() -> Iterator[Case]:
 
 
 def one_hot(
-    labels: Sequence[float], classes: int, ignore: int, stride: int, status: int = 0, real: int = 0
+    labels: Sequence[float], classes: int, ignore: int, stride: int, status: int = 0, real: int = 0, wraps: int = 0
 ) -> Case:
     def make(draw: Draw) -> Call:
         dtype = draw.dtype if real else torch.int64
@@ -661,12 +661,14 @@ def one_hot(
         y[::stride] = torch.tensor(labels, dtype=dtype)
         value = torch.zeros(len(labels), classes, dtype=torch.float64)
         for row, label in enumerate(labels):
-            if label != ignore and 0 <= label < classes:
-                value[row, int(label)] = 1
+            place = label + classes if wraps and label < 0 else label
+            if label != ignore and 0 <= place < classes:
+                value[row, int(place)] = 1
         out = wanted(draw.dense(len(labels), classes), value, 0.0)
-        return Call("one_hot", [given(y), out], [len(labels), classes, ignore, stride, real], status=status)
+        ints = [len(labels), classes, ignore, stride, real, wraps]
+        return Call("one_hot", [given(y), out], ints, status=status)
 
-    return Case(f"one_hot {labels} of {classes} stride{stride}{' real' * real}", make)
+    return Case(f"one_hot {labels} of {classes} stride{stride}{' real' * real}{' wraps' * wraps}", make)
 
 
 def fill(n: int, value: float) -> Case:
@@ -685,5 +687,9 @@ def small_cases() -> Iterator[Case]:
     yield one_hot([0, -100, 2, 1], 3, -100, 2, real=1)
     for wrong in (3, -1, 1e12, float("inf"), float("nan")):
         yield one_hot([1, wrong], 3, -100, 1, status=1, real=1)
+    for real in (0, 1):
+        yield one_hot([-1, 2, -3, -100], 3, -100, 2, real=real, wraps=1)
+        for wrong in (3, -4):
+            yield one_hot([1, wrong], 3, -100, 1, status=1, real=real, wraps=1)
     yield fill(1, 0.0)
     yield fill(197, -0.1)

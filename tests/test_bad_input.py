@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from typing import Any, NamedTuple
 
 import pytest
@@ -192,6 +193,21 @@ def test_labels_that_a_later_batch_computes_out_of_range(backend: str, loss: Any
     y = y.clone()
     y[2, 3] = bad
     refused(inner, support, (x, y), InputError, "task 2, query")
+
+
+@backends
+def test_an_index_below_zero_counts_from_the_end(backend: str) -> None:
+    """As PyTorch has it: of an index, not of a label."""
+    support, (x, y) = data(0), data(1)
+    pick = lambda output, target: -output.log_softmax(1)[torch.arange(len(target)), target].mean()  # noqa: E731
+    inner = loop(mlp(), backend, pick)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", metafast.FallbackWarning)
+        close(inner(support, (x, y - WAYS)), inner(support, (x, y)))
+    for bad in (WAYS, -WAYS - 1):
+        wrong = y.clone()
+        wrong[2, 3] = bad
+        refused(inner, support, (x, wrong), InputError, rf"task 2, query.*{bad}\b")
 
 
 def test_the_check_of_labels_that_stands_before_a_gpu() -> None:

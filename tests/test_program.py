@@ -327,7 +327,7 @@ def test_same_bits_for_any_threads(dtype, tasks):
 
 def label_program(rows, classes):
     """One-hot of the labels in the inner section, behind a small instruction."""
-    one_hot = ("one_hot", [(EXTERNAL, 0), (ARENA, 0)], [rows, classes, -100, 1, 0], [])
+    one_hot = ("one_hot", [(EXTERNAL, 0), (ARENA, 0)], [rows, classes, -100, 1, 0, 0], [])
     return _C.Program(
         "f32",
         {"inner": [fill((ARENA, 0), 1, 0.0), one_hot], "query": [fill((ACCUMULATOR, 0), 1, 1.0)]},

@@ -634,7 +634,8 @@ class Emitter:
         out = self.env[node.outputs[0]] = self.fresh(node.outputs[0].shape)
         a = node.attrs
         real = int(node.inputs[0].dtype == "real")
-        self.emit(node, "one_hot", [labels, out], 1, [*out.shape, a["ignore_index"], *labels.strides, real])
+        ints = [*out.shape, a["ignore_index"], *labels.strides, real, int(a["wraps"])]
+        self.emit(node, "one_hot", [labels, out], 1, ints)
 
     def _pad(self, node: Node, _: tuple[Array, bool] | None) -> None:
         x = self.array(node.inputs[0])

@@ -191,16 +191,20 @@ def choose(c: Context, x: Any, dim: int, index: torch.Tensor) -> Value:
     return c.concat([c.piece(v, d, *run) for run in runs], d)
 
 
-def pick(c: Context, x: Any, labels: Value) -> Value:
+def pick(c: Context, x: Any, labels: Value, *, wraps: bool = False) -> Value:
     """x[n, labels[n]] for x (N, C)."""
-    chosen = c("where", one_hot(c, labels, c.shape(x)[1], None), x, 0.0)
+    chosen = c("where", one_hot(c, labels, c.shape(x)[1], None, wraps=wraps), x, 0.0)
     return c.total(chosen, 1)
 
 
-def one_hot(c: Context, labels: Any, classes: int, ignore_index: int | None) -> Value:
-    """(N, classes), 1 at each label and a row of 0 where it is `ignore_index`; labels are checked at run time."""
+def one_hot(c: Context, labels: Any, classes: int, ignore_index: int | None, *, wraps: bool = False) -> Value:
+    """(N, classes), 1 at each label and a row of 0 where it is `ignore_index`; labels are checked at run time.
+
+    With `wraps` a label below 0 counts from the end, as an index does.
+    """
     v = labels if isinstance(labels, Value) else c.real(labels)
-    return c.b.op("one_hot", v, classes=classes, ignore_index=_NO_LABEL if ignore_index is None else ignore_index)
+    ignored = _NO_LABEL if ignore_index is None else ignore_index
+    return c.b.op("one_hot", v, classes=classes, ignore_index=ignored, wraps=wraps)
 
 
 @rule("one_hot")
@@ -230,7 +234,7 @@ def _index(c: Context, x: Any, indices: Sequence[Any]) -> Value:
     if len(c.shape(x)) == 2 and len(used) == 2 and isinstance(rows_labels[0], torch.Tensor):
         rows, labels = rows_labels
         if isinstance(labels, Value) and rows.dim() == 1 and torch.equal(rows, torch.arange(labels.shape[0])):
-            return pick(c, c.piece(x, 0, 0, len(rows)), labels)
+            return pick(c, c.piece(x, 0, 0, len(rows)), labels, wraps=True)
     if all(isinstance(i, torch.Tensor) and i.dtype not in (torch.bool, torch.uint8) for i in rows_labels):
         return c.reshape(_points(c, x, [d for d, _ in used], rows_labels), c.out[0].shape)
     raise c.refuse("the index depends on the data, or is a mask beside another index")

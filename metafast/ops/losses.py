@@ -41,12 +41,16 @@ register(
 
 def _one_hot_eval(x: list[torch.Tensor], a: Attrs) -> tuple[torch.Tensor, ...]:
     labels, classes = x[0].long(), torch.arange(a["classes"])
-    return ((labels[:, None] == classes).to(a["dtype"]) * (labels != a["ignore_index"])[:, None],)
+    kept = (labels != a["ignore_index"])[:, None]
+    if a["wraps"]:
+        labels = torch.where(labels < 0, labels + a["classes"], labels)
+    return ((labels[:, None] == classes).to(a["dtype"]) * kept,)
 
 
 register(
     Op(
         "one_hot",  # labels (N,), int or whole reals -> (N, classes): 1 at the label; zeros where it is ignore_index
+        # with `wraps` a label below 0 counts from the end
         lambda x, a: (((x[0].shape[0], a["classes"]), "real"),),
         _one_hot_eval,
         "one_hot",

@@ -9,15 +9,17 @@ namespace {
 template <class T, class Label>
 int indicate(const Args& a) noexcept {
   const int64_t N = a.i[0], C = a.i[1], stride = a.i[3];
+  const bool wraps = a.i[5] != 0;
   const Label ignore = static_cast<Label>(a.i[2]);
   const Label* labels = static_cast<const Label*>(a.ptr[0]);
   T* out = static_cast<T*>(a.ptr[1]);
   int status = kOk;
   const Range mine = share(N, a.part, a.parts);
   for (int64_t n = mine.begin; n < mine.end; ++n) {
-    const Label label = labels[n * stride];
+    Label label = labels[n * stride];
     for (int64_t c = 0; c < C; ++c) out[n * C + c] = T(0);
     if (label == ignore) continue;
+    if (wraps && label < 0) label += static_cast<Label>(C);
     if (label >= 0 && label < static_cast<Label>(C))  // not so for NaN
       out[n * C + static_cast<int64_t>(label)] = T(1);
     else

@@ -1,6 +1,6 @@
-// one_hot  ptr labels(N, stride label_stride), out(N, C) dense   ints N, C, ignore_index, label_stride, real
-//   The labels are int64, or whole numbers of type T where real is 1.   out(n, c) = 1 where c is the label of n, else 0; a row whose label is ignore_index is 0. Any other label
-//   outside 0..C-1 makes the call return kLabelOutOfRange; its row is 0.
+// one_hot  ptr labels(N, stride label_stride), out(N, C) dense   ints N, C, ignore_index, label_stride, real, wraps
+//   The labels are int64, or whole numbers of type T where real is 1.   out(n, c) = 1 where c is the label of n, else 0; a row whose label is ignore_index is 0. Where
+//   wraps is 1, a label from -C to -1 stands for C more. Any other label outside 0..C-1 makes the call return kLabelOutOfRange; its row is 0.
 // fill     ptr out(n)   ints n   float value
 #pragma once
 #include "vec.hpp"
