@@ -40,7 +40,9 @@ class UpdateRule(nn.Module):
     ...     return {n: p - hyper["lr"] / (k + 1) * grads[n] for n, p in params.items()}, state
     >>> rule = UpdateRule(update=decay, lr=0.1)
 
-    Both are traced and differentiated like the loss: plain torch, no in-place writes, no branches on values.
+    Both are traced and differentiated like the loss: plain torch, no in-place writes, no branches on values. A rate
+    learned for each step is picked by a sum, `(hyper["rates"] * (torch.arange(5) == k)).sum()`: an index made of `k` is
+    a Python number, and falls back.
 
     **Arguments**: `init(params, hyper) -> state`, a dict of any nesting of tensors, by default empty; `update(params,
     grads, state, hyper, k, params0) -> (params, state)`: `params`, `grads`, `params0` map each adapted parameter's
