@@ -21,15 +21,18 @@ A section is a Graph and a list of stores. Section inputs, by role:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from metafast.differentiate import depends_on, pull, push, vjp_graph, with_gradient
 from metafast.graph import Builder, Graph, Input, Node, Shape, Value, closed, copy_into, live_nodes
-from metafast.ops import TABLE
+from metafast.ops import TABLE, numel
 from metafast.passes import enabled
 
 SECTIONS = ("prologue", "inner", "query", "meta", "epilogue")
+
+_LARGE = 1 << 16  # elements; a pass over the sum costs a small parameter less than an instruction of its own
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,36 @@ class Loop:
     wrt: tuple[str, ...]
     order: int
 
-
     def wants(self, i: Input) -> bool:
         """Whether an input's gradient is added to a leaf's where it comes up, not handed on as an adjoint."""
         mine = i.role == "param" and i.name in self.adapted
         return i.role != "hoisted" and not mine and leaf_key(i) in self.wrt
+
+    @functools.cached_property
+    def back(self) -> Graph:
+        """The VJP of the update, in all that wants its adjoint."""
+        wanted = []
+        for i in self.update.inputs:
+            adaptive = i.role in ("param", "state") or (i.role == "grad" and self.order == 2)
+            key = f"param/{i.name}" if i.role == "param0" else f"{i.role}/{i.name}"
+            if adaptive or (i.role in ("hyper", "param0", "extern") and key in self.wrt):
+                wanted.append((i.role, i.name))
+        return vjp_graph(self.update, wanted)
+
+    @functools.cached_property
+    def straight(self) -> frozenset[str]:
+        """The large parameters whose adjoint every step hands on as it is, and to nobody else: from the query it goes
+        to its sum. Gradient descent of first order has no others."""
+        if self.order == 2 or not enabled("straight"):
+            return frozenset()
+        adjoints = {i.name: i.value for i in self.back.inputs if i.role == "cotangent"}
+        read = {v for node in live_nodes(self.back.nodes, self.back.outputs.values()) for v in node.inputs}
+        large = [n for n in self.adapted if numel(self.shapes[n]) >= _LARGE]
+        return frozenset([n for n in large if self._hands_on(adjoints.get(f"param/{n}"), f"param/{n}", read)])
+
+    def _hands_on(self, adjoint: Value | None, name: str, read: Set[Value]) -> bool:
+        alone = [key for key, v in self.back.outputs.items() if v is adjoint] == [name]
+        return adjoint is not None and alone and adjoint not in read
 
 
 @dataclass
@@ -257,25 +285,17 @@ class Sweep:
         w, loop = _Writer(), self.loop
         env = copy_into(w.b, self._step_gradient, _bind_loss(w.b, loop))  # type: ignore[arg-type]
         grads = self._gradients(env)
-        back = vjp_graph(loop.update, self._update_wrt())
-        made = copy_into(w.b, back, _bind_update(w.b, loop, grads))  # type: ignore[arg-type]
-        got = {name: made[v] for name, v in back.outputs.items()}
+        made = copy_into(w.b, loop.back, _bind_update(w.b, loop, grads))  # type: ignore[arg-type]
+        got = {name: made[v] for name, v in loop.back.outputs.items()}
         moved = self._tangents(w, env, got) if loop.order == 2 else {}
         for n in loop.adapted:
+            if n in loop.straight:
+                continue
             self._store_adjoint(w, f"param/{n}", got.get(f"param/{n}"), moved.get(f"grad/param/{n}"))
         for name in loop.init.outputs:
             self._store_adjoint(w, name, got.get(name), None)
         self._store_leaf_parts(w, got, moved)
         return w
-
-    def _update_wrt(self) -> list[tuple[str, str]]:
-        keep = []
-        for i in self.loop.update.inputs:
-            adaptive = i.role in ("param", "state") or (i.role == "grad" and self.loop.order == 2)
-            key = f"param/{i.name}" if i.role == "param0" else f"{i.role}/{i.name}"
-            if adaptive or (i.role in ("hyper", "param0", "extern") and key in self.wanted):
-                keep.append((i.role, i.name))
-        return keep
 
     def _tangents(self, w: _Writer, env: Mapping[Value, Value], got: Mapping[str, Value]) -> dict[str, Value]:
         """The Hessian-vector product and the mixed terms: how every gradient of the step moves along γ."""
@@ -329,7 +349,7 @@ class Sweep:
             total[key] = v if key not in total else w.b.op("add", total[key], v)
 
         for n in loop.adapted:
-            if f"param/{n}" in self.wanted:
+            if f"param/{n}" in self.wanted and n not in loop.straight:
                 add(f"param/{n}", w.b.input("adjoint", f"param/{n}", loop.shapes[n]))
         keys = [(i.role, i.name) for i in loop.init.inputs if f"{i.role}/{i.name}" in self.wanted]
         back = vjp_graph(loop.init, keys)
@@ -380,7 +400,7 @@ def query_section(loop: Loop, mode: str) -> Section:
 def _fast_weights(w: _Writer, loop: Loop, *, cotangents: bool) -> None:
     for n in loop.adapted:
         if cotangents:
-            w.store(w.b.input("leaf", f"fast/{n}", loop.shapes[n]), "adjoint", f"param/{n}")
+            _store_adjoint(w, loop, n, w.b.input("leaf", f"fast/{n}", loop.shapes[n]))
         else:
             w.store(w.b.input("state", f"param/{n}", loop.shapes[n]), "fast", n)
     if cotangents:
@@ -404,12 +424,20 @@ def _query_loss(w: _Writer, loop: Loop, mode: str) -> None:
     leaves = [(leaf_key(i), env[i.value]) for i in graph.inputs if loop.wants(i)]
     phis = [w.b.input("state", f"param/{n}", loop.shapes[n]) for n in loop.adapted]
     pulled = pull(w.b, cts, phis + [v for _, v in leaves])
-    for n, phi, ct in zip(loop.adapted, phis, pulled, strict=False):
-        zero = w.b.op("expand", w.b.const(0.0), shape=phi.shape)
-        w.store(ct if ct is not None else zero, "adjoint", f"param/{n}")
+    for n, ct in zip(loop.adapted, pulled, strict=False):
+        _store_adjoint(w, loop, n, ct)
     for (key, _), ct in zip(leaves, pulled[len(phis) :], strict=True):
         w.store(ct, "gradient", key, add=True)
     _zero_state_adjoints(w, loop)
+
+
+def _store_adjoint(w: _Writer, loop: Loop, n: str, ct: Value | None) -> None:
+    """The adjoint of φ_K, or where it goes from there."""
+    if n not in loop.straight:
+        zero = w.b.op("expand", w.b.const(0.0), shape=loop.shapes[n])
+        w.store(zero if ct is None else ct, "adjoint", f"param/{n}")
+    elif f"param/{n}" in loop.wrt:
+        w.store(ct, "gradient", f"param/{n}", add=True)
 
 
 def _zero_state_adjoints(w: _Writer, loop: Loop) -> None:

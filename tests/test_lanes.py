@@ -30,7 +30,7 @@ pytest.importorskip("metafast._C", reason="the native backend is not built", exc
 
 LANED = ["mlp_relu", "mlp_tanh_sigmoid", "mlp_gelu", "mlp_silu_softplus", "mlp_elu_leaky", "mlp_layer_norm", "in_place",
          "skip_connections", "tied_weights", "closure_constants", "pointwise", "sinusoid", "huber", "l1_and_smooth_l1",
-         "binary", "weighted_cross_entropy", "soft_targets"]  # fmt: skip
+         "binary", "weighted_cross_entropy", "soft_targets", "wide_linear"]  # fmt: skip
 
 
 def in_blocks(lanes: int, tasks: int) -> Division:

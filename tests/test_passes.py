@@ -16,7 +16,7 @@ import torch
 from parity import Gradients, answer, assert_float32, assert_same, exact_answer, inner_loop, metafast_gradients, named
 from test_invariants import _repeat
 from torch.utils import _pytree as pytree
-from zoo import ENTRIES, Entry, Task
+from zoo import ENTRIES, LR, Entry, Task
 from zoo import named as entry_named
 
 import metafast
@@ -72,6 +72,19 @@ def many() -> Task:
 @functools.cache
 def exact_many() -> Gradients:
     return named(answer(many(), 2, STEPS))
+
+
+@pytest.mark.parametrize("way", ["fused", "adapt"])
+@pytest.mark.parametrize("names", [(), ("straight",)], ids=str)
+def test_a_rate_that_is_not_learned_to_first_order(names: tuple[str, ...], way: str) -> None:
+    """Then adjoints are only handed on."""
+    entry = entry_named("wide_linear")
+    task = entry.make()
+    with without(*names):
+        inner = inner_loop(task, "native", metafast.SGD(lr=LR), steps=STEPS, order=1)
+        got = metafast_gradients(inner, task, way)[1]
+    expected = named(exact_answer(entry, 1, STEPS, torch.float64, False))
+    assert_same(got, {name: g for name, g in expected.items() if name != "hyper 0"})
 
 
 def check(entry: Entry, order: int, way: str, *names: str) -> None:
@@ -131,6 +144,7 @@ LESS: Mapping[str, tuple[str, Measure]] = {
     "winners": ("anil", operations),
     "hoist": ("anil", flops),
     "factor": ("mlp_relu", operations),
+    "straight": ("wide_linear", written),
     "keep": ("mlp_relu", flops),
     "lanes": ("mlp_relu", instructions),
     "spell": ("sinusoid", instructions),
@@ -152,6 +166,9 @@ LESS: Mapping[str, tuple[str, Measure]] = {
 }
 
 
+ORDER = {"straight": 1}  # 2 for the others
+
+
 def test_each_is_for_something() -> None:
     assert list(LESS) == list(PASSES)
 
@@ -161,14 +178,15 @@ def test_each_is_for_something() -> None:
 def test_there_is_less_with_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("metafast.division._cores", lambda: 2)
     entry, measure = LESS[name]
-    with_it = measure(program(entry_named(entry)))
+    with_it = measure(program(entry_named(entry), ORDER.get(name, 2)))
     with without(name):
-        assert with_it < measure(program(entry_named(entry)))
+        assert with_it < measure(program(entry_named(entry), ORDER.get(name, 2)))
 
 
-def program(entry: Entry) -> Sequence[Portion]:
+def program(entry: Entry, order: int) -> Sequence[Portion]:
+    """To first order with a rate that is not learned."""
     task = entry.make(torch.float32)
-    inner = inner_loop(task, "native", steps=STEPS, order=2)
+    inner = inner_loop(task, "native", metafast.SGD(lr=LR) if order == 1 else None, steps=STEPS, order=order)
     problem = inner._problem(task.support, task.query, gradient=True)[0]
     return make_plan(problem, captured(problem)).best("fused", TASKS, STEPS)
 

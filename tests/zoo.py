@@ -399,6 +399,13 @@ def wide_conv(cast: Cast) -> Task:
 
 
 @entry(smooth=True)
+def wide_linear(cast: Cast) -> Task:
+    """A parameter so large that to first order its adjoint goes straight to its sum, and small ones beside it."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(2 * 16 * 16, 136), nn.Tanh(), nn.Linear(136, WAYS))
+    return Task(model, **classification(2, 16, 16), loss=F.cross_entropy)
+
+
+@entry(smooth=True)
 def large_images(cast: Cast) -> Task:
     """So large that sums over them are made part by part."""
     convs = [nn.Conv2d(2, 8, 3, padding=1), nn.BatchNorm2d(8, track_running_stats=False), nn.Tanh()]
