@@ -14,7 +14,6 @@ from __future__ import annotations
 import array
 import collections
 import contextvars
-import dis
 import enum
 import functools
 import itertools
@@ -24,12 +23,13 @@ import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .generators import Generator, plain
+from .names import modules_named, names_of, of_the_user
 
 __all__ = ["CHANGES", "Reach"]
 
@@ -52,11 +52,6 @@ _RAW = (bytearray, memoryview, array.array)
 _OF_A_FUNCTION = ("__code__", "__defaults__", "__kwdefaults__")
 _OF_A_RULE = frozenset({"_cache", "_changes"})
 _CALLED = frozenset({"init", "update"})  # of an update rule, by us: no code of the user's names them
-_READS_GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")
-_IMPORTS = frozenset({"import_module", "__import__"})
-_BY_ANY_GLOBAL = _IMPORTS | {"globals", "vars", "eval", "exec", "__globals__", "f_globals", "getmodule"}
-# code that reads its arguments only
-_ENDS = frozenset({"torch", "metafast", "numpy", "_pytest", *sys.stdlib_module_names})
 
 
 class Reach:
@@ -181,7 +176,7 @@ class _Walk:
     def visit(self, value: Any, depth: int) -> Any:
         """Any value."""
         constant = _constant(value)
-        if constant is not None and not _of_the_user(type(value).__module__):
+        if constant is not None and not of_the_user(type(value).__module__):
             return constant
         if isinstance(value, type):
             return self._class(value, depth)
@@ -200,7 +195,7 @@ class _Walk:
             return self._function(value, depth)
         if isinstance(value, (list, tuple, deque, dict, set, frozenset)):
             key = self._container(value, depth)
-            own = _of_the_user(type(value).__module__)
+            own = of_the_user(type(value).__module__)
             return (key, self._class_and_attributes(value, depth)) if own else key
         if isinstance(value, types.ModuleType):
             names = [*self._sorted, "environ"] if "getenv" in self._wanted else self._sorted
@@ -323,12 +318,12 @@ class _Walk:
             content = _content(cell)
             self.places.append(("cell" if content is not _MISSING else "empty cell", cell, None, content))
             key.append(None if content is _MISSING else self.visit(content, depth + 1))
-        if _of_the_user(f.__globals__.get("__name__")):
-            read = _names(f.__code__)
+        if of_the_user(f.__globals__.get("__name__")):
+            read = names_of(f.__code__)
             self.names.update(read.all)
             key.append(self._named(f.__globals__, depth, read.globals))
             key.append(self._named(f.__dict__, depth, self._sorted))
-            key += [self._imported(name, depth) for name in _modules_named(read, f.__globals__)]
+            key += [self._imported(name, depth) for name in modules_named(read, f.__globals__)]
         return tuple(key)
 
     def _imported(self, name: str, depth: int) -> Any:
@@ -345,11 +340,11 @@ class _Walk:
         key: list[Any] = [_Identity(cls)]
         if id(cls) in self._numbers:
             return key[0]
-        if _of_the_user(type(cls).__module__):
+        if of_the_user(type(cls).__module__):
             key.append(self._class(type(cls), depth))
         for base in cls.__mro__:
             own = vars(base)
-            if not _of_the_user(base.__module__):
+            if not of_the_user(base.__module__):
                 if base is not nn.Module and "forward" in own:
                     self.places.append(("item", own, "forward", own["forward"]))
                     key.append(_Identity(own["forward"]))
@@ -420,7 +415,7 @@ class _Walk:
             return tuple([self.visit(part, depth + 1) for part in (value.func, value.args, value.keywords)])
         if type(value) is collections.UserList:
             return self._slot(value.__dict__, "data", depth)
-        if not isinstance(value, Mapping) or _of_the_user(type(value).__module__):
+        if not isinstance(value, Mapping) or of_the_user(type(value).__module__):
             return None
         if self._unread and len(value) > _LONG:
             return self._passed_by(value)
@@ -520,59 +515,6 @@ def _content(cell: Any) -> Any:
         return _MISSING
 
 
-def _of_the_user(module: Any) -> bool:
-    return (isinstance(module, str) and module.partition(".")[0] not in _ENDS) or module == "__main__"
-
-
-class _Names(NamedTuple):
-    all: frozenset[str]  # that globals and attributes are read by, and getattr's strings
-    globals: tuple[str, ...]
-    imported: tuple[str, ...]  # modules
-
-
-_names_of: weakref.WeakKeyDictionary[types.CodeType, _Names] = weakref.WeakKeyDictionary()
-
-
-def _names(code: types.CodeType) -> _Names:
-    """The names in code and in the functions inside it."""
-    found = _names_of.get(code)
-    if found is None:
-        found = _names_of[code] = _read_names(code)
-    return found
-
-
-def _read_names(code: types.CodeType) -> _Names:
-    named, read, imported = set(code.co_names), set(), set()
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in _READS_GLOBALS:
-            read.add(instruction.argval)
-        elif instruction.opname == "IMPORT_NAME":
-            imported.add(instruction.argval)
-    strings = [constant for constant in code.co_consts if isinstance(constant, str)]
-    named.update(s for s in strings if s.isidentifier())
-    if named & _IMPORTS:
-        imported.update(strings)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            inside = _names(constant)
-            named |= inside.all
-            read.update(inside.globals)
-            imported.update(inside.imported)
-    return _Names(frozenset(named), tuple(sorted(named if named & _BY_ANY_GLOBAL else read)), tuple(sorted(imported)))
-
-
-def _modules_named(read: _Names, globals_: Mapping[str, Any]) -> list[str]:
-    """The modules of the user's that code imports, relative names resolved: all that it may mean."""
-    package = str(globals_.get("__package__") or "")
-    parents = [package.rsplit(".", n)[0] for n in range(package.count(".") + 1)] if package else []
-    names = []
-    for name in read.imported:
-        whole = [name] if name else []
-        relative = [f"{parent}.{name}" if name else parent for parent in parents]
-        names += [n for n in [*whole, *(r for r in relative if r in sys.modules)] if _of_the_user(n)]
-    return names
-
-
 def _installed(module: types.ModuleType) -> bool:
     file = str(_attribute(module, "__file__") or "")
     return "site-packages" in file or "dist-packages" in file
@@ -598,7 +540,7 @@ def _clears(cached: Any) -> int:
 
 
 def _slots_of(cls: type) -> Iterator[str]:
-    slots = cls.__dict__.get("__slots__", ()) if _of_the_user(cls.__module__) else ()
+    slots = cls.__dict__.get("__slots__", ()) if of_the_user(cls.__module__) else ()
     for name in (slots,) if isinstance(slots, str) else slots:
         if name not in ("__dict__", "__weakref__"):
             yield name
