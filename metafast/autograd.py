@@ -305,21 +305,25 @@ def _memory(problem: Problem) -> dict[str, tuple[Any, ...]]:
     found = {}
     for key, leaf in problem.leaves.items():
         t = leaf.detach()
-        if t.layout is torch.strided:
-            bits = (
-                None if key[0] in "sq" or t.is_complex() else t.reshape(-1).view(_BITS[t.element_size()]).sum().item()
-            )
+        if t.layout is torch.strided:  # else it has no memory of its own to look at
+            bits = None if key[0] in "sq" else _sum_of_bits(t)
             found[key] = (t.data_ptr(), t.shape, t.stride(), bits, t.untyped_storage())
     return found
 
 
+def _sum_of_bits(tensor: Tensor) -> int | None:
+    if tensor.is_complex():
+        return None
+    return int(tensor.resolve_neg().reshape(-1).view(_BITS[tensor.element_size()]).sum())
+
+
 def _require_same(before: dict[str, tuple[Any, ...]], now: dict[str, tuple[Any, ...]]) -> None:
-    for key, (*facts, _) in before.items():
-        if facts != [*now[key][:-1]]:
-            raise InputChangedError(
-                f"backward of InnerLoop: got {key.replace('/', ' ', 1)} with other memory or values behind `.data` "
-                "than in the forward pass, expected it unchanged; call backward first: it runs the tasks again"
-            )
+    changed = [key for key, (*facts, _) in before.items() if facts != [*now.get(key, ())[:-1]]]
+    if changed:
+        raise InputChangedError(
+            f"backward of InnerLoop: got {changed[0].replace('/', ' ', 1)} with other memory or values behind `.data` "
+            "than in the forward pass, expected it unchanged; call backward first: it runs the tasks again"
+        )
 
 
 def _is_one(seed: Tensor | None) -> bool:

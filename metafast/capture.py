@@ -102,8 +102,9 @@ def capture_function(
             raise Unsupported("return", "", f"{name} is a {type(result).__name__}, not a tensor")
     _refuse_custom_functions(recorder, results.values())
     trace = _trace(recorder, dtype, {name: recorder.ref(t, "return") for name, t in results.items()}, None, None)
-    leaves = {f"{role}/{name}": copy for (role, name), copy in copies.items()} | dict(trace.externs)
-    trace.values = {key: t.detach() for key, t in {**leaves, **{f"made/{n}": t for n, t in results.items()}}.items()}
+    values = {f"{role}/{name}": copy for (role, name), copy in copies.items()} | dict(trace.externs)
+    values |= {f"made/{name}": result for name, result in results.items()}
+    trace.values = {key: t.detach() for key, t in values.items()}
     return trace
 
 
@@ -140,9 +141,9 @@ def _run_model(
     flat, spec = pytree.tree_flatten(batch)
     keys = iter(batch_keys)
     with swapping, torch.inference_mode(False), torch.enable_grad(), no_checkpoints(), own_graphs():
-        swapped = Swapped(model, recorder)
+        swapped = Swapped(model, recorder, params, buffers)
         try:
-            leaves = swapped.enter(params, buffers)
+            leaves = swapped.enter()
             for i, t in enumerate(flat):
                 if isinstance(t, Tensor):
                     key = next(keys)
@@ -154,25 +155,21 @@ def _run_model(
             swapped.leave()
         recorder.refuse_temporaries()
         if changed is not None:
+            swapped = Swapped(model, Recorder(model, strict=False), params, buffers)
             again = functools.partial(objective, model, pytree.tree_unflatten(flat, spec))
-            _refuse_change(recorder, model, changed, params, buffers, again)
+            _refuse_change(recorder, model, changed, swapped, again)
     return result, leaves
 
 
 def _refuse_change(
-    recorder: Recorder,
-    model: nn.Module,
-    changed: str,
-    params: Mapping[str, Tensor],
-    buffers: Mapping[str, Tensor],
-    again: Callable[[], Any],
+    recorder: Recorder, model: nn.Module, changed: str, swapped: Swapped, again: Callable[[], Any]
 ) -> None:
-    """Refuse a forward that changed an attribute of its module."""
+    """Refuse a forward that changed an attribute of its module; `swapped` is for another run of it."""
     path = changed.rpartition(".")[0]
     kind = type(model.get_submodule(path)).__name__
-    at, swapped = Origin(path or kind), Swapped(model, Recorder(model, strict=False))
+    at = Origin(path or kind)
     try:
-        swapped.enter(params, buffers)
+        swapped.enter()
         at = _first_change(recorder, lambda: swapped.changed() is None, again) or at
     finally:
         swapped.leave()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
 from metafast import collector, passes
-from metafast.errors import BackendError, FallbackWarning, MetafastError, message, warn
+from metafast.errors import BackendError, FallbackWarning, MetafastError, calling, message, warn
 from metafast.problem import Backend, Problem
 from metafast.reach import CHANGES, Reach
 from metafast.reference import Reference
@@ -127,9 +127,8 @@ def _plan(problem: Problem) -> Choice:
         from metafast import _C  # noqa: F401
     except ImportError as error:
         return Choice(Reference(), f"the compiled module cannot be imported ({error})", False)
-    from metafast.capture import Unsupported
+    from metafast.capture import Origin, Unsupported
     from metafast.native import Native, captured, disagreement, make_plan
-    from metafast.recording.users import calling
 
     support = plan_key(_support_half(problem))
     others = [c for c in _plans.get(problem.model, {}).values() if c.native]
@@ -141,7 +140,9 @@ def _plan(problem: Problem) -> Choice:
         plan = make_plan(problem, traces, [c.backend.plan for c in others])  # type: ignore[attr-defined]
         differs = disagreement(plan, problem, traces, ("query",) if checked else ("support", "query"))
     except Unsupported as error:
-        reason = str(error) if error.located else f"{error} (called from {calling()})"
+        frame = calling()[0]
+        call = Origin("", frame.f_code, frame.f_lineno)
+        reason = str(error) if error.located else f"{error} (called from {call})"
         return Choice(Reference(), reason, False, restless=error.op == "attribute")
     except (MetafastError, MemoryError):  # what is wrong with the call, or with the machine
         raise

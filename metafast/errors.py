@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from types import FrameType
 
 __all__ = [
     "BackendError",
@@ -24,6 +25,7 @@ __all__ = [
     "NonFiniteWarning",
     "TaskError",
     "TransformError",
+    "calling",
     "message",
     "position",
     "warn",
@@ -111,11 +113,17 @@ def position(task: int, step: int, steps: int) -> str:
 
 def warn(text: str, category: type[Warning]) -> None:
     """Warn at the line of the user's that called, not at one of ours or of torch's."""
-    frame, level = sys._getframe(1), 2
+    warnings.warn(text, category, stacklevel=calling()[1])
+
+
+def calling() -> tuple[FrameType, int]:
+    """The frame of the user's that called us, and how far up it is from the caller of this function."""
+    frame, level = sys._getframe(1), 1
     while frame.f_back is not None and _inside(frame.f_code.co_filename):
         frame, level = frame.f_back, level + 1
-    warnings.warn(text, category, stacklevel=level)
+    return frame, level
 
 
 def _inside(filename: str) -> bool:
-    return filename.startswith(_HERE) or f"{os.sep}torch{os.sep}" in filename
+    between = os.path.basename(filename) in ("contextlib.py", "functools.py")
+    return between or filename.startswith(_HERE) or f"{os.sep}torch{os.sep}" in filename

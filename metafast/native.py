@@ -29,6 +29,7 @@ from metafast.problem import Objective, Outcome, Problem, hyper_tree
 from metafast.profile import Profile, Row
 from metafast.reach import CHANGES, Reach
 from metafast.recording.first_change import FirstChange
+from metafast.recording.users import paths_of
 from metafast.reference import located, swapping
 from metafast.steps import Steps, steps_of
 from metafast.sweep import BACK, SECTIONS, Loop, Section, Store, gradient_section, query_section
@@ -156,9 +157,9 @@ def captured(problem: Problem, known: Mapping[str, Trace] | None = None) -> dict
     draws, moving = Draws.of(problem), [] if problem.reach is None else problem.reach.draws()
     try:
         traces = _captured(problem, known)
-        drawn = draws.drawn()
         if problem.reach is None or problem.reach.draws() == moving:
             return traces
+        drawn = draws.drawn()
     finally:
         draws.restore()
     raise Unsupported(drawn or "iterator", first_change(problem) or "", CHANGES)
@@ -168,8 +169,7 @@ def first_change(problem: Problem) -> Origin | None:
     """The line of the user's that changes what the losses and the update rule read: they are run once more."""
     reach = Reach(problem.model, problem.inner_objective, problem.query_objective, problem.update)
     draws, moving = Draws.of(replace(problem, reach=reach)), reach.draws()
-    modules = {id(module): name or type(module).__name__ for name, module in problem.model.named_modules()}
-    found = FirstChange(lambda: reach.same() and reach.draws() == moving, modules)
+    found = FirstChange(lambda: reach.same() and reach.draws() == moving, paths_of(problem.model))
     try:
         with contextlib.suppress(Exception), found:
             _captured(problem, None)

@@ -32,7 +32,7 @@ from metafast.passes import enabled
 
 SECTIONS = ("prologue", "inner", "query", "meta", "epilogue")
 
-_LARGE = 1 << 16  # elements; a pass over the sum costs a small parameter less than an instruction of its own
+_LARGE = 1 << 16  # elements; nets of small parameters gain nothing from it (bench/LEDGER.md)
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,11 @@ class Loop:
     def straight(self) -> frozenset[str]:
         """The large parameters whose adjoint every step hands on as it is, and to nobody else: from the query it goes
         to its sum. Gradient descent of first order has no others."""
-        if self.order == 2 or not enabled("straight"):
+        large = [n for n in self.adapted if numel(self.shapes[n]) >= _LARGE]
+        if self.order == 2 or not large or not enabled("straight"):
             return frozenset()
         adjoints = {i.name: i.value for i in self.back.inputs if i.role == "cotangent"}
         read = {v for node in live_nodes(self.back.nodes, self.back.outputs.values()) for v in node.inputs}
-        large = [n for n in self.adapted if numel(self.shapes[n]) >= _LARGE]
         return frozenset([n for n in large if self._hands_on(adjoints.get(f"param/{n}"), f"param/{n}", read)])
 
     def _hands_on(self, adjoint: Value | None, name: str, read: Set[Value]) -> bool:

@@ -225,6 +225,8 @@ def gemm_cases() -> Iterator[Case]:
         yield gemm(1, m, n, k, ROW, COLUMN, COLUMN, mode=1)
         yield gemm_onto(1, m, n, k, ROW, COLUMN)
         yield gemm_onto(1, m, n, k, ROW, COLUMN, pair=1)
+    for pair in (0, 1):  # so large that whole rows are written
+        yield gemm_onto(1, 151, 517, 5, COLUMN, ROW, sign=-1, pair=pair)
         yield gemm(1, m, n, k, ROW, COLUMN, bias=1, pair=1)
     yield gemm(1, 9, 1, 20, COLUMN, ROW, COLUMN)
     yield gemm(3, 7, 21, 12, ROW, COLUMN)

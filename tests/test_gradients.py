@@ -498,3 +498,25 @@ def test_what_is_found_outside_keeps_its_gradient_when_steps_change() -> None:
             answers.append(torch.stack([a.grad, b.grad]))
     for eager, native in zip(answers[:3], answers[3:], strict=True):
         close(native, eager)
+
+
+def test_second_order_through_weight_norm_is_that_of_central_differences() -> None:
+    """PyTorch's own is not: the double backward of its fused op is wrong (2.13, CPU), so there is no reference."""
+    torch.manual_seed(0)
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))
+    model = nn.Sequential(layer, nn.Tanh(), nn.Linear(4, 1)).double()
+    batches = [(torch.randn(2, 5, 3, dtype=torch.float64), torch.randn(2, 5, 1, dtype=torch.float64)) for _ in range(2)]
+    inner = metafast.InnerLoop(model, F.mse_loss, update=metafast.SGD(lr=0.3), steps=2, backend="native")
+    gradients = inner.meta_gradient(*batches)[1]
+
+    def moved(p: Tensor, n: int, by: float) -> float:
+        with torch.no_grad():
+            p.view(-1)[n] += by
+            loss = float(inner(*batches))
+            p.view(-1)[n] -= by
+        return loss
+
+    h = 1e-5  # differences are right to h² and to a rounding over h
+    for name, p in model.named_parameters():
+        slopes = [(moved(p, n, h) - moved(p, n, -h)) / (2 * h) for n in range(p.numel())]
+        torch.testing.assert_close(gradients[name].flatten(), torch.tensor(slopes).double(), rtol=1e-6, atol=1e-8)

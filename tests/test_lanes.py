@@ -252,6 +252,24 @@ def test_same_bits_on_any_number_of_threads(way: str, tasks: int) -> None:
     assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.shows("lanes")
+def test_same_bits_whoever_does_the_one_large_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With threads to spare the calling one leaves a block that fills a cache to them, and begins with the rest."""
+    monkeypatch.setattr("metafast.division._cores", lambda: 2)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(1, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 1))
+    lanes = metafast._C.vector_bytes() // 4
+    batches = [tuple(torch.rand(2, lanes + lanes // 2 + 1, 5, 1)) for _ in range(2)]
+    inner = metafast.InnerLoop(net, F.mse_loss, update=metafast.SGD(lr=0.01), steps=24, backend=require("native"))
+    found = []
+    for threads in (1, 2, 4):
+        with test_invariants.torch_threads(threads):
+            loss, gradients = inner.meta_gradient(*batches)
+        found.append([loss, *gradients.values()])
+    assert lanes_of(net) == {1, lanes}
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
 # ---- when it is done --------------------------------------------------------------------------------------------
 
 

@@ -75,15 +75,15 @@ def test_second_derivatives(c: Case) -> None:
     with sdpa_kernel(SDPBackend.MATH):  # the fused one has no second derivative
         out = c.f(*leaves.values())
     if not out.requires_grad:
-        return
+        pytest.skip("nothing to differentiate")
     noise = torch.Generator().manual_seed(2)
     seed = torch.randn(out.shape, dtype=torch.float64, generator=noise)
     along = {k: torch.randn(t.shape, dtype=torch.float64, generator=noise) for k, t in real.items()}
     options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
     first = torch.autograd.grad(out, list(real.values()), seed, create_graph=True, **options)
     slope = sum((g * d).sum() for g, d in zip(first, along.values(), strict=True))
-    if not slope.requires_grad:  # linear
-        return
+    if not slope.requires_grad:
+        pytest.skip("linear: no second derivative")
     try:
         expected = torch.autograd.grad(slope, list(real.values()), **options)
     except RuntimeError as error:
@@ -105,7 +105,8 @@ def test_second_derivatives(c: Case) -> None:
     found = evaluate(made, given | _as_reals(graph, inputs))
     for (_, name), want in zip(real, expected, strict=True):
         mine = found.get(name, torch.zeros_like(want))
-        torch.testing.assert_close(mine, want, rtol=1e-7, atol=1e-7, equal_nan=True)
+        bound = max(1e-11, c.tolerance)  # a few roundings more than of the first
+        torch.testing.assert_close(mine, want, rtol=bound, atol=bound, equal_nan=True)
 
 
 UNSUPPORTED: dict[str, tuple[Function, str]] = {

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from metafast.checkpoints import saving_hooks
 from metafast.recording.trace import Call, OpInfo, Origin, Ref, Stat, TensorInfo, Unsupported, extern_key, op_info
-from metafast.recording.users import inside_run, origin_of
+from metafast.recording.users import inside_run, origin_of, paths_of
 
 _LIFT = {"lift", "lift_fresh"}
 _SHAPE_ONLY = {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"}
@@ -50,8 +50,7 @@ class Recorder:
         self.updates: set[str] = set()  # buffers that BatchNorm updates
         self.momenta: dict[str, float | None] = {}  # layers with running statistics, by path
         self.originals: dict[int, str] = {}  # storages of the model's own parameters and buffers
-        named = model.named_modules() if model is not None else ()
-        self.modules = {id(m): n or type(m).__name__ for n, m in named}
+        self.modules = paths_of(model) if model is not None else {}
         self._known = {id(t): key for key, t in (known or {}).items()}
         self._task = torch._C._current_graph_task_id()  # a call may itself be part of a backward pass: a checkpoint's
         self._paused = False

@@ -24,26 +24,29 @@ def copy_of(tensor: Tensor, requires_grad: bool) -> Tensor:
 
 
 class Swapped:
-    """The model with copies for its parameters and buffers, until `leave`.
+    """The model with copies of `params` and `buffers`, by first name, for its own, from `enter` until `leave`.
 
     Only the modules' own dictionaries are touched; a tied tensor has one copy, under its first name.
     """
 
-    def __init__(self, model: nn.Module, recorder: Recorder) -> None:
+    def __init__(
+        self, model: nn.Module, recorder: Recorder, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+    ) -> None:
         self._model, self._recorder = model, recorder
+        self._params, self._buffers = params, buffers
         self._copies: dict[int, Tensor] = {}
         self._stores: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = []
         self._counters: dict[int, Tensor] = {}  # by module
         self._hooks: list[RemovableHandle] = []
         self._attributes = Attributes(model)
 
-    def enter(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Swap in copies of these; returns the copies by leaf key."""
+    def enter(self) -> dict[str, Tensor]:
+        """Swap in the copies; returns them by leaf key."""
         leaves: dict[str, Tensor] = {}
         for path, module in self._model.named_modules():
             before = dict(module._parameters), dict(module._buffers)
-            self._swap(path, "param", module._parameters, params, leaves)
-            self._swap(path, "buffer", module._buffers, buffers, leaves)
+            self._swap(path, "param", module._parameters, self._params, leaves)
+            self._swap(path, "buffer", module._buffers, self._buffers, leaves)
             self._find_counter(path, module)
             for store, old in zip((module._parameters, module._buffers), before, strict=True):
                 self._stores.append((path, store, old, dict(store)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Mapping
 from types import CodeType, FrameType
 from typing import Any
@@ -13,7 +12,7 @@ from torch import nn
 
 from metafast.recording.trace import Origin
 
-__all__ = ["calling", "inside_run", "is_user_code", "origin_of", "run"]
+__all__ = ["inside_run", "is_user_code", "origin_of", "paths_of", "run"]
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
@@ -43,12 +42,9 @@ def is_user_code(code: CodeType) -> bool:
     return found
 
 
-def calling() -> Origin:
-    """The line of the user's that called us."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and not is_user_code(frame.f_code):
-        frame = frame.f_back
-    return Origin() if frame is None else Origin("", frame.f_code, frame.f_lineno)
+def paths_of(model: nn.Module) -> dict[int, str]:
+    """The paths of its modules by their ids; its own class for that of the model."""
+    return {id(module): path or type(module).__name__ for path, module in model.named_modules()}
 
 
 def origin_of(frame: FrameType | None, modules: Mapping[int, str]) -> Origin:
