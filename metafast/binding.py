@@ -84,8 +84,10 @@ class Form:
     def _place(self, e: External, first: int, lanes: int) -> tuple[int, int, int, int]:
         """Its tensor; in bytes, where the first task's lies, and from one block of tasks, and one step, to the next."""
         size = numel(e.shape) * self.read_as(e).itemsize
-        each = size if e.per_task else 0
-        return self._number[e.kind, e.name], first * each, lanes * each, size * self.tasks if e.per_step else 0
+        each, step = size if e.per_task else 0, size * self.tasks if e.per_step else 0
+        if e.step is not None:  # the section of all steps runs once
+            return self._number[e.kind, e.name], first * each + e.step * step, lanes * each, 0
+        return self._number[e.kind, e.name], first * each, lanes * each, step
 
     def read_as(self, e: External) -> torch.dtype:
         """The dtype in which the program reads a tensor."""

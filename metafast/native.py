@@ -34,6 +34,11 @@ from metafast.reference import located, swapping
 from metafast.steps import Steps, steps_of
 from metafast.sweep import BACK, SECTIONS, Loop, Section, Store, gradient_section, query_section
 from metafast.tasks import require_outputs
+from metafast.thin import thin
+from metafast.unroll import unrolled
+
+
+MOST_UNROLLED = 1500  # nodes of all steps, whose planning takes time
 
 
 @dataclass(eq=False)
@@ -50,6 +55,7 @@ class Plan:
     output_dtypes: tuple[torch.dtype, ...] = ()
     programs: dict[tuple[str, int, bool], Lowered] = field(default_factory=dict)
     _queries: dict[str, Section] = field(default_factory=dict)
+    _unrolled: dict[tuple[str, int], Lowered | None] = field(default_factory=dict)
     _best: dict[tuple[str, int, int], tuple[Portion, ...]] = field(default_factory=dict)
     _apart: set[tuple[str, int]] = field(default_factory=set)  # modes that can't do so many tasks side by side
 
@@ -64,12 +70,35 @@ class Plan:
         if found is None:
             if len(self._best) >= MOST_FORMS:
                 self._best.clear()
-            division = self.steps.divided(tasks)
-            found = tuple([Portion(self.program(mode, steps, lanes), count) for lanes, count in division])
-            if any((mode, lanes) in self._apart for lanes, _ in division):
-                found = self.one_by_one(mode, tasks, steps)
-            self._best[mode, tasks, steps] = found
+            found = self._best[mode, tasks, steps] = self._divided(mode, tasks, steps)
         return found
+
+    def _divided(self, mode: str, tasks: int, steps: int) -> tuple[Portion, ...]:
+        division = self.steps.divided(tasks)
+        if division == ((1, tasks),) and (whole := self.unrolled(mode, steps)) is not None:
+            return (Portion(whole, tasks),)
+        found = tuple([Portion(self.program(mode, steps, lanes), count) for lanes, count in division])
+        if any((mode, lanes) in self._apart for lanes, _ in division):
+            return self.one_by_one(mode, tasks, steps)
+        return found
+
+    def unrolled(self, mode: str, steps: int) -> Lowered | None:
+        """The program that does all steps in one section, where that pays: where matrices need not be made."""
+        if (mode, steps) not in self._unrolled:
+            self._unrolled[mode, steps] = self._unroll(mode, steps)
+        return self._unrolled[mode, steps]
+
+    @collector.waiting()
+    def _unroll(self, mode: str, steps: int) -> Lowered | None:
+        sections = {**self.steps.sections(mode in BACK, keeps=False), "query": self._query(mode)}
+        nodes = steps * sum(len(sections[name].graph.nodes) for name in ("inner", "meta") if name in sections)
+        if not 0 < nodes <= MOST_UNROLLED:
+            return None
+        if (section := thin(unrolled(sections, steps))) is None:
+            return None
+        made = lower(section, self.dtype)
+        states = (steps + 1) * sum(map(numel, self.steps.state.values())) * made.itemsize
+        return made if made.arena_bytes <= states else None  # no more memory than it saves
 
     def one_by_one(self, mode: str, tasks: int, steps: int) -> tuple[Portion, ...]:
         """The program that does one task after the other."""
@@ -447,7 +476,7 @@ def _first_run(plan: Plan, problem: Problem, part: str, keys: Sequence[str]) -> 
     where that gives all of them. Of several tasks at once the others are the same one, and weigh nothing."""
     wanted, lowered = problem.wrt, None
     if part == "query" and problem.wrt and not problem.return_outputs and set(keys) <= set(problem.wrt):
-        lowered = plan.best("fused", problem.tasks, problem.steps)[0].lowered
+        lowered = plan.program("fused", problem.steps, plan.steps.divided(problem.tasks)[0][0])
     if lowered is None:
         graph = plan.loop.query if part == "query" else plan.loop.support
         assert graph is not None

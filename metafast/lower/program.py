@@ -40,9 +40,9 @@ SLOTS = {"state": STATE, "state_next": STATE_NEXT, "adjoint": ADJOINT, "adjoint_
 
 @dataclass(frozen=True)
 class External:
-    """A tensor of the call: `kind` "leaf" is read; others are written, one slice a task, and a step where `steps`.
+    """A tensor of the call: `kind` "leaf" is read; others are written, one slice a task, and a step where `per_step`.
 
-    Memory holds steps outermost, then tasks, then `shape`.
+    Memory holds steps outermost, then tasks, then `shape`. A section of many steps writes `step` alone.
     """
 
     kind: str
@@ -51,6 +51,7 @@ class External:
     dtype: str
     per_task: bool
     per_step: bool = False
+    step: int | None = None
 
 
 @dataclass(eq=False)
@@ -157,7 +158,7 @@ class _Lowering:
         self.adjoint_bytes = self.state.nbytes
         self.sums = _Layout(self.item)
         self.externals: list[External] = []
-        self.where: dict[tuple[str, str], Array] = {}
+        self.where: dict[tuple[str, str, int | None], Array] = {}
         self.persistent: dict[tuple[str, str], Array] = {}
         self.base = self.arena = 0  # where what crosses sections ends, and all else
 
@@ -225,7 +226,7 @@ class _Lowering:
         if kind == "gradient" and not per_task(name):
             return self.sums.array(ACCUMULATOR, name)
         per_step = kind in ("step_loss", "support_stat")
-        return self._external(kind, name, shape, value.dtype, True, per_step)
+        return self._external(kind, name, shape, value.dtype, True, per_step, store.step)
 
     def _spill(self, name: str, shape: Shape) -> Array:
         key = ("spill", name)
@@ -235,18 +236,25 @@ class _Lowering:
         return self.persistent[key]
 
     def _external(
-        self, kind: str, name: str, shape: Shape, dtype: str, each_task: bool, each_step: bool = False
+        self,
+        kind: str,
+        name: str,
+        shape: Shape,
+        dtype: str,
+        each_task: bool,
+        each_step: bool = False,
+        step: int | None = None,
     ) -> Array:
         """A tensor of the call as the section sees it: of several lanes one task is the next one's neighbour."""
-        if (kind, name) not in self.where:
+        if (kind, name, step) not in self.where:
             item, strides = ITEM.get(dtype, self.item), dense_strides(shape)
             own = shape[:-1] if self.lanes > 1 and each_task else shape
             if own is not shape:
                 strides = (*dense_strides(own), numel(own))
             buffer = Buffer(numel(shape) * item, EXTERNAL + len(self.externals), 0)
-            self.externals.append(External(kind, name, own, dtype, each_task, each_step))
-            self.where[kind, name] = Array(buffer, shape, strides, item)
-        return self.where[kind, name]
+            self.externals.append(External(kind, name, own, dtype, each_task, each_step, step))
+            self.where[kind, name, step] = Array(buffer, shape, strides, item)
+        return self.where[kind, name, step]
 
 
 def _native(code: Sequence[Instruction]) -> list[tuple[str, list[tuple[int, int]], list[int], list[float]]]:
