@@ -24,8 +24,8 @@ from metafast.sweep import Section
 __all__ = ["thin"]
 
 # Of what else takes time, how many floating-point operations could be done meanwhile:
-_ELEMENT = 32.0  # to write an element of a large matrix, and to read it again
-_TERM = 30_000.0  # to start the instructions of one more term
+_ELEMENT = 16.0  # to write an element of a large matrix, and to read it again
+_TERM = 60_000.0  # to start the instructions of one more term
 
 _MOST_TERMS = 64  # of one matrix
 _TURNED = (1, 0)
