@@ -37,7 +37,6 @@ from metafast.tasks import require_outputs
 from metafast.thin import thin
 from metafast.unroll import unrolled
 
-
 MOST_UNROLLED = 1500  # nodes of all steps, whose planning takes time
 
 
@@ -97,8 +96,12 @@ class Plan:
         if (section := thin(unrolled(sections, steps))) is None:
             return None
         made = lower(section, self.dtype)
+        return made if self.spares_memory(made, steps) else None
+
+    def spares_memory(self, made: Lowered, steps: int) -> bool:
+        """Whether a program of one section needs no more memory than the states that it does without."""
         states = (steps + 1) * sum(map(numel, self.steps.state.values())) * made.itemsize
-        return made if made.arena_bytes <= states else None  # no more memory than it saves
+        return made.arena_bytes <= states
 
     def one_by_one(self, mode: str, tasks: int, steps: int) -> tuple[Portion, ...]:
         """The program that does one task after the other."""

@@ -5,8 +5,9 @@ plain descent are W − η·Σ δᵀx, and
 
     y·(W − η·δᵀx)ᵀ = y·Wᵀ − η·(y·xᵀ)·δ
 
-takes the product with W, which all tasks share, and two with a thin matrix. Where a layer is wide that is less work than
-to make W − η·δᵀx, and far less memory. The same holds of the query's gradient, along which second derivatives are taken.
+takes the product with W, which all tasks share, and two with a thin matrix. Where a layer is wide that is less work
+than to make W − η·δᵀx, and far less memory. The same holds of the query's gradient, along which second derivatives are
+taken.
 
 A guess of the time decides, matrix by matrix, with the two constants below (bench/LEDGER.md).
 """
@@ -33,7 +34,7 @@ _TURNED = (1, 0)
 
 @dataclass(frozen=True)
 class _Term:
-    """`left`, or where there is a `right` the product left · right, or its transpose, times all `scales`, maybe negative."""
+    """`left`, or left · right where there is one, or its transpose if `turned`, times all `scales`, and maybe −1."""
 
     left: Value
     right: Value | None = None
@@ -131,7 +132,8 @@ def _rows(node: Node, value: Value) -> Iterator[int]:
 
 
 def _of_product(known: _Unmade, node: Node) -> _Terms:
-    return (_Term(*node.inputs),)
+    left, right = node.inputs
+    return (_Term(left, right),)
 
 
 def _of_sum(known: _Unmade, node: Node) -> _Terms:
