@@ -37,7 +37,7 @@ _LARGE = 1 << 16  # elements; nets of small parameters gain nothing from it (ben
 
 @dataclass(frozen=True)
 class Store:
-    """Section output `output` goes to `kind`/`name`; `add` accumulates; `step` says of which, where a section has several.
+    """Section output `output` goes to `kind`/`name`; `add` accumulates; `step`: which, where a section has several.
 
     Kinds: state (slot k), state_next (slot k+1), adjoint (current), adjoint_next, gradient (a leaf's gradient: added up
     over the group for a shared leaf, over steps for a task's), loss, step_loss, stat, output, fast (leaves of the
