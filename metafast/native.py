@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from metafast import _C, collector
 from metafast.binding import MOST_FORMS, Call
-from metafast.budget import held
+from metafast.budget import held, interval, slots
 from metafast.capture import Origin, Trace, Unsupported, capture, capture_function
 from metafast.division import Portion
 from metafast.errors import LabelError, position
@@ -99,9 +99,10 @@ class Plan:
         return made if self.spares_memory(made, steps) else None
 
     def spares_memory(self, made: Lowered, steps: int) -> bool:
-        """Whether a program of one section needs no more memory than the states that it does without."""
-        states = (steps + 1) * sum(map(numel, self.steps.state.values())) * made.itemsize
-        return made.arena_bytes <= states
+        """Whether a program of one section needs no more memory than the fewest states that it does without: so no
+        budget of memory is to know of it."""
+        fewest = slots(steps, interval(steps, 0))
+        return made.arena_bytes <= fewest * sum(map(numel, self.steps.state.values())) * made.itemsize
 
     def one_by_one(self, mode: str, tasks: int, steps: int) -> tuple[Portion, ...]:
         """The program that does one task after the other."""

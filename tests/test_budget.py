@@ -25,6 +25,7 @@ from metafast import dispatch, native
 from metafast.budget import held, interval, slots
 from metafast.errors import InputError, InputTypeError, NonFiniteError, NonFiniteWarning
 from metafast.outline import NO_QUERY
+from metafast.passes import without
 
 _C = pytest.importorskip("metafast._C", reason="the native backend is not built", exc_type=ImportError)
 
@@ -38,6 +39,13 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def states() -> Iterator[None]:
+    """Programs that hold states; those of one section hold none (test_thin.py)."""
+    with without("thin"):
+        yield
 
 
 def budget(inner: metafast.InnerLoop, support: Any, query: Any, every: int) -> int:
