@@ -33,17 +33,11 @@ View::Type as_viewed(const py::object& dtype) {
 }
 
 int64_t address(const py::handle& tensor) {
+  if (View now; view(tensor.ptr(), &now)) return now.address();
   static PyObject* const data_ptr = interned("data_ptr");
   const auto found = static_cast<int64_t>(PyLong_AsUnsignedLongLong(call_method(tensor, data_ptr).ptr()));
   if (PyErr_Occurred()) throw py::error_already_set();
   return found;
-}
-
-// A new tensor, added to those that keep their memory.
-int64_t room(const py::object& make, py::list& made) {
-  const py::object tensor = checked(PyObject_CallNoArgs(make.ptr()));
-  made.append(tensor);
-  return address(tensor);
 }
 
 // The subnormal, the huge and the negative are finite; an exponent of all ones is not.
@@ -73,6 +67,14 @@ double sum(const void* values, int64_t count, kernels::DType dtype) {
 
 std::string_view section_name(int s) { return s < 0 ? std::string_view() : kSectionNames[s]; }
 
+// A new tensor, added to those that keep their memory.
+template <class Make>
+int64_t room(const Make& make, py::list& made) {
+  const py::object tensor = make();
+  made.append(tensor);
+  return address(tensor);
+}
+
 }  // namespace
 
 Outcome run_call(const Call& call) {
@@ -95,12 +97,26 @@ struct Binding::Bound {
   int refused = -1;  // the tensor that no kernel may read where it lies
 };
 
+Binding::Make::Make(const py::object& make) : function_(make) {
+  static const py::object* const partial =
+      new py::object(py::module_::import("functools").attr("partial"));  // lives as long as the process
+  if (!py::isinstance(make, *partial)) return;
+  function_ = make.attr("func");
+  arguments_ = make.attr("args");
+  keywords_ = make.attr("keywords");
+}
+
+py::object Binding::Make::operator()() const {
+  return checked(arguments_ ? PyObject_Call(function_.ptr(), arguments_.ptr(), keywords_.ptr())
+                            : PyObject_CallNoArgs(function_.ptr()));
+}
+
 Binding::Binding(const py::list& portions, int64_t steps, const py::list& given, const py::list& rooms,
-                 const py::list& sums, py::object total, int64_t every)
+                 const py::list& sums, const py::object& total, int64_t every)
     : steps_(steps),
       every_(every),
       tensors_(static_cast<int64_t>(given.size() + rooms.size())),
-      total_(std::move(total)) {
+      total_(total.is_none() ? std::nullopt : std::optional<Make>(total)) {
   for (const py::handle& row : portions) add_portion(row);
   if (portions_.empty()) throw py::value_error("Binding: a portion of the tasks expected, got none");
   for (const py::handle& row : given) {
@@ -112,11 +128,11 @@ Binding::Binding(const py::list& portions, int64_t steps, const py::list& given,
   for (const py::handle& row : rooms) {
     auto [tensor, make, looked, summed] = row.cast<std::tuple<int, py::object, int64_t, int64_t>>();
     require_tensor(tensor);
-    rooms_.push_back({tensor, std::move(make), looked, summed});
+    rooms_.push_back({tensor, Make(make), looked, summed});
   }
   for (const py::handle& row : sums) {
     auto [offset, bytes, make] = row.cast<std::tuple<int64_t, int64_t, py::object>>();
-    wanted_.push_back({offset, bytes, std::move(make)});
+    wanted_.push_back({offset, bytes, Make(make)});
   }
 }
 
@@ -201,8 +217,8 @@ Binding::Losses Binding::look(const Bound& bound) const {
 }
 
 py::object Binding::total(double value) const {
-  if (total_.is_none()) return py::none();
-  py::object made = checked(PyObject_CallNoArgs(total_.ptr()));
+  if (!total_) return py::none();
+  py::object made = (*total_)();
   auto* const place = reinterpret_cast<void*>(address(made));
   if (dtype() == kernels::DType::f32)
     *static_cast<float*>(place) = static_cast<float>(value);

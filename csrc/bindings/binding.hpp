@@ -14,7 +14,7 @@ class Binding {
  public:
   // As in metafast/_C.pyi.
   Binding(const py::list& portions, int64_t steps, const py::list& given, const py::list& rooms,
-          const py::list& sums, py::object total, int64_t every);
+          const py::list& sums, const py::object& total, int64_t every);
 
   py::object run(const py::list& tensors, const py::object& weights, int64_t divisor, int threads) const;
   py::object profile(const py::list& tensors, const py::object& weights) const;
@@ -36,14 +36,23 @@ class Binding {
     // Its address, if a kernel may read it there.
     std::optional<int64_t> where(const py::handle& tensor) const;
   };
+  // How a tensor is made. A partial is taken apart: called as it is, it would make a tuple and a dict each time.
+  class Make {
+   public:
+    explicit Make(const py::object& make);
+    py::object operator()() const;
+
+   private:
+    py::object function_, arguments_, keywords_;
+  };
   struct Room {
     int tensor;
-    py::object make;
+    Make make;
     int64_t looked, summed;  // how many elements, from the first on, are to be finite; are summed
   };
   struct Wanted {
     int64_t offset, bytes;
-    py::object make;
+    Make make;
   };
   struct Bound;  // one call
   struct Losses {
@@ -66,7 +75,7 @@ class Binding {
   std::vector<Given> given_;
   std::vector<Room> rooms_;
   std::vector<Wanted> wanted_;
-  const py::object total_;  // makes room for one number, or None
+  const std::optional<Make> total_;  // makes room for one number
 };
 
 // A replay from Python, which signals interrupt; what it gives, for Python.

@@ -192,8 +192,8 @@ PYBIND11_MODULE(_C, m) {
       .def("__repr__", [](const Program& p) { return "<" + p.summary() + ">"; });
 
   py::class_<Binding>(m, "Binding")
-      .def(py::init<const py::list&, int64_t, const py::list&, const py::list&, const py::list&, py::object,
-                    int64_t>(),
+      .def(py::init<const py::list&, int64_t, const py::list&, const py::list&, const py::list&,
+                    const py::object&, int64_t>(),
            py::arg("portions"), py::arg("steps"), py::arg("given"), py::arg("rooms"), py::arg("sums"),
            py::arg("total"), py::arg("every") = 1)
       .def("run", &Binding::run, py::arg("tensors"), py::arg("weights"), py::arg("divisor"),
