@@ -476,8 +476,9 @@ def _rule_differs(plan: Plan, trace: Trace, part: str) -> str | None:
 
 
 def _first_run(plan: Plan, problem: Problem, part: str, keys: Sequence[str]) -> Call:
-    """Loss and gradient of the first task: of the query by the program of sections that the call itself will run, without
-    a step, where that gives all of them (a program of one section has no query alone, and comes from those sections). Of several tasks at once the others are the same one, and weigh nothing."""
+    """Loss and gradient of the first task: of the query by the program of sections that the call itself will run,
+    without a step, where that gives all of them; a program of one section comes from those, and has no query alone.
+    Of several tasks at once the others are the same one, and weigh nothing."""
     wanted, lowered = problem.wrt, None
     if part == "query" and problem.wrt and not problem.return_outputs and set(keys) <= set(problem.wrt):
         lowered = plan.program("fused", problem.steps, plan.steps.divided(problem.tasks)[0][0])
