@@ -2,7 +2,7 @@
 
 Nothing is stored between steps any more, what the way back would compute again is there, and what holds of all steps
 together shows: that fast weights are the initial ones less a sum of thin products (thin.py). The price is code and
-memory for every step, so that it is for few steps, where something is gained (`Plan.program` decides).
+memory for every step, so that it is for few steps, where something is gained (`Plan.unrolled` decides).
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ __all__ = ["unrolled"]
 
 def unrolled(sections: Mapping[str, Section], steps: int) -> Section:
     """The sections of a sweep, written one after the other for so many steps, as one section."""
-    writer = _Unroller(steps)
+    writer, states = _Unroller(), []
     writer.write(sections["prologue"], {})
     for k in range(steps):
+        states.append({key: value for key, value in writer.held.items() if key[0] == "state"})
         writer.write(sections["inner"], {"k": writer.b.const(float(k))}, k)
     writer.write(sections["query"], {"k": writer.b.const(float(steps))})
     for k in reversed(range(steps)) if "meta" in sections else ():
+        writer.held.update(states[k])
         writer.write(sections["meta"], {"k": writer.b.const(float(k))}, k)
     if "epilogue" in sections:
         writer.write(sections["epilogue"], {"k": writer.b.const(0.0)})
@@ -36,24 +38,18 @@ _HELD = ("state", "adjoint", "hoisted", "spill")
 
 @dataclass
 class _Unroller:
-    steps: int
     b: Builder = field(default_factory=Builder)
     held: dict[tuple[str, str], Value] = field(default_factory=dict)
     sums: dict[str, Value] = field(default_factory=dict)
     outputs: dict[str, Value] = field(default_factory=dict)
     stores: list[Store] = field(default_factory=list)
-    states: list[dict[tuple[str, str], Value]] = field(default_factory=list)  # of every step, for its way back
 
     def write(self, section: Section, call: Mapping[str, Value], step: int | None = None) -> None:
         """Append a section. Its inputs are what was held before it, its stores are held after it."""
-        back = step is not None and any(store.kind == "adjoint_next" for store in section.stores)
-        if step is not None and not back:
-            self.states.append(self._of("state"))
-        held = {**self.held, **self.states[step]} if back and step is not None else self.held
 
         def bind(i: Input) -> Value:
             if i.role in _HELD:
-                return held[i.role, i.name]
+                return self.held[i.role, i.name]
             if i.role == "call" and i.name in call:
                 return call[i.name]
             return self.b.same(i.role, i.name, i.value)
@@ -62,9 +58,6 @@ class _Unroller:
         made = [(store, env[section.graph.outputs[store.output]]) for store in section.stores]
         for store, value in made:
             self._store(store, value, step)
-
-    def _of(self, kind: str) -> dict[tuple[str, str], Value]:
-        return {key: value for key, value in self.held.items() if key[0] == kind}
 
     def _store(self, store: Store, value: Value, step: int | None) -> None:
         kind = _CROSSING.get(store.kind, store.kind)

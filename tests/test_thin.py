@@ -146,6 +146,8 @@ def test_every_model(entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("metafast.steps.divided", lambda state, itemsize, tasks: ((1, tasks),))
     task = entry.make()
     expected = answer(task, 2, 2)
+    if entry.name in ("mlp_relu", "attention", "mlp_layer_norm"):
+        assert plan_of(task, 2).unrolled("fused", 2) is not None
     inner = inner_loop(task, "native", metafast.SGD(lr=LR), steps=2, order=2)
     assert_same(metafast_gradients(inner, task, "fused")[1], _wanted(expected, False))
     for buffer, value in task.model.named_buffers():
