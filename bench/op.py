@@ -114,6 +114,7 @@ def pointwise(
         [s for each in [*laid, dense] for s in each]
         + [registers - 1, 0]
         + [i for code in coded for i in code]
+        + [1]
     )
     name = "x".join(map(str, dims))
     return Row(f"pointwise {label} {name}", "pointwise", tuple(count), tuple(ints), (0.1,))

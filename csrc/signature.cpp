@@ -113,6 +113,7 @@ void pointwise(Call& c) {
     c.result.divisible &=
         c.i[at] < 2 || (rank > 1 && c.i[outs + n * rank] != 0);  // a sum for each of dims[0]
   }
+  c.flag(at + 5 * n_ops, "compiled (whether it may become machine code)");
   c.result.nanoseconds = static_cast<double>(product(dims)) * static_cast<double>(n_in + n_out + 2 * n_ops) /
                          (2 * kElementsPerNanosecond);
 }

@@ -169,6 +169,9 @@ def kernel_names() -> list[str]: ...
 def pointwise_opcodes() -> list[str]:
     """Names of the operations of `pointwise`, in the order of their numbers."""
 
+def code_pieces() -> int:
+    """How many different pieces of machine code clusters have become in this process."""
+
 def arena_bytes() -> int:
     """Bytes the workers hold between calls."""
 

@@ -42,6 +42,7 @@ PASSES = {
     "copies": "one copy into another layout serves all that need it",
     "masks": "a choice by the sign of a value reads the value, and no mask is made",
     "winograd": "3×3 convolutions in float32 take fewer products, where that pays",
+    "code": "a cluster becomes machine code, which keeps everything between its inputs and outputs in registers",
     "bundle": "alike instructions over many parameters become one",
     "reuse": "arrays that are not alive at once share memory",
 }

@@ -153,8 +153,8 @@ ROUNDED: dict[str, tuple[Callable[..., Tensor], float]] = {
 class Program:
     """A pointwise program under construction; works on integer values, so that its results are exact."""
 
-    def __init__(self, draw: Draw, dims: tuple[int, ...]) -> None:
-        self.draw, self.dims = draw, dims
+    def __init__(self, draw: Draw, dims: tuple[int, ...], compiled: bool = True) -> None:
+        self.draw, self.dims, self.compiled = draw, dims, compiled
         self.inputs: list[Tensor] = []
         self.values: list[Tensor] = []
         self.ops: list[tuple[int, ...]] = []
@@ -195,7 +195,7 @@ class Program:
         ints = [len(self.dims), len(self.inputs), len(self.outs), len(self.ops), len(self.values), *self.dims]
         ints += [s for v in views for s in v.stride()]
         ints += [r for r, *_ in self.outs] + [m for _, _, m, _ in self.outs]
-        ints += [i for op in self.ops for i in op]
+        ints += [i for op in self.ops for i in op] + [int(self.compiled)]
         outs = [self.result(v, self.values[r], m) for r, v, m, _ in self.outs]
         for o in outs:
             o.bound = torch.zeros_like(o.bound)
@@ -232,11 +232,18 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], list[tuple[int, ...] | None]]] = {
 
 
 def pointwise_cases() -> Iterator[Case]:
+    for compiled in (True, False):
+        yield from each_pointwise_case(compiled)
+
+
+def each_pointwise_case(compiled: bool) -> Iterator[Case]:
+    how = "compiled" if compiled else "interpreted"
+
     def mixed(name: str, out: str) -> Case:
         dims, layouts = LAYOUTS[name]
 
         def make(draw: Draw) -> Call:
-            p = Program(draw, dims)
+            p = Program(draw, dims, compiled)
             xs = [p.input(s) for s in layouts]
             y = p.op("mul", xs[0], p.immediate(2.0))
             for x in xs[1:]:
@@ -248,14 +255,14 @@ def pointwise_cases() -> Iterator[Case]:
             p.out(xs[-1], strides=reversed_order(dims) if out == "loose" else None, mode=out == "+=")
             return p.call()
 
-        return Case(f"pointwise {name} {out}", make)
+        return Case(f"pointwise {how} {name} {out}", make)
 
     for name, out in itertools.product(LAYOUTS, ("=", "+=", "loose")):
         yield mixed(name, out)
 
     def summed(dims: tuple[int, ...], strides: tuple[int, ...], mode: int, first: bool) -> Case:
         def make(draw: Draw) -> Call:
-            p = Program(draw, dims)
+            p = Program(draw, dims, compiled)
             a, b = p.input(), p.input(strides)
             y = p.op("sub", p.op("add", a, a), b)
             if first:
@@ -265,7 +272,7 @@ def pointwise_cases() -> Iterator[Case]:
             p.out(b, strides, mode)
             return p.call()
 
-        return Case(f"pointwise {dims} summed to {strides} mode{mode} first{first}", make)
+        return Case(f"pointwise {how} {dims} summed to {strides} mode{mode} first{first}", make)
 
     for k, (dims, strides) in enumerate(SUMS):
         yield summed(dims, strides, 2 + k % 2, first=False)
@@ -275,7 +282,7 @@ def pointwise_cases() -> Iterator[Case]:
         """Every sum keeps the outermost dim, whose indices parts of a call share."""
 
         def make(draw: Draw) -> Call:
-            p = Program(draw, dims)
+            p = Program(draw, dims, compiled)
             a, b = p.input(), p.input(strides)
             y = p.op("sub", p.op("add", a, a), b)
             p.out(y)
@@ -283,7 +290,7 @@ def pointwise_cases() -> Iterator[Case]:
             p.out(a, (3, *[0] * (len(dims) - 1)), 5 - mode)
             return p.call()
 
-        return Case(f"pointwise {dims} summed in groups to {strides} mode{mode}", make)
+        return Case(f"pointwise {how} {dims} summed in groups to {strides} mode{mode}", make)
 
     for k, (dims, strides) in enumerate(GROUPED_SUMS):
         yield summed_in_groups(dims, strides, 2 + k % 2)
@@ -399,7 +406,7 @@ def arguments(name: str, arity: int, dtype: torch.dtype) -> list[Tensor]:
 def apply(name: str, args: list[Tensor], dtype: str, isa: str) -> Tensor:
     n, k = args[0].numel(), len(args)
     op = [_C.pointwise_opcodes().index(name), k, *range(k), *[0] * (3 - k)]
-    ints = [1, k, 1, 1, k + 1, n, *[1] * (k + 1), k, 0, *op]
+    ints = [1, k, 1, 1, k + 1, n, *[1] * (k + 1), k, 0, *op, 1]
     out = torch.empty(n, dtype=DTYPES[dtype])
     assert MACHINE.run_kernel("pointwise", dtype, isa, [*args, out], ints, []) == 0
     return out

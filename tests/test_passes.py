@@ -137,6 +137,7 @@ operations = _over_call(_operations)
 written = _over_call(lambda ins: sum(numel(ins.operands[k].shape) for k in ins.writes))
 copies = _over_call(lambda ins: ins.note.startswith("copy"))
 added_alone = _over_call(_added_alone)
+interpreted = _over_call(lambda ins: ins.kernel == "pointwise" and not ins.ints[-1])
 direct_convolutions = _over_call(lambda ins: ins.kernel.startswith("conv_") and not ins.ints[20])
 
 #: A model and what the pass makes less of there.
@@ -162,6 +163,7 @@ LESS: Mapping[str, tuple[str, Measure]] = {
     "copies": ("wide_conv", copies),
     "masks": ("mlp_relu", operations),
     "winograd": ("wide_conv", direct_convolutions),
+    "code": ("mlp_relu", interpreted),
     "bundle": ("mlp_relu", instructions),
     "reuse": ("mlp_relu", lambda portions: portions[0].lowered.arena_bytes),
 }

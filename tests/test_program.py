@@ -28,7 +28,7 @@ def pointwise(operands, ops, dims=(1,), add=False, floats=()):
     rows = [[OPCODE[name], *(*registers, 0, 0)[:4]] for name, *registers in ops]
     last = rows[-1][1]
     counts = [rank, n_in, 1, len(rows), max(n_in - 1, *(row[1] for row in rows)) + 1]
-    ints = [*counts, *dims, *strides * len(operands), last, int(add), *itertools.chain(*rows)]
+    ints = [*counts, *dims, *strides * len(operands), last, int(add), *itertools.chain(*rows), 1]
     return ("pointwise", operands, ints, list(floats))
 
 
@@ -572,8 +572,9 @@ ILL_FORMED = {
     "misaligned": (("fill", [(ARENA, 2)], [1], [0.0]), "a multiple of the element's 4 bytes"),
     "read-only constant": (("fill", [(CONSTANT, 0)], [1], [0.0]), "read only"),
     "read-only record": (("fill", [(CALL, 0)], [1], [0.0]), "read only"),
-    "opcode": (("pointwise", [(ARENA, 0)] * 2, [1, 1, 1, 1, 2, 1, 1, 1, 1, 0, 999, 1, 0, 0, 0], []), "make no sense"),
-    "register": (("pointwise", [(ARENA, 0)] * 2, [1, 1, 1, 1, 2, 1, 1, 1, 1, 0, 0, 7, 0, 0, 0], []), "make no sense"),
+    "opcode": (("pointwise", [(ARENA, 0)] * 2, [1] * 4 + [2, 1, 1, 1, 1, 0, 999, 1, 0, 0, 0, 1], []), "make no sense"),
+    "register": (("pointwise", [(ARENA, 0)] * 2, [1] * 4 + [2, 1, 1, 1, 1, 0, 0, 7, 0, 0, 0, 1], []), "make no sense"),
+    "compiled": (("pointwise", [(ARENA, 0)] * 2, [1] * 4 + [2, 1, 1, 1, 1, 0, 0, 1, 0, 0, 0, 2], []), "compiled"),
     "mode": (("gemm", [(ARENA, 0)] * 3, [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 4, 0, 0], []), "mode"),
     "geometry": (
         ("conv_fwd", [(ARENA, 0)] * 3, [1, 4, 4, 1, 1, 3, 3, 1, 1, 0, 0, 1, 1, 3, 2, 9, 9, 3, 1, 0, 0, 0], []),

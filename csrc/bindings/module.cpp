@@ -6,6 +6,7 @@
 #include <span>
 
 #include "binding.hpp"
+#include "kernels/code/memory.hpp"
 #include "places.hpp"
 #include "program.hpp"
 #include "python.hpp"
@@ -219,6 +220,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("vector_bytes", [] { return kernels::vector_bytes(kernels::best_isa()); });
   m.def("kernel_names", &kernel_names);
   m.def("pointwise_opcodes", &pointwise_opcodes);
+  m.def("code_pieces", &kernels::code::pieces_installed);
   m.def("arena_bytes", [] { return unlocked(&arena_bytes); });
   m.def("trim", [] { unlocked(&trim); });
   m.def("return_free_pages", &return_free_pages);

@@ -363,7 +363,7 @@ class Emitter:
         if not dims:  # one element, which may stand in a row of others (see bundle.py)
             dims, strides = [1], [[int(a.buffer.space is None or a.buffer.space <= ACCUMULATOR)] for a in operands]
         ints = [len(dims), len(inputs), len(outputs), len(ops) // 5, count, *dims]
-        ints += [s for each in strides for s in each] + regs + modes + ops
+        ints += [s for each in strides for s in each] + regs + modes + ops + [int(enabled("code"))]
         writes = list(range(len(inputs), len(operands)))
         flops = float(work * numel(shape))
         self.code.append(Instruction("pointwise", operands, writes, ints, floats, flops, note))

@@ -76,7 +76,7 @@ bool pointwise_arity(const int64_t* ints, int64_t n, Arity* arity) noexcept {
       n_regs > kPointwiseRegisters)
     return false;
   const int64_t before_ops = 5 + rank + (n_in + n_out) * rank + 2 * n_out;
-  *arity = {n_in + n_out, before_ops + 5 * n_ops, 0};
+  *arity = {n_in + n_out, before_ops + 5 * n_ops + 1, 0};
   if (n < arity->ints) return true;  // too few: the caller compares
   for (int64_t k = 0; k < n_out; ++k) {
     const int64_t reg = ints[before_ops - 2 * n_out + k];

@@ -7,7 +7,7 @@
 //
 //   pointwise        in[n_in], out[n_out] | rank, n_in, n_out, n_ops, n_regs, dims[rank],
 //                    in_strides[n_in][rank], out_strides[n_out][rank], out_reg[n_out], out_mode[n_out],
-//                    ops[n_ops][5] = opcode, dst, a, b, c | immediates
+//                    ops[n_ops][5] = opcode, dst, a, b, c, compiled | immediates
 //   reduce           in, out | nk, nr, kdims[nk], rdims[nr], in_kstrides[nk], in_rstrides[nr],
 //                    out_kstrides[nk], mode, kind (0 sum, 1 max) | scale
 //   gemm             A, B, C, [bias] or [D, s], [A', B'] | batch, M, N, K, a_bs, a_rs, a_cs, b_bs, b_rs, b_cs, c_bs,

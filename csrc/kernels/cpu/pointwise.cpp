@@ -1,7 +1,8 @@
 #include "pointwise.hpp"
 
 #include "pointwise_plan.hpp"
-#include "sums.hpp"
+#include "pointwise_strips.hpp"
+#include "pointwise_sums.hpp"
 
 namespace metafast::kernels::METAFAST_ISA {
 namespace {
@@ -36,8 +37,8 @@ void scatter_rows(T* base, const T* src, const Plan<T>& p, const typename Plan<T
   }
 }
 
-// One call of a plan. Scratch: a block and a vector for each register and one more, then the partial sums and
-// totals of the outputs that add up.
+// One call of a plan, operation by operation. Scratch: a block and a vector for each register and one more, then the
+// sums.
 template <class T>
 struct Interpreter {
   static constexpr int L = kLanes<T>;
@@ -45,11 +46,10 @@ struct Interpreter {
   const Args& args;
   View<T> views[kMaxRegs + kMaxRegs];  // registers, then immediates
   bool in_place[kMaxOperands];         // per output: its register is the output's memory
-  T* sums[kMaxOperands];
-  int64_t unflushed;
-  bool flushed;
+  Sums<T>& sums;
+  int64_t unflushed = 0;
 
-  Interpreter(const Plan<T>& plan, const Args& a) : p(plan), args(a) {
+  Interpreter(const Plan<T>& plan, const Args& a, Sums<T>& s) : p(plan), args(a), sums(s) {
     for (int k = 0; k < p.n_immediates; ++k)
       views[p.n_regs + k] = {const_cast<T*>(p.immediates) + k * L, 0, 0};
     for (int r = p.n_in; r < p.n_regs; ++r) views[r] = {buffer(r), L, p.inner};
@@ -96,18 +96,6 @@ struct Interpreter {
     return false;
   }
 
-  void clear_sums() {
-    unflushed = 0, flushed = false;
-    T* after = buffer(p.n_regs + 1);
-    for (int o = 0; o < p.n_out; ++o) {
-      if (!(p.outputs[o].mode & kSum)) continue;
-      const int64_t elements = 2 * (p.outputs[o].sum_elements + L);
-      sums[o] = after;
-      for (int64_t k = 0; k < elements; ++k) after[k] = 0;
-      after += elements;
-    }
-  }
-
   // Runs all operations on n elements from element `at` of row `row` (by_rows: on n elements of whole rows
   // from `row`).
   void run_block(int64_t row, int64_t at, int64_t n) {
@@ -147,18 +135,18 @@ struct Interpreter {
       else if (!in_place[o])
         write_output(o, row, at, n, rows);
     }
-    if (p.adds_up && ++unflushed == kFlushBlocks) flush();
+    if (p.adds_up && ++unflushed == kFlushBlocks) sums.flush(), unflushed = 0;
   }
 
   // Adds a block to the partial sums of output o: by columns where the last dimension is kept, else by lanes.
   void add_to_sum(int o, int64_t at, int64_t n, int64_t rows) {
     const View<T> value = views[p.outputs[o].reg];
     if (p.outputs[o].inner_stride == 0 || p.outputs[o].lanes) {
-      Vec<T> total = load(sums[o]);
+      Vec<T> total = load(sums.at[o]);
       const T* src = value.p;
       for (int64_t k = n / L; k > 0; --k, src += value.step) total = total + load(src);
       if (n % L) total = total + keep<T>(load(src, Mask<T>(n % L)), Mask<T>(n % L));
-      store(sums[o], total);
+      store(sums.at[o], total);
       return;
     }
     const T* src = value.p;
@@ -167,42 +155,12 @@ struct Interpreter {
       src = buffer(p.n_regs);
     }
     const int64_t width = p.by_rows ? p.inner : n;
-    T* to = sums[o] + (p.by_rows ? 0 : at);
+    T* to = sums.at[o] + (p.by_rows ? 0 : at);
     for_run<T>(width, [&](auto get, auto put) {
       Vec<T> total = get(to);
       for (int64_t r = 0; r < rows; ++r) total = total + get(src + r * width);
       put(to, total);
     });
-  }
-
-  void flush() {
-    for (int o = 0; o < p.n_out; ++o) {
-      if (!(p.outputs[o].mode & kSum)) continue;
-      T *partial = sums[o], *total = partial + p.outputs[o].sum_elements + L;
-      for (int64_t k = 0; k < p.outputs[o].sum_elements; ++k) total[k] += partial[k], partial[k] = 0;
-    }
-    unflushed = 0, flushed = true;
-  }
-
-  void write_sums(int64_t group) {
-    if (flushed) flush();
-    for (int o = 0; o < p.n_out; ++o) {
-      const auto& out = p.outputs[o];
-      if (!(out.mode & kSum)) continue;
-      const T* total = sums[o] + (flushed ? out.sum_elements + L : 0);
-      const bool add = out.mode & 1, columns = out.inner_stride != 0;
-      T* y = out_pointer(o) + (p.groups > 1 ? group * out.strides[0] : 0);
-      if (out.lanes) {
-        store(y, add ? load(y) + load(total) : load(total));
-        continue;
-      }
-      if (!columns) {
-        const T sum = sum_lanes<T>(load(total));
-        *y = add ? *y + sum : sum;
-      }
-      if (columns)
-        for_run<T>(p.inner, [&](auto get, auto put) { put(y, add ? get(y) + get(total) : get(total)); });
-    }
   }
 
   void gather_piece(int o, int64_t row, int64_t at, int64_t n) {
@@ -237,21 +195,9 @@ struct Interpreter {
     }
   }
 
-  // A sum is one part's work: its order must not depend on the number of parts.
-  void run() {
-    if (!p.adds_up) return run_rows(0, p.rows, args.part, args.parts);
-    if (p.groups == 1 && args.part > 0) return;
-    const Range mine = p.groups == 1 ? Range{0, 1} : share(p.groups, args.part, args.parts);
-    const int64_t rows = p.rows / p.groups;
-    for (int64_t group = mine.begin; group < mine.end; ++group) {
-      clear_sums();
-      run_rows(group * rows, (group + 1) * rows, 0, 1);
-      write_sums(group);
-    }
-  }
-
   // A part of the rows from `begin` to `end`.
-  void run_rows(int64_t begin, int64_t end, int part, int parts) {
+  void run(int64_t begin, int64_t end, int part, int parts) {
+    unflushed = 0;
     if (parts == 1 && p.rows == 1 && p.inner <= p.block) return run_block(0, 0, p.inner);
     if (p.by_rows) {
       const int64_t per_block = p.block / p.inner;
@@ -268,6 +214,20 @@ struct Interpreter {
     }
   }
 };
+
+// A sum is one part's work: its order must not depend on the number of parts.
+template <class T, class Runner>
+void run_groups(const Plan<T>& p, const Args& a, Sums<T>& sums, Runner runner) {
+  if (!p.adds_up) return runner.run(0, p.rows, a.part, a.parts);
+  if (p.groups == 1 && a.part > 0) return;
+  const Range mine = p.groups == 1 ? Range{0, 1} : share(p.groups, a.part, a.parts);
+  const int64_t rows = p.rows / p.groups;
+  for (int64_t group = mine.begin; group < mine.end; ++group) {
+    sums.clear();
+    runner.run(group * rows, (group + 1) * rows, 0, 1);
+    sums.write(group);
+  }
+}
 
 // A sum of nothing is 0.
 template <class T>
@@ -305,10 +265,15 @@ int64_t pointwise_scratch(const int64_t* ints) noexcept {
 template <class T>
 int pointwise(const Args& a) noexcept {
   const Plan<T>& plan = *reinterpret_cast<const Plan<T>*>(a.prepared);
-  if (plan.empty)
+  if (plan.empty) {
     clear_sums_of_nothing(plan, a);
+    return kOk;
+  }
+  Sums<T> sums(plan, a);
+  if (plan.code)
+    run_groups(plan, a, sums, Strips<T>(plan, a, sums));
   else
-    Interpreter<T>(plan, a).run();
+    run_groups(plan, a, sums, Interpreter<T>(plan, a, sums));
   return kOk;
 }
 

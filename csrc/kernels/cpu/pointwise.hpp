@@ -4,7 +4,7 @@
 // ints  rank, n_in, n_out, n_ops, n_regs, dims[rank] (outermost first), in_strides[n_in][rank],
 //       out_strides[n_out][rank], out_reg[n_out], out_mode[n_out] (0 assigns, 1 adds; 2 and 3: of a sum),
 //       ops[n_ops][5] = opcode, dst, a, b, c; a source r < 0 is the immediate f[-1-r]; registers 0..n_in-1
-//       are the inputs
+//       are the inputs; compiled: whether it may become machine code
 // Any strides, 0 to broadcast an input; sizes within the kPointwise* limits of kernel.hpp. An output may be
 // an input with the same strides; outputs do not overlap each other.
 // A sum (mode 2, 3) adds up over the dimensions in which its stride is 0; with unit dimensions dropped and
@@ -12,7 +12,9 @@
 // sum is not split: part 0 does it all.
 // Prepared once from ints and immediates: the merged index space, how each operand is reached, the loops to
 // call and the immediates as vectors. A call only fills in addresses.
-// Blocks of some hundred elements run through all operations while they lie in L1.
+// Operations that are few instructions each become machine code on x86 (../code/cluster.hpp): one pass over memory,
+// everything between in registers. Else blocks of some hundred elements run through all operations, one after the
+// other, while they lie in L1. Both round alike.
 // Accuracy: one rounding an arithmetic operation (fma: one in all where the set has it); functions as in
 // math.hpp; a sum within (block / lanes + 64 + blocks / 64) u times the sum of magnitudes.
 #pragma once

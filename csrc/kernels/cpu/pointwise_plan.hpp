@@ -1,6 +1,7 @@
 // What a call of `pointwise` is, decoded once: its space, where its operands come from, its operations. Part of
 // pointwise.cpp.
 #pragma once
+#include "../code/cluster.hpp"
 #include "pointwise.hpp"
 #include "pointwise_loops.hpp"
 
@@ -30,6 +31,8 @@ struct Program {
         out_reg(strides + (n_in + n_out) * rank),
         out_mode(out_reg + n_out),
         ops(out_mode + n_out) {}
+
+  bool compiled() const { return ops[5 * n_ops] != 0; }
 
   int64_t immediates() const {
     int64_t lowest = 0;
@@ -166,6 +169,7 @@ struct alignas(64) Plan {
 
   int32_t n_in, n_out, n_ops, n_regs, n_immediates, rank;
   bool empty, by_rows, adds_up;  // by_rows: a block holds whole rows, not a piece of one
+  code::Code code;  // what does all operations in one pass; or null, and the interpreter does them
   int64_t block, inner, elements, rows;
   int64_t
       groups;  // of rows that are added up each by itself: the outermost dimension, where all sums keep it
@@ -217,6 +221,8 @@ struct alignas(64) Plan {
                    strides + o * s.rank};
     for (int64_t k = 0; k < p.n_ops; ++k) ops[k] = decode(p, p.ops + 5 * k, inputs);
     for (int o = 0; o < plan.n_out; ++o) outputs[o] = output(p, s, o, plan.by_rows, strides);
+    plan.code = nullptr;
+    if (p.compiled() && !plan.empty) plan.compile(p, s);
   }
 
   // Offset of row `row` (all dimensions but the last) of an operand.
@@ -235,6 +241,45 @@ struct alignas(64) Plan {
     U* const taken = reinterpret_cast<U*>(at);
     at += count * static_cast<int64_t>(sizeof(U));
     return taken;
+  }
+
+  // Makes code of the cluster, where all that it streams lies element by element.
+  void compile(const Program& p, const Space& s) {
+    constexpr auto isa = kVecBytes == 64 ? Isa::avx512 : kVecBytes == 32 ? Isa::avx2 : Isa::baseline;
+    code::Cluster c{isa,
+                    sizeof(T) == 4 ? DType::f32 : DType::f64,
+                    n_in,
+                    n_out,
+                    n_ops,
+                    n_regs,
+                    n_immediates,
+                    inner % kLanes<T> != 0,
+                    p.ops,
+                    p.out_reg,
+                    {},
+                    {},
+                    {}};
+    for (int o = 0; o < s.operands; ++o) {
+      const int64_t inner_stride = s.strides[o][rank - 1];
+      if (inner_stride != 0 && inner_stride != 1) return;
+      if (o < n_in)
+        c.in[o] = s.repeats[o]   ? code::Input::vector
+                  : inner_stride ? code::Input::stream
+                                 : code::Input::splat;
+      else
+        c.out[o - n_in] = compiled_output(p, s, o - n_in);
+      const bool sum = o >= n_in && (p.out_mode[o - n_in] & kSum);
+      c.pitch[o] = rank > 1 && !sum ? s.strides[o][rank - 2] * static_cast<int64_t>(sizeof(T)) : 0;
+    }
+    code = code::compile(c);
+  }
+
+  // A sum over rows is added to a row of partial sums.
+  static code::Output compiled_output(const Program& p, const Space& s, int o) {
+    const int operand = static_cast<int>(p.n_in) + o;
+    const bool one_vector = s.repeats[operand] || s.strides[operand][s.rank - 1] == 0;
+    if ((p.out_mode[o] & kSum) && one_vector) return code::Output::total;
+    return p.out_mode[o] ? code::Output::add : code::Output::store;
   }
 
   static bool keep_outermost(const Program& p, const Space& s) {

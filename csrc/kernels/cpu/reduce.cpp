@@ -73,52 +73,67 @@ struct Reduction {
 
   void write(T* y, T value) const { *y = add ? *y + scale * value : scale * value; }
 
-  // Up to a vector of kept elements at once, over all that is reduced.
-  template <class Load>
-  METAFAST_INLINE Vec<T> columns(const T* p, Load load_at) const {
+  // Q vectors of kept elements at once, over all that is reduced: load_at(p, q) loads vector q of those from p on.
+  template <int Q, class Load>
+  METAFAST_INLINE void columns(Vec<T>* total, const T* p, Load load_at) const {
     const int64_t rows = reduced.inner(), stride = reduced.inner_in(), outer = reduced.outer;
-    Vec<T> total[1];
-    if (outer == 1) {
-      join_rows<T, 1, Join>(total, rows, [&](int64_t r, Vec<T>* q) { q[0] = load_at(p + r * stride); });
-      return total[0];
-    }
-    Pairwise<T, 1, Join> pairwise;
+    const auto join = [&](Vec<T>* joined, const T* base) {
+      join_rows<T, Q, Join>(joined, rows, [&](int64_t r, Vec<T>* v) {
+        METAFAST_UNROLL for (int q = 0; q < Q; ++q) v[q] = load_at(base + r * stride, q);
+      });
+    };
+    if (outer == 1) return join(total, p);
+    Pairwise<T, Q, Join> pairwise;
     for (int64_t o = 0; o < outer; ++o) {
-      const T* base = p + reduced.offset(o, reduced.in);
-      Vec<T> part[1];
-      join_rows<T, 1, Join>(part, rows, [&](int64_t r, Vec<T>* q) { q[0] = load_at(base + r * stride); });
+      Vec<T> part[Q];
+      join(part, p + reduced.offset(o, reduced.in));
       pairwise.push(part);
     }
     pairwise.finish(total, Join::empty);
-    return total[0];
   }
 
+  // What four accumulators of each of so many vectors leave room for.
+  static constexpr int kTogether = kVecRegisters / 8;
+
   void keep_inner(int part, int parts) const {
-    const int64_t inner = kept.inner(), in_stride = kept.inner_in(), out_stride = kept.inner_out();
-    const int64_t vectors = (inner + L - 1) / L;
+    const int64_t inner = kept.inner(), vectors = (inner + L - 1) / L;
+    const bool dense = kept.inner_in() == 1 && kept.inner_out() == 1;
     const Range mine = share(kept.outer * vectors, part, parts);
-    Pair place(mine.begin, vectors);
-    for (int64_t k = mine.begin; k < mine.end; ++k, ++place) {
-      const int64_t at = place.at * L, n = min64(L, inner - at);
-      const T* p = in + kept.offset(place.row, kept.in) + at * in_stride;
-      const Mask<T> mask(n);
-      Vec<T> v;
-      if (in_stride == 1 && n == L)
-        v = columns(p, [](const T* x) { return load(x); });
-      else if (in_stride == 1)
-        v = columns(p, [&](const T* x) { return load(x, mask); });
-      else
-        v = columns(p, [&](const T* x) { return load_strided(x, in_stride, n); });
-      T* y = out + kept.offset(place.row, kept.out) + at * out_stride;
-      if (out_stride == 1 && n == L) {
-        v *= splat(scale);
-        store(y, add ? v + load(y) : v);
-      } else if (out_stride == 1) {
-        v *= splat(scale);
-        store(y, add ? v + load(y, mask) : v, mask);
-      } else {
-        for (int64_t j = 0; j < n; ++j) write(y + j * out_stride, v[j]);
-      }
+    for (int64_t k = mine.begin, done; k < mine.end; k += done) {
+      const int64_t row = k / vectors, at = k % vectors * L;
+      const bool several = dense && at + kTogether * L <= inner && k + kTogether <= mine.end;
+      done = several ? kTogether : 1;
+      const T* p = in + kept.offset(row, kept.in) + at * kept.inner_in();
+      T* y = out + kept.offset(row, kept.out) + at * kept.inner_out();
+      several ? keep_several(y, p) : keep_one(y, p, min64(L, inner - at));
+    }
+  }
+
+  void keep_several(T* y, const T* p) const {
+    Vec<T> v[kTogether];
+    columns<kTogether>(v, p, [](const T* x, int q) { return load(x + q * L); });
+    METAFAST_UNROLL for (int q = 0; q < kTogether; ++q) {
+      const Vec<T> scaled = v[q] * splat(scale);
+      store(y + q * L, add ? scaled + load(y + q * L) : scaled);
+    }
+  }
+
+  // n kept elements, up to a vector.
+  void keep_one(T* y, const T* p, int64_t n) const {
+    const int64_t in_stride = kept.inner_in(), out_stride = kept.inner_out();
+    const Mask<T> mask(n);
+    Vec<T> v;
+    if (in_stride == 1 && n == L)
+      columns<1>(&v, p, [](const T* x, int) { return load(x); });
+    else if (in_stride == 1)
+      columns<1>(&v, p, [&](const T* x, int) { return load(x, mask); });
+    else
+      columns<1>(&v, p, [&](const T* x, int) { return load_strided(x, in_stride, n); });
+    if (out_stride == 1) {
+      v *= splat(scale);
+      store(y, add ? v + load(y, mask) : v, mask);
+    } else {
+      for (int64_t j = 0; j < n; ++j) write(y + j * out_stride, v[j]);
     }
   }
 
