@@ -22,7 +22,7 @@ PASSES = {
     "winners": "what is done to images and needed at a pool's winners alone is done at the winners",
     "hoist": "what depends on neither φ nor the step is computed once a task, in the prologue",
     "factor": "a 0-dim factor of all tangents multiplies what they lead to, not them",
-    "straight": "the adjoint of a large parameter that every step hands on as it is, is added up where it is made",
+    "straight": "the adjoint of a parameter that every step hands on as it is, is added up where it is made",
     "thin": "a few steps are one section, where matrices that are sums of thin products then need not be made",
     "keep": "a step keeps products that its way back reads",
     "lanes": "small nets do a vector's worth of tasks at once, one in each lane",

@@ -27,12 +27,10 @@ from dataclasses import dataclass, field
 
 from metafast.differentiate import depends_on, pull, push, vjp_graph, with_gradient
 from metafast.graph import Builder, Graph, Input, Node, Shape, Value, closed, copy_into, live_nodes
-from metafast.ops import TABLE, numel
+from metafast.ops import TABLE
 from metafast.passes import enabled
 
 SECTIONS = ("prologue", "inner", "query", "meta", "epilogue")
-
-_LARGE = 1 << 16  # elements; nets of small parameters gain nothing from it (bench/LEDGER.md)
 
 
 @dataclass(frozen=True)
@@ -96,14 +94,13 @@ class Loop:
 
     @functools.cached_property
     def straight(self) -> frozenset[str]:
-        """The large parameters whose adjoint every step hands on as it is, and to nobody else: from the query it goes
+        """The parameters whose adjoint every step hands on as it is, and to nobody else: from the query it goes
         to its sum. Gradient descent of first order has no others."""
-        large = [n for n in self.adapted if numel(self.shapes[n]) >= _LARGE]
-        if self.order == 2 or not large or not enabled("straight"):
+        if self.order == 2 or not enabled("straight"):
             return frozenset()
         adjoints = {i.name: i.value for i in self.back.inputs if i.role == "cotangent"}
         read = {v for node in live_nodes(self.back.nodes, self.back.outputs.values()) for v in node.inputs}
-        return frozenset([n for n in large if self._hands_on(adjoints.get(f"param/{n}"), f"param/{n}", read)])
+        return frozenset([n for n in self.adapted if self._hands_on(adjoints.get(f"param/{n}"), f"param/{n}", read)])
 
     def _hands_on(self, adjoint: Value | None, name: str, read: Set[Value]) -> bool:
         alone = [key for key, v in self.back.outputs.items() if v is adjoint] == [name]
