@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -54,9 +53,9 @@ class Form:
             self._placed(),
             steps,
             [(self._number[e.kind, e.name], self.read_as(e)) for e in read],
-            [(self._number[e.kind, e.name], self._room(e), *self._looked(e)) for e in written],
-            [(offset, numel(shape) * dtype.itemsize, self._dense(shape)) for offset, shape in sums.values()],
-            self._dense(()) if any(kind == "loss" for kind, _ in self.made) else None,
+            [(self._number[e.kind, e.name], *self._room(e), e.kind == "gradient", *self._looked(e)) for e in written],
+            [(offset, shape, dense_strides(shape)) for offset, shape in sums.values()],
+            any(kind == "loss" for kind, _ in self.made),
             every,
         )
 
@@ -98,27 +97,22 @@ class Form:
         every = self.tasks * (self.steps if e.per_step else 1)
         return every if e.kind in _LOSSES else 0, self.tasks if e.kind == "loss" else 0
 
-    def _room(self, e: External) -> Callable[[], Tensor]:
-        """How a tensor is made that the program writes task by task; steps are outermost in memory."""
-        if e.kind == "gradient":
-            return functools.partial(torch.zeros, (self.tasks, *e.shape), dtype=self.dtype)
+    def _room(self, e: External) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shape and strides of a tensor that the program writes task by task; steps are outermost in memory."""
         if not e.per_step:
-            return self._dense((self.tasks, *e.shape))
+            shape = (self.tasks, *e.shape)
+            return shape, dense_strides(shape)
         size = numel(e.shape)
         shape = (self.tasks, max(self.steps, 1), *e.shape)  # an empty tensor has no address
-        return self._strided(shape, (size, size * self.tasks, *dense_strides(e.shape)))
+        return shape, (size, size * self.tasks, *dense_strides(e.shape))
 
-    def _dense(self, shape: tuple[int, ...]) -> Callable[[], Tensor]:
-        return self._strided(shape, dense_strides(shape))
-
-    def _strided(self, shape: tuple[int, ...], strides: tuple[int, ...]) -> Callable[[], Tensor]:
-        return functools.partial(torch.empty_strided, shape, strides, dtype=self.dtype)  # the quickest to make one
-
-    def shown(self, rooms: Sequence[Tensor]) -> dict[tuple[str, str], Tensor]:
+    def shown(self, rooms: Sequence[Tensor | None]) -> dict[tuple[str, str], Tensor]:
         """What was written, by kind and name: `(T, ...)`, or `(T, steps, ...)` where each step wrote."""
+        made = {key: room for key, room in zip(self.made, rooms, strict=True) if room is not None}
         if not self.steps:
-            rooms = [room[:, :0] if e.per_step else room for room, e in zip(rooms, self.rooms, strict=True)]
-        return dict(zip(self.made, rooms, strict=True))
+            stepwise = {(e.kind, e.name) for e in self.rooms if e.per_step}
+            made = {key: room[:, :0] if key in stepwise else room for key, room in made.items()}
+        return made
 
 
 class Call:
@@ -157,13 +151,12 @@ class Call:
     def run(self, weights: Tensor | None) -> tuple[int, int, int, str, int] | None:
         """Replay. Returns None, or where it failed the status, task, step, section and instruction."""
         weights, threads = self._weights(weights), torch.get_num_threads()
-        divisor = self.form.tasks if self.problem.reduction == "mean" else 1
-        found = self.form.binding.run(self.given, weights, divisor, threads)
-        while isinstance(found, int):
+        divisor, losses = self.form.tasks if self.problem.reduction == "mean" else 1, self.problem.reduction == "none"
+        while isinstance(found := self.form.binding.run(self.given, weights, divisor, threads, losses), int):
             self._copy(found)
-            found = self.form.binding.run(self.given, weights, divisor, threads)
         failed, rooms, self.sums, self.finite, self.total = found
-        self.made = self.form.shown(rooms)
+        if failed is None:
+            self.made = self.form.shown(rooms)
         return failed
 
     def profile(self, weights: Tensor) -> list[list[tuple[str, int, str, int, float]]]:

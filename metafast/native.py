@@ -486,7 +486,7 @@ def _first_run(plan: Plan, problem: Problem, part: str, keys: Sequence[str]) -> 
         graph = plan.loop.query if part == "query" else plan.loop.support
         assert graph is not None
         wanted, lowered = tuple(keys), lower(gradient_section(graph, tuple(keys)), plan.dtype)
-    first = replace(_first_task(problem, lowered.lanes), steps=0, memory_budget=None, wrt=wanted)
+    first = replace(_first_task(problem, lowered.lanes), steps=0, memory_budget=None, wrt=wanted, reduction="none")
     call = Call(plan, (Portion(lowered, lowered.lanes),), first, {})
     only = torch.arange(lowered.lanes) == 0
     if failed := call.run(only.to(plan.dtype)):

@@ -109,12 +109,12 @@ def hyper_tree(hyper: Mapping[str, Tensor]) -> dict[str, Any]:
 class Outcome:
     """What a backend returns: whatever of it the call asked for.
 
-    `losses` is `(T,)`, `step_losses` `(T, steps)` the support losses before each update, `outputs` what the query
+    `losses` is `(T,)`, `step_losses` `(T, steps)` the support losses before each update; where a reduction is asked for
+    and all are finite, `total`, the losses reduced to 0-dim, may be all there is of them. `outputs` is what the query
     objective returned beside the loss, stacked over tasks. `gradients` maps keys of `Problem.wrt` to tensors shaped
     like the leaf (`None` where nothing depends on it), `fast` names of adapted parameters to `(T, *shape)`. `finite` is
-    False where the backend knows that a loss is not finite, True where it knows that all are, None where nobody looked;
-    `total` the losses reduced to 0-dim as the problem says, where the backend did so. `draws` is where the random
-    generators stood before, where the backend may have drawn from them.
+    False where the backend knows that a loss is not finite, True where it knows that all are, None where nobody looked.
+    `draws` is where the random generators stood before, where the backend may have drawn from them.
     """
 
     losses: Tensor | None = None
