@@ -60,15 +60,16 @@ class Form:
         )
 
     @classmethod
-    def of(cls, portions: tuple[Portion, ...], dtype: torch.dtype, steps: int, every: int) -> Form:
+    def of(cls, portions: tuple[Portion, ...], problem: Problem) -> Form:
         """The one kept with the first program, which keeps the last few."""
         forms: dict[Any, Form] = portions[0].lowered.forms
-        key = (portions, steps, every)
+        every = 1 if problem.memory_budget is None else held(portions, problem).every
+        key = (portions, problem.steps, every)
         found = forms.get(key)
         if found is None:
             if len(forms) >= MOST_FORMS:
                 forms.clear()
-            found = forms[key] = cls(portions, dtype, steps, every)
+            found = forms[key] = cls(portions, problem.parameter.dtype, problem.steps, every)
         return found
 
     def _placed(self) -> list[tuple[Any, int, list[tuple[int, int, int, int]]]]:
@@ -118,14 +119,10 @@ class Form:
 class Call:
     """The tensors of one call, and what it made of them."""
 
-    def __init__(
-        self, plan: Plan, portions: tuple[Portion, ...], problem: Problem, extra: Mapping[str, Tensor]
-    ) -> None:
-        self.plan, self.portions, self.problem = plan, portions, problem
-        every = 1 if problem.memory_budget is None else held(portions, problem).every
-        self.form = Form.of(portions, plan.dtype, problem.steps, every)
+    def __init__(self, plan: Plan, form: Form, problem: Problem, extra: Mapping[str, Tensor] | None = None) -> None:
+        self.plan, self.form, self.problem = plan, form, problem
         leaves = {**problem.leaves, **extra} if extra else problem.leaves
-        self.given = [leaves[name] if name in leaves else self._held(name) for name in self.form.names]
+        self.given = [leaves[name] if name in leaves else self._held(name) for name in form.names]
         self.made: dict[tuple[str, str], Tensor] = {}
         self.sums: list[Tensor] = []
         self._copied: set[int] = set()
@@ -175,7 +172,7 @@ class Call:
 
     def fail(self, status: int, task: int, step: int, section: Any, instruction: int) -> None:
         name = section if isinstance(section, str) else SECTIONS[section]
-        (portion,) = self.portions  # where there are more, or more lanes, the call was made again, one task by one
+        (portion,) = self.form.portions  # where there are more, or more lanes, the call was made again, one task by one
         code = portion.lowered.code[name][instruction]
         if status == LABEL_OUT_OF_RANGE:
             part = "query" if name == "query" else "support"
@@ -187,7 +184,11 @@ class Call:
     def _wrong_label(self, code: Instruction, task: int) -> str:
         """The label that a kernel refused, where it is one of the batch and not computed."""
         space = code.operands[0].buffer.space
-        e = self.portions[0].lowered.externals[space - EXTERNAL] if space is not None and space >= EXTERNAL else None
+        e = (
+            self.form.portions[0].lowered.externals[space - EXTERNAL]
+            if space is not None and space >= EXTERNAL
+            else None
+        )
         if e is not None and e.per_task:
             labels = self.given[self.form.leaves.index(e)][task]
             lowest = -code.ints[1] if code.ints[5] else 0

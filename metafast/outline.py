@@ -214,12 +214,15 @@ class Outline:
 
     def weights(self, problem: Problem) -> Tensor:
         """`(T,)`, the weights of the losses: 1/T for "mean", else 1."""
-        like = problem.parameter
-        key = (problem.tasks, problem.reduction, like.dtype, like.device)
-        if key not in self._weights:
-            value = 1.0 / problem.tasks if problem.reduction == "mean" else 1.0
-            self._weights[key] = torch.full((problem.tasks,), value, dtype=like.dtype, device=like.device)
-        return self._weights[key]
+        found: Tensor | None = problem.settled.get("weights")
+        if found is None:
+            like = problem.parameter
+            key = (problem.tasks, problem.reduction, like.dtype, like.device)
+            if key not in self._weights:
+                value = 1.0 / problem.tasks if problem.reduction == "mean" else 1.0
+                self._weights[key] = torch.full((problem.tasks,), value, dtype=like.dtype, device=like.device)
+            found = problem.settled["weights"] = self._weights[key]
+        return found
 
     def named(self, problem: Problem, gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
         """Gradients by the names that `meta_gradient` promises; a tensor that is several leaves appears once."""
