@@ -35,27 +35,26 @@ _LOSSES = ("loss", "step_loss")
 class Form:
     """Programs for so many tasks and steps: where their tensors lie, and how room for what they write is made."""
 
-    def __init__(self, portions: tuple[Portion, ...], dtype: torch.dtype, steps: int, every: int) -> None:
-        self.portions, self.dtype, self.steps = portions, dtype, steps
+    def __init__(self, portions: tuple[Portion, ...], problem: Problem, every: int) -> None:
+        self.portions, self.dtype, self.steps = portions, problem.parameter.dtype, problem.steps
         self.tasks = sum(portion.tasks for portion in portions)
         tensors = list({(e.kind, e.name): e for portion in portions for e in portion.lowered.externals}.values())
         self._number = {(e.kind, e.name): n for n, e in enumerate(tensors)}
         read, written = ([e for e in tensors if (e.kind == "leaf") is leaf] for leaf in (True, False))
         self.leaves = read
         self.names = [e.name for e in self.leaves]
-        self.rooms = written
-        self.made = [(e.kind, e.name) for e in self.rooms]
-        self.gradients = [(key[1], key) for key in self.made if key[0] == "gradient"]
+        self.gradients = [(e.name, (e.kind, e.name)) for e in written if e.kind == "gradient"]
+        self.by_step = [(e.kind, e.name) for e in written if e.per_step]
         sums = portions[0].lowered.sums
         assert all(portion.lowered.sums == sums for portion in portions)  # they add up in the same place
-        self.sums = tuple(sums)
+        self.sums = tuple(sorted(sums, key=problem.wrt.index))
         self.binding = _C.Binding(
             self._placed(),
-            steps,
+            self.steps,
             [(self._number[e.kind, e.name], self.read_as(e)) for e in read],
-            [(self._number[e.kind, e.name], *self._room(e), e.kind == "gradient", *self._looked(e)) for e in written],
-            [(offset, shape, dense_strides(shape)) for offset, shape in sums.values()],
-            any(kind == "loss" for kind, _ in self.made),
+            [self._room(e) for e in written],
+            [(key, *sums[key], dense_strides(sums[key][1])) for key in self.sums],
+            any(e.kind == "loss" for e in written),
             every,
         )
 
@@ -69,7 +68,7 @@ class Form:
         if found is None:
             if len(forms) >= MOST_FORMS:
                 forms.clear()
-            found = forms[key] = cls(portions, problem.parameter.dtype, problem.steps, every)
+            found = forms[key] = cls(portions, problem, every)
         return found
 
     def _placed(self) -> list[tuple[Any, int, list[tuple[int, int, int, int]]]]:
@@ -98,22 +97,19 @@ class Form:
         every = self.tasks * (self.steps if e.per_step else 1)
         return every if e.kind in _LOSSES else 0, self.tasks if e.kind == "loss" else 0
 
-    def _room(self, e: External) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shape and strides of a tensor that the program writes task by task; steps are outermost in memory."""
+    def _room(self, e: External) -> tuple[tuple[str, str], int, tuple[int, ...], tuple[int, ...], bool, int, int]:
+        """A tensor that the program writes task by task, as `Binding` has it."""
+        shape, strides = self._lies(e)
+        return (e.kind, e.name), self._number[e.kind, e.name], shape, strides, e.kind == "gradient", *self._looked(e)
+
+    def _lies(self, e: External) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shape and strides: `(T, ...)`, or `(T, steps, ...)` where each step writes, steps outermost in memory."""
         if not e.per_step:
             shape = (self.tasks, *e.shape)
             return shape, dense_strides(shape)
         size = numel(e.shape)
-        shape = (self.tasks, max(self.steps, 1), *e.shape)  # an empty tensor has no address
+        shape = (self.tasks, max(self.steps, 1), *e.shape)  # a step that is not made has a place to write to
         return shape, (size, size * self.tasks, *dense_strides(e.shape))
-
-    def shown(self, rooms: Sequence[Tensor | None]) -> dict[tuple[str, str], Tensor]:
-        """What was written, by kind and name: `(T, ...)`, or `(T, steps, ...)` where each step wrote."""
-        made = {key: room for key, room in zip(self.made, rooms, strict=True) if room is not None}
-        if not self.steps:
-            stepwise = {(e.kind, e.name) for e in self.rooms if e.per_step}
-            made = {key: room[:, :0] if key in stepwise else room for key, room in made.items()}
-        return made
 
 
 class Call:
@@ -124,7 +120,7 @@ class Call:
         leaves = {**problem.leaves, **extra} if extra else problem.leaves
         self.given = [leaves[name] if name in leaves else self._held(name) for name in form.names]
         self.made: dict[tuple[str, str], Tensor] = {}
-        self.sums: list[Tensor] = []
+        self.sums: dict[str, Tensor | None] = {}
         self._copied: set[int] = set()
         self.finite = True  # the losses
         self.total: Tensor | None = None  # of them
@@ -151,9 +147,9 @@ class Call:
         divisor, losses = self.form.tasks if self.problem.reduction == "mean" else 1, self.problem.reduction == "none"
         while isinstance(found := self.form.binding.run(self.given, weights, divisor, threads, losses), int):
             self._copy(found)
-        failed, rooms, self.sums, self.finite, self.total = found
-        if failed is None:
-            self.made = self.form.shown(rooms)
+        failed, self.made, self.sums, self.finite, self.total = found
+        if not self.form.steps:
+            self.made |= {key: self.made[key][:, :0] for key in self.form.by_step if key in self.made}
         return failed
 
     def profile(self, weights: Tensor) -> list[list[tuple[str, int, str, int, float]]]:
@@ -220,8 +216,9 @@ class Call:
 
     def gradients(self, wanted: Sequence[str]) -> dict[str, Tensor | None]:
         """The gradient of every wanted leaf; None where nothing depends on it."""
-        out: dict[str, Tensor | None] = dict.fromkeys(wanted)
-        out.update(zip(self.form.sums, self.sums, strict=True))
+        if self.form.sums == wanted:
+            return self.sums
+        out = {**dict.fromkeys(wanted), **self.sums}
         for name, key in self.form.gradients:
             out[name] = self.made[key]
         return out

@@ -400,10 +400,10 @@ class Native:
         weights: Tensor | None = None,
         extra: Mapping[str, Tensor] | None = None,
     ) -> Call:
-        form: Form | None = problem.settled.get((self, mode))
+        key = (self, mode, torch.get_num_threads())  # which share a budget
+        form: Form | None = problem.settled.get(key)
         if form is None:
-            form = Form.of(self.plan.best(mode, problem.tasks, problem.steps), problem)
-            problem.settled[self, mode] = form
+            form = problem.settled[key] = Form.of(self.plan.best(mode, problem.tasks, problem.steps), problem)
         call = Call(self.plan, form, problem, extra)
         if failed := call.run(weights):
             one_by_one = self.plan.one_by_one(mode, problem.tasks, problem.steps)

@@ -517,8 +517,8 @@ def test_binding_refuses_what_makes_no_sense():
     twice = _C.Binding(portions(program, 3), 4, given * 3, [], [], False)
     with pytest.raises(ValueError, match="null pointer"):  # two tensors that nobody bound
         twice.run([torch.zeros(3, dtype=torch.float64)] * 3, None, 1, 1, False)
-    rooms = [(j, (3,), (1,), True, 0, 0) for j in range(3)]
-    beyond = _C.Binding(portions(program, 3), 4, [], rooms, [(0, (8,), (1,))], False)
+    rooms = [(j, j, (3,), (1,), True, 0, 0) for j in range(3)]
+    beyond = _C.Binding(portions(program, 3), 4, [], rooms, [("sum", 0, (8,), (1,))], False)
     with pytest.raises(ValueError, match="sums: within the"):
         beyond.run([], None, 1, 1, False)
     unlike = portions(program, 3) + portions(power_program("f32"), 3)
@@ -536,7 +536,7 @@ def test_binding_names_a_tensor_that_cannot_be_read_where_it_lies(refused):
 
 @pytest.mark.parametrize("tasks", [(3,), (2, 1), (1, 0, 2)])
 def test_profile_counts_calls(tasks):
-    rooms = [(j, (3,), (1,), True, 0, 0) for j in range(3)]
+    rooms = [(j, j, (3,), (1,), True, 0, 0) for j in range(3)]
     binding = _C.Binding(portions(power_program("f64"), *tasks), 4, [], rooms, [], False)
     each = binding.profile([], None)
     assert [rows[0][3] for rows in each] == list(tasks)

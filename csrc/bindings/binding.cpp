@@ -72,10 +72,9 @@ double sum(const void* values, int64_t count, kernels::DType dtype) {
 
 std::string_view section_name(int s) { return s < 0 ? std::string_view() : kSectionNames[s]; }
 
-py::list to_tensors(std::vector<Block>& blocks) {
-  py::list made(blocks.size());
-  for (size_t n = 0; n < blocks.size(); ++n) made[n] = std::move(blocks[n]).to_tensor();
-  return made;
+void put(const py::dict& into, const py::object& key, Block& block) {
+  if (PyDict_SetItem(into.ptr(), key.ptr(), std::move(block).to_tensor().ptr()) != 0)
+    throw py::error_already_set();
 }
 
 }  // namespace
@@ -115,14 +114,14 @@ Binding::Binding(const py::list& portions, int64_t steps, const py::list& given,
     given_.push_back({tensor, std::move(type), viewed});
   }
   for (const py::handle& row : rooms) {
-    auto [tensor, sizes, strides, zero, looked, summed] =
-        row.cast<std::tuple<int, py::object, py::object, bool, int64_t, int64_t>>();
+    auto [key, tensor, sizes, strides, zero, looked, summed] =
+        row.cast<std::tuple<py::object, int, py::object, py::object, bool, int64_t, int64_t>>();
     require_tensor(tensor);
-    rooms_.push_back({tensor, shape(sizes, strides), zero, looked, summed});
+    rooms_.push_back({std::move(key), tensor, shape(sizes, strides), zero, looked, summed});
   }
   for (const py::handle& row : sums) {
-    auto [offset, sizes, strides] = row.cast<std::tuple<int64_t, py::object, py::object>>();
-    wanted_.push_back({offset, shape(sizes, strides)});
+    auto [key, offset, sizes, strides] = row.cast<std::tuple<py::object, int64_t, py::object, py::object>>();
+    wanted_.push_back({std::move(key), offset, shape(sizes, strides)});
   }
 }
 
@@ -216,11 +215,17 @@ Binding::Losses Binding::look(const Bound& bound) const {
   return losses;
 }
 
-// The rooms as tensors, those of losses where they are asked for.
-py::list Binding::made(Bound& bound, bool losses) const {
-  py::list made(rooms_.size());
+// As tensors, by key; those of losses where they are asked for.
+py::dict Binding::rooms(Bound& bound, bool losses) const {
+  py::dict made;
   for (size_t n = 0; n < rooms_.size(); ++n)
-    made[n] = losses || !rooms_[n].looked ? std::move(bound.rooms[n]).to_tensor() : py::none();
+    if (losses || !rooms_[n].looked) put(made, rooms_[n].key, bound.rooms[n]);
+  return made;
+}
+
+py::dict Binding::sums(Bound& bound) const {
+  py::dict made;
+  for (size_t n = 0; n < wanted_.size(); ++n) put(made, wanted_[n].key, bound.results[n]);
   return made;
 }
 
@@ -239,10 +244,10 @@ py::object Binding::run(const py::list& tensors, const py::object& weights, int6
   Bound bound = bind(tensors, weights);
   if (bound.refused >= 0) return py::int_(bound.refused);
   const Outcome outcome = run_call(call(bound, threads));
-  if (outcome.status) return py::make_tuple(to_tuple(outcome), py::list(), py::list(), false, py::none());
+  if (outcome.status) return py::make_tuple(to_tuple(outcome), py::dict(), py::dict(), false, py::none());
   const Losses found = look(bound);
-  return py::make_tuple(py::none(), made(bound, losses || !found.finite), to_tensors(bound.results),
-                        found.finite, total(found.total / static_cast<double>(divisor)));
+  return py::make_tuple(py::none(), rooms(bound, losses || !found.finite), sums(bound), found.finite,
+                        total(found.total / static_cast<double>(divisor)));
 }
 
 py::object Binding::profile(const py::list& tensors, const py::object& weights) const {

@@ -38,12 +38,14 @@ class Binding {
     std::optional<int64_t> where(const py::handle& tensor) const;
   };
   struct Room {
+    py::object key;
     int tensor;
     Shape shape;
     bool zero;               // at first: tasks add to it
     int64_t looked, summed;  // how many elements, from the first on, are losses to be finite; are summed
   };
   struct Wanted {
+    py::object key;
     int64_t offset;
     Shape shape;
   };
@@ -56,7 +58,8 @@ class Binding {
   Bound bind(const py::list& tensors, const py::object& weights) const;
   Call call(const Bound& bound, int threads) const;
   Losses look(const Bound& bound) const;
-  py::list made(Bound& bound, bool losses) const;
+  py::dict rooms(Bound& bound, bool losses) const;
+  py::dict sums(Bound& bound) const;
   py::object total(double value) const;
   Shape shape(const py::handle& sizes, const py::handle& strides) const;
   static py::list shown(const Program& program, const Times& times);
