@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import operator
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -115,7 +115,7 @@ class Outline:
         if last is None or found is None:
             return None
         parameters, buffers = found
-        tensors = [*parameters, *self.update.hyper(parameters[self._first]).values()]
+        tensors = [*parameters, *last.hyper(parameters[self._first])]
         for place, batch, spec in (("support", support, last.specs[0]), ("query", query, last.specs[1])):
             if spec is tasks.PAIR and type(batch) is tuple and len(batch) == 2:
                 tensors += batch  # whether each is a tensor like the last one's is seen below
@@ -298,6 +298,10 @@ class _Last:
         self.options, self.specs, self.reach = options, given.specs, problem.reach
         self._externs = [weakref.ref(tensor) for tensor in externs]
         self._facts = _C.Facts([*given.tensors, *externs, *given.buffers])
+        rule, numbers = problem.update, problem.update.numbers()
+        held = [("attribute", rule, name, value) for name, value in (numbers or {}).items()]
+        self._numbers = None if numbers is None else _C.Places(held, [])
+        self._hyper = tuple(given.hyper.values())
 
     @classmethod
     def of(cls, problem: Problem, given: Given, options: tuple[Any, ...]) -> _Last | None:
@@ -309,6 +313,12 @@ class _Last:
             return cls(problem, given, options, leaves[len(given.tensors) :])
         except (ImportError, RuntimeError):  # no compiled module; a nested tensor has no shape
             return None
+
+    def hyper(self, like: Tensor) -> Iterable[Tensor]:
+        """The hyper-parameters. Of the same numbers they are those of the last call, for a parameter like its."""
+        if self._numbers is not None and self._numbers.hold():
+            return self._hyper
+        return self._problem.update.hyper(like).values()
 
     def over(self, leaves: list[Any], buffers: list[Tensor]) -> Problem | None:
         """The problem over the tensors of this call, if they are like those of the last."""
