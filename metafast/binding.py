@@ -143,13 +143,13 @@ class Call:
 
     def run(self, weights: Tensor | None) -> tuple[int, int, int, str, int] | None:
         """Replay. Returns None, or where it failed the status, task, step, section and instruction."""
-        weights, threads = self._weights(weights), torch.get_num_threads()
-        divisor, losses = self.form.tasks if self.problem.reduction == "mean" else 1, self.problem.reduction == "none"
-        while isinstance(found := self.form.binding.run(self.given, weights, divisor, threads, losses), int):
+        form, reduction, threads = self.form, self.problem.reduction, torch.get_num_threads()
+        weights, divisor = self._weights(weights), form.tasks if reduction == "mean" else 1
+        while isinstance(found := form.binding.run(self.given, weights, divisor, threads, reduction == "none"), int):
             self._copy(found)
         failed, self.made, self.sums, self.finite, self.total = found
-        if not self.form.steps:
-            self.made |= {key: self.made[key][:, :0] for key in self.form.by_step if key in self.made}
+        if not form.steps:
+            self.made |= {key: self.made[key][:, :0] for key in form.by_step if key in self.made}
         return failed
 
     def profile(self, weights: Tensor) -> list[list[tuple[str, int, str, int, float]]]:

@@ -297,7 +297,7 @@ class _Last:
         self._problem, self._keys, self._buffers = problem.over({}, {}), tuple(problem.leaves), tuple(problem.buffers)
         self.options, self.specs, self.reach = options, given.specs, problem.reach
         self._externs = [weakref.ref(tensor) for tensor in externs]
-        self._facts = _C.Facts([*given.tensors, *externs, *given.buffers])
+        self._facts, self._of_buffers = _C.Facts([*given.tensors, *externs]), _C.Facts(given.buffers)
         rule, numbers = problem.update, problem.update.numbers()
         held = [("attribute", rule, name, value) for name, value in (numbers or {}).items()]
         self._numbers = None if numbers is None else _C.Places(held, [])
@@ -324,10 +324,11 @@ class _Last:
         """The problem over the tensors of this call, if they are like those of the last."""
         if self._externs:
             leaves += [ref() for ref in self._externs]
-        if tracing() or not self._facts.hold([*leaves, *buffers]):
+        named = None if tracing() else self._facts.named(self._keys, leaves)
+        if named is None:
             return None
-        named = dict(zip(self._buffers, buffers, strict=True)) if buffers else {}
-        return self._problem.over(dict(zip(self._keys, leaves, strict=True)), named)
+        held = self._of_buffers.named(self._buffers, buffers) if buffers or self._buffers else {}
+        return None if held is None else self._problem.over(named, held)
 
 
 def _objectives(inner: InnerLoop) -> tuple[tuple[Objective, Objective], tuple[bool, bool]]:

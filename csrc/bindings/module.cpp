@@ -208,7 +208,8 @@ PYBIND11_MODULE(_C, m) {
       .def("read", &Slots::read);
   py::class_<Facts>(m, "Facts")
       .def(py::init<const py::list&>(), py::arg("tensors"))
-      .def("hold", &Facts::hold, py::arg("tensors"));
+      .def("hold", &Facts::hold, py::arg("tensors"))
+      .def("named", &Facts::named, py::arg("keys"), py::arg("tensors"));
 
   m.def("run", &run, py::arg("program"), py::arg("externals").noconvert(), py::arg("T"), py::arg("steps"),
         py::arg("steps_ptr") = 0, py::arg("weights_ptr") = 0, py::arg("result_ptr") = 0,
