@@ -4,7 +4,7 @@ Addresses are plain integers (`tensor.data_ptr()`); what they point to is borrow
 for the sections and spaces of a program, csrc/kernels/common/kernels.hpp for the kernels and their ints and floats.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,10 +52,11 @@ class Binding:
       (tensor, offset, task stride, step stride), the last three in bytes.
     - `steps`: as for `run`.
     - `given`: (tensor, dtype) of each tensor that is read.
-    - `rooms`: (tensor, make, looked, summed) of each that is written: `make()` gives a new tensor; the first `looked`
-      of its elements are losses that are to be finite, the first `summed` make up the total.
-    - `sums`: (offset, bytes, make) of each part of the accumulators, which the programs share, that is wanted.
-    - `total`: makes room for the total of the losses, or None.
+    - `rooms`: (key, tensor, shape, strides, zero, looked, summed) of each that is written, in the programs' dtype;
+      strides count elements; `zero`: tasks add to what is 0 at first; the first `looked` elements are losses that are
+      to be finite, the first `summed` make up the total.
+    - `sums`: (key, offset, shape, strides) of each part of the accumulators, which the programs share, that is wanted.
+    - `total`: whether the losses have a total.
     - `every`: as for `run`.
     """
 
@@ -64,16 +65,17 @@ class Binding:
         portions: list[tuple[Program, int, list[tuple[int, int, int, int]]]],
         steps: int,
         given: list[tuple[int, Any]],
-        rooms: list[tuple[int, Callable[[], Any], int, int]],
-        sums: list[tuple[int, int, Callable[[], Any]]],
-        total: Callable[[], Any] | None,
+        rooms: list[tuple[Any, int, Sequence[int], Sequence[int], bool, int, int]],
+        sums: list[tuple[Any, int, Sequence[int], Sequence[int]]],
+        total: bool,
         every: int = 1,
     ) -> None: ...
     def run(
-        self, tensors: list[Any], weights: Any | None, divisor: int, threads: int
-    ) -> int | tuple[tuple[int, int, int, str, int] | None, list[Any], list[Any], bool, Any | None]:
-        """Runs; (None, or what `run` returns where that failed; rooms; sums; whether losses are finite; their total,
-        summed in double and divided).
+        self, tensors: list[Any], weights: Any | None, divisor: int, threads: int, losses: bool
+    ) -> int | tuple[tuple[int, int, int, str, int] | None, dict[Any, Any], dict[Any, Any], bool, Any | None]:
+        """Runs; (None, rooms, sums, whether losses are finite, their total, summed in double and divided), or first of
+        all what `run` returns where that failed, and nothing behind it. Rooms and sums are new tensors by key; rooms of
+        finite losses are among them only where `losses` asks for them.
 
         `tensors` has the tensors of `given`, `weights` is as for `run`. An int is the index of a tensor that cannot be
         read where it lies (another dtype, strides, a pending sign): nothing has run. Raises as `run` does.
@@ -112,6 +114,9 @@ class Facts:
     def __init__(self, tensors: list[Any]) -> None: ...
     def hold(self, tensors: list[Any]) -> bool:
         """Whether these have the same, in the same order, and none was made in inference mode."""
+
+    def named(self, keys: tuple[str, ...], tensors: list[Any]) -> dict[str, Any] | None:
+        """These by key, where they hold. Raises ValueError where there is not a key for each."""
 
 def run(
     program: Program,

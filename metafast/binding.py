@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -36,40 +35,40 @@ _LOSSES = ("loss", "step_loss")
 class Form:
     """Programs for so many tasks and steps: where their tensors lie, and how room for what they write is made."""
 
-    def __init__(self, portions: tuple[Portion, ...], dtype: torch.dtype, steps: int, every: int) -> None:
-        self.portions, self.dtype, self.steps = portions, dtype, steps
+    def __init__(self, portions: tuple[Portion, ...], problem: Problem, every: int) -> None:
+        self.portions, self.dtype, self.steps = portions, problem.parameter.dtype, problem.steps
         self.tasks = sum(portion.tasks for portion in portions)
         tensors = list({(e.kind, e.name): e for portion in portions for e in portion.lowered.externals}.values())
         self._number = {(e.kind, e.name): n for n, e in enumerate(tensors)}
         read, written = ([e for e in tensors if (e.kind == "leaf") is leaf] for leaf in (True, False))
         self.leaves = read
         self.names = [e.name for e in self.leaves]
-        self.rooms = written
-        self.made = [(e.kind, e.name) for e in self.rooms]
-        self.gradients = [(key[1], key) for key in self.made if key[0] == "gradient"]
+        self.gradients = [(e.name, (e.kind, e.name)) for e in written if e.kind == "gradient"]
+        self.by_step = [(e.kind, e.name) for e in written if e.per_step]
         sums = portions[0].lowered.sums
         assert all(portion.lowered.sums == sums for portion in portions)  # they add up in the same place
-        self.sums = tuple(sums)
+        self.sums = tuple(sorted(sums, key=problem.wrt.index))
         self.binding = _C.Binding(
             self._placed(),
-            steps,
+            self.steps,
             [(self._number[e.kind, e.name], self.read_as(e)) for e in read],
-            [(self._number[e.kind, e.name], self._room(e), *self._looked(e)) for e in written],
-            [(offset, numel(shape) * dtype.itemsize, self._dense(shape)) for offset, shape in sums.values()],
-            self._dense(()) if any(kind == "loss" for kind, _ in self.made) else None,
+            [self._room(e) for e in written],
+            [(key, *sums[key], dense_strides(sums[key][1])) for key in self.sums],
+            any(e.kind == "loss" for e in written),
             every,
         )
 
     @classmethod
-    def of(cls, portions: tuple[Portion, ...], dtype: torch.dtype, steps: int, every: int) -> Form:
+    def of(cls, portions: tuple[Portion, ...], problem: Problem) -> Form:
         """The one kept with the first program, which keeps the last few."""
         forms: dict[Any, Form] = portions[0].lowered.forms
-        key = (portions, steps, every)
+        every = 1 if problem.memory_budget is None else held(portions, problem).every
+        key = (portions, problem.steps, every)
         found = forms.get(key)
         if found is None:
             if len(forms) >= MOST_FORMS:
                 forms.clear()
-            found = forms[key] = cls(portions, dtype, steps, every)
+            found = forms[key] = cls(portions, problem, every)
         return found
 
     def _placed(self) -> list[tuple[Any, int, list[tuple[int, int, int, int]]]]:
@@ -98,42 +97,30 @@ class Form:
         every = self.tasks * (self.steps if e.per_step else 1)
         return every if e.kind in _LOSSES else 0, self.tasks if e.kind == "loss" else 0
 
-    def _room(self, e: External) -> Callable[[], Tensor]:
-        """How a tensor is made that the program writes task by task; steps are outermost in memory."""
-        if e.kind == "gradient":
-            return functools.partial(torch.zeros, (self.tasks, *e.shape), dtype=self.dtype)
+    def _room(self, e: External) -> tuple[tuple[str, str], int, tuple[int, ...], tuple[int, ...], bool, int, int]:
+        """A tensor that the program writes task by task, as `Binding` has it."""
+        shape, strides = self._lies(e)
+        return (e.kind, e.name), self._number[e.kind, e.name], shape, strides, e.kind == "gradient", *self._looked(e)
+
+    def _lies(self, e: External) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shape and strides: `(T, ...)`, or `(T, steps, ...)` where each step writes, steps outermost in memory."""
         if not e.per_step:
-            return self._dense((self.tasks, *e.shape))
+            shape = (self.tasks, *e.shape)
+            return shape, dense_strides(shape)
         size = numel(e.shape)
-        shape = (self.tasks, max(self.steps, 1), *e.shape)  # an empty tensor has no address
-        return self._strided(shape, (size, size * self.tasks, *dense_strides(e.shape)))
-
-    def _dense(self, shape: tuple[int, ...]) -> Callable[[], Tensor]:
-        return self._strided(shape, dense_strides(shape))
-
-    def _strided(self, shape: tuple[int, ...], strides: tuple[int, ...]) -> Callable[[], Tensor]:
-        return functools.partial(torch.empty_strided, shape, strides, dtype=self.dtype)  # the quickest to make one
-
-    def shown(self, rooms: Sequence[Tensor]) -> dict[tuple[str, str], Tensor]:
-        """What was written, by kind and name: `(T, ...)`, or `(T, steps, ...)` where each step wrote."""
-        if not self.steps:
-            rooms = [room[:, :0] if e.per_step else room for room, e in zip(rooms, self.rooms, strict=True)]
-        return dict(zip(self.made, rooms, strict=True))
+        shape = (self.tasks, max(self.steps, 1), *e.shape)  # a step that is not made has a place to write to
+        return shape, (size, size * self.tasks, *dense_strides(e.shape))
 
 
 class Call:
     """The tensors of one call, and what it made of them."""
 
-    def __init__(
-        self, plan: Plan, portions: tuple[Portion, ...], problem: Problem, extra: Mapping[str, Tensor]
-    ) -> None:
-        self.plan, self.portions, self.problem = plan, portions, problem
-        every = 1 if problem.memory_budget is None else held(portions, problem).every
-        self.form = Form.of(portions, plan.dtype, problem.steps, every)
+    def __init__(self, plan: Plan, form: Form, problem: Problem, extra: Mapping[str, Tensor] | None = None) -> None:
+        self.plan, self.form, self.problem = plan, form, problem
         leaves = {**problem.leaves, **extra} if extra else problem.leaves
-        self.given = [leaves[name] if name in leaves else self._held(name) for name in self.form.names]
+        self.given = [leaves[name] if name in leaves else self._held(name) for name in form.names]
         self.made: dict[tuple[str, str], Tensor] = {}
-        self.sums: list[Tensor] = []
+        self.sums: dict[str, Tensor | None] = {}
         self._copied: set[int] = set()
         self.finite = True  # the losses
         self.total: Tensor | None = None  # of them
@@ -156,14 +143,13 @@ class Call:
 
     def run(self, weights: Tensor | None) -> tuple[int, int, int, str, int] | None:
         """Replay. Returns None, or where it failed the status, task, step, section and instruction."""
-        weights, threads = self._weights(weights), torch.get_num_threads()
-        divisor = self.form.tasks if self.problem.reduction == "mean" else 1
-        found = self.form.binding.run(self.given, weights, divisor, threads)
-        while isinstance(found, int):
+        form, reduction, threads = self.form, self.problem.reduction, torch.get_num_threads()
+        weights, divisor = self._weights(weights), form.tasks if reduction == "mean" else 1
+        while isinstance(found := form.binding.run(self.given, weights, divisor, threads, reduction == "none"), int):
             self._copy(found)
-            found = self.form.binding.run(self.given, weights, divisor, threads)
-        failed, rooms, self.sums, self.finite, self.total = found
-        self.made = self.form.shown(rooms)
+        failed, self.made, self.sums, self.finite, self.total = found
+        if not form.steps:
+            self.made |= {key: self.made[key][:, :0] for key in form.by_step if key in self.made}
         return failed
 
     def profile(self, weights: Tensor) -> list[list[tuple[str, int, str, int, float]]]:
@@ -182,7 +168,7 @@ class Call:
 
     def fail(self, status: int, task: int, step: int, section: Any, instruction: int) -> None:
         name = section if isinstance(section, str) else SECTIONS[section]
-        (portion,) = self.portions  # where there are more, or more lanes, the call was made again, one task by one
+        (portion,) = self.form.portions  # where there are more, or more lanes, the call was made again, one task by one
         code = portion.lowered.code[name][instruction]
         if status == LABEL_OUT_OF_RANGE:
             part = "query" if name == "query" else "support"
@@ -194,7 +180,11 @@ class Call:
     def _wrong_label(self, code: Instruction, task: int) -> str:
         """The label that a kernel refused, where it is one of the batch and not computed."""
         space = code.operands[0].buffer.space
-        e = self.portions[0].lowered.externals[space - EXTERNAL] if space is not None and space >= EXTERNAL else None
+        e = (
+            self.form.portions[0].lowered.externals[space - EXTERNAL]
+            if space is not None and space >= EXTERNAL
+            else None
+        )
         if e is not None and e.per_task:
             labels = self.given[self.form.leaves.index(e)][task]
             lowest = -code.ints[1] if code.ints[5] else 0
@@ -226,8 +216,9 @@ class Call:
 
     def gradients(self, wanted: Sequence[str]) -> dict[str, Tensor | None]:
         """The gradient of every wanted leaf; None where nothing depends on it."""
-        out: dict[str, Tensor | None] = dict.fromkeys(wanted)
-        out.update(zip(self.form.sums, self.sums, strict=True))
+        if self.form.sums == wanted:
+            return self.sums
+        out = {**dict.fromkeys(wanted), **self.sums}
         for name, key in self.form.gradients:
             out[name] = self.made[key]
         return out

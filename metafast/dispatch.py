@@ -63,10 +63,10 @@ def choose(problem: Problem, backend: str) -> Backend:
 
 def _choice(problem: Problem, backend: str) -> Choice:
     key = (backend, _settings())
-    found: Choice | None = problem.choices.get(key)
+    found: Choice | None = problem.settled.get(key)
     if found is None:
         try:
-            found = problem.choices[key] = _sought(problem, backend)
+            found = problem.settled[key] = _sought(problem, backend)
         finally:
             problem.traces.clear()
         if found.native and len(_plans[problem.model]) == 1:
@@ -274,11 +274,11 @@ def _reach(problem: Problem) -> Reach:
 
 
 def _settings() -> tuple[Any, ...]:
-    modes = _get_current_function_mode_stack() if torch._C._len_torch_function_stack() else ()
+    modes = tuple(map(type, _get_current_function_mode_stack())) if torch._C._len_torch_function_stack() else ()
     return (
         torch.is_autocast_enabled("cpu"),
         torch.get_default_dtype(),
         torch.are_deterministic_algorithms_enabled(),
-        tuple(map(type, modes)),
+        modes,
         passes.left_out(),
     )

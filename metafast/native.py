@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metafast import _C, collector
-from metafast.binding import MOST_FORMS, Call
+from metafast.binding import MOST_FORMS, Call, Form
 from metafast.budget import held, interval, slots
 from metafast.capture import Origin, Trace, Unsupported, capture, capture_function
 from metafast.division import Portion
@@ -374,7 +374,7 @@ class Native:
     def profile(self, problem: Problem, weights: Tensor, repeats: int) -> Profile:
         """The fused call instruction by instruction; of each the least time of so many runs."""
         portions = self.plan.best("fused", problem.tasks, problem.steps)
-        call = Call(self.plan, portions, problem, {})
+        call = Call(self.plan, Form.of(portions, problem), problem, {})
         rows = []
         for portion, *runs in zip(portions, *[call.profile(weights) for _ in range(repeats)], strict=True):
             among = f", {portion.tasks} tasks" if len(portions) > 1 else ""
@@ -400,14 +400,18 @@ class Native:
         weights: Tensor | None = None,
         extra: Mapping[str, Tensor] | None = None,
     ) -> Call:
-        call = Call(self.plan, self.plan.best(mode, problem.tasks, problem.steps), problem, extra or {})
-        failed = call.run(weights)
-        one_by_one = self.plan.one_by_one(mode, problem.tasks, problem.steps) if failed else call.portions
-        if call.portions != one_by_one:  # which task was it?
-            call = Call(self.plan, one_by_one, problem, extra or {})
-            failed = call.run(weights)
-        if failed:
-            call.fail(*failed)
+        key = (self, mode, torch.get_num_threads())  # which share a budget
+        form: Form | None = problem.settled.get(key)
+        if form is None:
+            form = problem.settled[key] = Form.of(self.plan.best(mode, problem.tasks, problem.steps), problem)
+        call = Call(self.plan, form, problem, extra)
+        if failed := call.run(weights):
+            one_by_one = self.plan.one_by_one(mode, problem.tasks, problem.steps)
+            if form.portions != one_by_one:  # which task was it?
+                call = Call(self.plan, Form.of(one_by_one, problem), problem, extra)
+                failed = call.run(weights)
+            if failed:
+                call.fail(*failed)
         return call
 
     def _output_cotangents(self, problem: Problem, given: Sequence[Tensor | None]) -> dict[str, Tensor]:
@@ -486,8 +490,8 @@ def _first_run(plan: Plan, problem: Problem, part: str, keys: Sequence[str]) -> 
         graph = plan.loop.query if part == "query" else plan.loop.support
         assert graph is not None
         wanted, lowered = tuple(keys), lower(gradient_section(graph, tuple(keys)), plan.dtype)
-    first = replace(_first_task(problem, lowered.lanes), steps=0, memory_budget=None, wrt=wanted)
-    call = Call(plan, (Portion(lowered, lowered.lanes),), first, {})
+    first = replace(_first_task(problem, lowered.lanes), steps=0, memory_budget=None, wrt=wanted, reduction="none")
+    call = Call(plan, Form.of((Portion(lowered, lowered.lanes),), first), first)
     only = torch.arange(lowered.lanes) == 0
     if failed := call.run(only.to(plan.dtype)):
         call.fail(*failed)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import operator
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -115,7 +115,7 @@ class Outline:
         if last is None or found is None:
             return None
         parameters, buffers = found
-        tensors = [*parameters, *self.update.hyper(parameters[self._first]).values()]
+        tensors = [*parameters, *last.hyper(parameters[self._first])]
         for place, batch, spec in (("support", support, last.specs[0]), ("query", query, last.specs[1])):
             if spec is tasks.PAIR and type(batch) is tuple and len(batch) == 2:
                 tensors += batch  # whether each is a tensor like the last one's is seen below
@@ -214,12 +214,15 @@ class Outline:
 
     def weights(self, problem: Problem) -> Tensor:
         """`(T,)`, the weights of the losses: 1/T for "mean", else 1."""
-        like = problem.parameter
-        key = (problem.tasks, problem.reduction, like.dtype, like.device)
-        if key not in self._weights:
-            value = 1.0 / problem.tasks if problem.reduction == "mean" else 1.0
-            self._weights[key] = torch.full((problem.tasks,), value, dtype=like.dtype, device=like.device)
-        return self._weights[key]
+        found: Tensor | None = problem.settled.get("weights")
+        if found is None:
+            like = problem.parameter
+            key = (problem.tasks, problem.reduction, like.dtype, like.device)
+            if key not in self._weights:
+                value = 1.0 / problem.tasks if problem.reduction == "mean" else 1.0
+                self._weights[key] = torch.full((problem.tasks,), value, dtype=like.dtype, device=like.device)
+            found = problem.settled["weights"] = self._weights[key]
+        return found
 
     def named(self, problem: Problem, gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
         """Gradients by the names that `meta_gradient` promises; a tensor that is several leaves appears once."""
@@ -294,7 +297,11 @@ class _Last:
         self._problem, self._keys, self._buffers = problem.over({}, {}), tuple(problem.leaves), tuple(problem.buffers)
         self.options, self.specs, self.reach = options, given.specs, problem.reach
         self._externs = [weakref.ref(tensor) for tensor in externs]
-        self._facts = _C.Facts([*given.tensors, *externs, *given.buffers])
+        self._facts, self._of_buffers = _C.Facts([*given.tensors, *externs]), _C.Facts(given.buffers)
+        rule, numbers = problem.update, problem.update.numbers()
+        held = [("attribute", rule, name, value) for name, value in (numbers or {}).items()]
+        self._numbers = None if numbers is None else _C.Places(held, [])
+        self._hyper = tuple(given.hyper.values())
 
     @classmethod
     def of(cls, problem: Problem, given: Given, options: tuple[Any, ...]) -> _Last | None:
@@ -307,14 +314,21 @@ class _Last:
         except (ImportError, RuntimeError):  # no compiled module; a nested tensor has no shape
             return None
 
+    def hyper(self, like: Tensor) -> Iterable[Tensor]:
+        """The hyper-parameters. Of the same numbers they are those of the last call, for a parameter like its."""
+        if self._numbers is not None and self._numbers.hold():
+            return self._hyper
+        return self._problem.update.hyper(like).values()
+
     def over(self, leaves: list[Any], buffers: list[Tensor]) -> Problem | None:
         """The problem over the tensors of this call, if they are like those of the last."""
         if self._externs:
             leaves += [ref() for ref in self._externs]
-        if tracing() or not self._facts.hold([*leaves, *buffers]):
+        named = None if tracing() else self._facts.named(self._keys, leaves)
+        if named is None:
             return None
-        named = dict(zip(self._buffers, buffers, strict=True)) if buffers else {}
-        return self._problem.over(dict(zip(self._keys, leaves, strict=True)), named)
+        held = self._of_buffers.named(self._buffers, buffers) if buffers or self._buffers else {}
+        return None if held is None else self._problem.over(named, held)
 
 
 def _objectives(inner: InnerLoop) -> tuple[tuple[Objective, Objective], tuple[bool, bool]]:

@@ -42,8 +42,9 @@ class Problem:
     "none"); `memory_budget` how many bytes the states of steps may take. `places` maps the first name of each
     parameter and buffer to a name for each place that holds it. `buffers` holds the values the losses read, usually the
     model's own tensors; a deferred replay is given a copy from before the first pass instead. `reach` knows what else
-    model, objectives and update rule can read. `choices` is where `dispatch` notes what it settled for problems of this
-    form, `traces` what a capture of its losses has written down on the way there; `replace` starts both afresh.
+    model, objectives and update rule can read. `settled` is where whoever has worked out what holds for all problems of
+    this form notes it, under a key of his own; `traces` what a capture of its losses has written down on the way there;
+    `replace` starts both afresh.
     """
 
     model: nn.Module
@@ -64,14 +65,15 @@ class Problem:
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
     places: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     reach: Reach | None = None
-    choices: dict[Any, Any] = field(init=False, default_factory=dict, compare=False, repr=False)
+    settled: dict[Any, Any] = field(init=False, default_factory=dict, compare=False, repr=False)
     traces: dict[str, Trace] = field(init=False, default_factory=dict, compare=False, repr=False)
 
     def over(self, leaves: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Problem:
         """The same problem over other leaves and buffers of the same form: what was settled for one holds for both, but
         not what was traced."""
-        made = object.__new__(Problem)
-        made.__dict__.update(self.__dict__, leaves=leaves, buffers=buffers, traces={})
+        made, fields = object.__new__(Problem), self.__dict__.copy()
+        fields["leaves"], fields["buffers"], fields["traces"] = leaves, buffers, {}
+        object.__setattr__(made, "__dict__", fields)
         return made
 
     def with_leaves(self, tensors: Sequence[Tensor]) -> Problem:
@@ -109,12 +111,12 @@ def hyper_tree(hyper: Mapping[str, Tensor]) -> dict[str, Any]:
 class Outcome:
     """What a backend returns: whatever of it the call asked for.
 
-    `losses` is `(T,)`, `step_losses` `(T, steps)` the support losses before each update, `outputs` what the query
+    `losses` is `(T,)`, `step_losses` `(T, steps)` the support losses before each update; where a reduction is asked for
+    and all are finite, `total`, the losses reduced to 0-dim, may be all there is of them. `outputs` is what the query
     objective returned beside the loss, stacked over tasks. `gradients` maps keys of `Problem.wrt` to tensors shaped
     like the leaf (`None` where nothing depends on it), `fast` names of adapted parameters to `(T, *shape)`. `finite` is
-    False where the backend knows that a loss is not finite, True where it knows that all are, None where nobody looked;
-    `total` the losses reduced to 0-dim as the problem says, where the backend did so. `draws` is where the random
-    generators stood before, where the backend may have drawn from them.
+    False where the backend knows that a loss is not finite, True where it knows that all are, None where nobody looked.
+    `draws` is where the random generators stood before, where the backend may have drawn from them.
     """
 
     losses: Tensor | None = None

@@ -127,6 +127,14 @@ class UpdateRule(nn.Module):
                 values[name] = self._tensor(name, value, like)
         return values
 
+    def numbers(self) -> dict[str, Any] | None:
+        """The hyper-parameters by name, where all are numbers: as long as these are the same, so are the tensors of
+        `hyper`."""
+        if type(self).hyper is not UpdateRule.hyper:
+            return None
+        values = {name: getattr(self, name) for name in self._hyper_names}
+        return values if all(type(value) in (float, int) for value in values.values()) else None
+
     def _tensor(self, name: str, value: Any, like: Tensor) -> Tensor:
         if isinstance(value, Tensor):
             return value

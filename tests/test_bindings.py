@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import operator
+import pickle
 import subprocess
 import sys
 from collections import OrderedDict
@@ -58,6 +61,12 @@ def test_facts_hold_for_tensors_of_one_kind_alone() -> None:
             assert facts.hold([torch.ones(1), made()]) == (name == other), (name, other)
         assert not facts.hold([torch.ones(1)])
         assert not facts.hold([make(), torch.ones(1)])
+        tensors = [torch.ones(1), make()]
+        named = facts.named(("a", "b"), tensors)
+        assert list(named) == ["a", "b"] and all(map(operator.is_, named.values(), tensors))
+        assert facts.named(("a", "b"), tensors[1:]) is None
+        with pytest.raises(ValueError, match="a key for each"):
+            facts.named(("a",), tensors)
 
 
 def test_facts_hold_for_other_strides_and_signs() -> None:
@@ -154,6 +163,33 @@ def test_tensors_are_read_as_they_lie(kind: str, repeated: bool) -> None:
     got, grads = inner.meta_gradient(batch, batch)
     torch.testing.assert_close(got, loss, rtol=1e-12, atol=0)
     torch.testing.assert_close(grads, wanted, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_results_are_tensors_of_their_own(dtype: torch.dtype) -> None:
+    """They outlive what made them, are written to, and share memory with nothing."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).to(dtype)
+    x, y = torch.randn(4, 5, 3, dtype=dtype, requires_grad=True), torch.randn(4, 5, 2, dtype=dtype)
+    inner = metafast.InnerLoop(model, F.mse_loss, update=metafast.SGD(lr=0.1), steps=2, backend="native")
+    results = [(loss, *grads.values()) for loss, grads in (inner.meta_gradient((x, y), (x, y)) for _ in range(2))]
+    losses, outputs = metafast.InnerLoop(
+        model, F.mse_loss, update=metafast.SGD(lr=0.1), steps=2, backend="native", reduction="none", return_outputs=True
+    )((x, y), (x, y))
+    del inner, model
+    made = [tensor for result in results for tensor in result] + [losses.detach(), outputs.detach()]
+    before = [tensor.clone() for tensor in made]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in made}) == len(made)
+    for tensor, kept in zip(made, before, strict=True):
+        assert type(tensor) is Tensor and tensor.is_leaf and not tensor.requires_grad and not tensor.is_inference()
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
+        assert tensor.data_ptr() % 64 == 0 and tensor.stride() == kept.stride() and tensor._version == 0
+        assert torch.equal(copy.deepcopy(tensor), kept) and torch.equal(pickle.loads(pickle.dumps(tensor)), kept)
+        tensor += 1
+        assert tensor._version == 1 and torch.equal(tensor, kept + 1)
+        tensor.sub_(1).requires_grad_().sum().backward()
+        assert tensor.grad is not None
+    assert all(map(torch.equal, *results))
 
 
 def test_torch_without_views_is_read_by_attributes() -> None:

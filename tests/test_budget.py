@@ -185,7 +185,7 @@ def test_deferred_calls_and_running_statistics(options: dict[str, Any]) -> None:
 def test_the_losses_of_steps() -> None:
     found = []
     for every in (*INTERVALS, None):
-        inner = loop(mlp(), "native", steps=STEPS)
+        inner = loop(mlp(), "native", steps=STEPS, reduction="none")
         problem, outline = inner._problem(data(0), data(1), gradient=True)
         inner.memory_budget = every and budget(inner, data(0), data(1), every)
         problem, outline = inner._problem(data(0), data(1), gradient=True)

@@ -1,7 +1,6 @@
 """The replay of hand-written programs: order of sections, spaces, groups, threads, failures, forks, memory."""
 
 import ast
-import functools
 import importlib.resources
 import itertools
 import math
@@ -496,10 +495,6 @@ def test_constants_and_listing():
     assert "pointwise" in listing[2] and "constant+4, external 0+0" in listing[2]
 
 
-def doubles(count):
-    return functools.partial(torch.zeros, count, dtype=torch.float64)
-
-
 def portions(program, *tasks, tensors=(0, 1, 2)):
     """The program for each of these numbers of tasks, each of which has 8 bytes in every tensor."""
     first = [8 * sum(tasks[:n]) for n in range(len(tasks))]
@@ -509,40 +504,40 @@ def portions(program, *tasks, tensors=(0, 1, 2)):
 def test_binding_refuses_what_makes_no_sense():
     program, given = power_program("f64"), [(0, torch.float64)]
     with pytest.raises(ValueError, match="a portion of the tasks expected, got none"):
-        _C.Binding([], 4, [], [], [], None)
+        _C.Binding([], 4, [], [], [], False)
     with pytest.raises(ValueError, match=r"3 externals expected: \(tensor, offset, .* got 2"):
-        _C.Binding(portions(program, 3, tensors=(0, 0)), 4, given, [], [], None)
+        _C.Binding(portions(program, 3, tensors=(0, 0)), 4, given, [], [], False)
     with pytest.raises(ValueError, match="tensors 0 to 0 expected, got 1"):
-        _C.Binding(portions(program, 3), 4, given, [], [], None)
+        _C.Binding(portions(program, 3), 4, given, [], [], False)
     with pytest.raises(ValueError, match="tensors 0 to 0 expected, got 3"):
-        _C.Binding(portions(program, 3, tensors=(0, 0, 0)), 4, [(3, torch.float64)], [], [], None)
-    binding = _C.Binding(portions(program, 3, tensors=(0, 0, 0)), 4, given, [], [], None)
+        _C.Binding(portions(program, 3, tensors=(0, 0, 0)), 4, [(3, torch.float64)], [], [], False)
+    binding = _C.Binding(portions(program, 3, tensors=(0, 0, 0)), 4, given, [], [], False)
     with pytest.raises(ValueError, match="1 tensors expected, got 0"):
-        binding.run([], None, 1, 1)
-    twice = _C.Binding(portions(program, 3), 4, given * 3, [], [], None)
+        binding.run([], None, 1, 1, False)
+    twice = _C.Binding(portions(program, 3), 4, given * 3, [], [], False)
     with pytest.raises(ValueError, match="null pointer"):  # two tensors that nobody bound
-        twice.run([torch.zeros(3, dtype=torch.float64)] * 3, None, 1, 1)
-    rooms = [(j, doubles(3), 0, 0) for j in range(3)]
-    beyond = _C.Binding(portions(program, 3), 4, [], rooms, [(0, 64, doubles(8))], None)
+        twice.run([torch.zeros(3, dtype=torch.float64)] * 3, None, 1, 1, False)
+    rooms = [(j, j, (3,), (1,), True, 0, 0) for j in range(3)]
+    beyond = _C.Binding(portions(program, 3), 4, [], rooms, [("sum", 0, (8,), (1,))], False)
     with pytest.raises(ValueError, match="sums: within the"):
-        beyond.run([], None, 1, 1)
+        beyond.run([], None, 1, 1, False)
     unlike = portions(program, 3) + portions(power_program("f32"), 3)
     with pytest.raises(ValueError, match="programs of one dtype and of the same accumulators"):
-        _C.Binding(unlike, 4, [], rooms, [], None).run([], None, 1, 1)
+        _C.Binding(unlike, 4, [], rooms, [], False).run([], None, 1, 1, False)
 
 
 @pytest.mark.parametrize("refused", [torch.zeros(3), torch.zeros(6, dtype=torch.float64)[::2]])
 def test_binding_names_a_tensor_that_cannot_be_read_where_it_lies(refused):
     given = [(j, torch.float64) for j in range(3)]
-    binding = _C.Binding(portions(power_program("f64"), 3), 4, given, [], [], None)
+    binding = _C.Binding(portions(power_program("f64"), 3), 4, given, [], [], False)
     fine = torch.zeros(3, dtype=torch.float64)
-    assert binding.run([fine, refused, fine], None, 1, 1) == 1
+    assert binding.run([fine, refused, fine], None, 1, 1, False) == 1
 
 
 @pytest.mark.parametrize("tasks", [(3,), (2, 1), (1, 0, 2)])
 def test_profile_counts_calls(tasks):
-    rooms = [(j, doubles(3), 0, 0) for j in range(3)]
-    binding = _C.Binding(portions(power_program("f64"), *tasks), 4, [], rooms, [], None)
+    rooms = [(j, j, (3,), (1,), True, 0, 0) for j in range(3)]
+    binding = _C.Binding(portions(power_program("f64"), *tasks), 4, [], rooms, [], False)
     each = binding.profile([], None)
     assert [rows[0][3] for rows in each] == list(tasks)
     rows = [(*same[0][:3], sum(row[3] for row in same), 0.0) for same in zip(*each, strict=True)]

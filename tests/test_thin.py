@@ -159,6 +159,7 @@ def test_losses_of_every_step() -> None:
     for backend in ("torch", "native"):
         task = task_of("mlp")
         inner = inner_loop(task, backend, metafast.SGD(lr=0.1), steps=3)
+        inner.reduction = "none"
         problem, outline = inner._problem(task.support, task.query, gradient=True)
         chosen = dispatch.choose(problem, backend)
         found.append(chosen.meta_gradient(problem, outline.weights(problem), fold=False).step_losses)

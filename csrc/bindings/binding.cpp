@@ -2,6 +2,7 @@
 
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <optional>
 #include <utility>
 
@@ -30,6 +31,10 @@ View::Type as_viewed(const py::object& dtype) {
   const auto name = py::str(dtype).cast<std::string>();
   const bool whole = name == "torch.int64";
   return {static_cast<uint8_t>(whole ? 0 : 2), static_cast<uint8_t>(name == "torch.float32" ? 32 : 64), 1};
+}
+
+View::Type as_viewed(kernels::DType dtype) {
+  return {2, static_cast<uint8_t>(dtype == kernels::DType::f32 ? 32 : 64), 1};
 }
 
 int64_t address(const py::handle& tensor) {
@@ -67,12 +72,9 @@ double sum(const void* values, int64_t count, kernels::DType dtype) {
 
 std::string_view section_name(int s) { return s < 0 ? std::string_view() : kSectionNames[s]; }
 
-// A new tensor, added to those that keep their memory.
-template <class Make>
-int64_t room(const Make& make, py::list& made) {
-  const py::object tensor = make();
-  made.append(tensor);
-  return address(tensor);
+void put(const py::dict& into, const py::object& key, Block& block) {
+  if (PyDict_SetItem(into.ptr(), key.ptr(), std::move(block).to_tensor().ptr()) != 0)
+    throw py::error_already_set();
 }
 
 }  // namespace
@@ -92,31 +94,17 @@ struct Binding::Bound {
   std::vector<metafast::External> externals;
   std::vector<Portion> portions;  // of these
   std::vector<Sum> sums;
-  py::list rooms, results;
+  std::vector<Block> rooms, results;
   int64_t weights = 0;
   int refused = -1;  // the tensor that no kernel may read where it lies
 };
 
-Binding::Make::Make(const py::object& make) : function_(make) {
-  static const py::object* const partial =
-      new py::object(py::module_::import("functools").attr("partial"));  // lives as long as the process
-  if (!py::isinstance(make, *partial)) return;
-  function_ = make.attr("func");
-  arguments_ = make.attr("args");
-  keywords_ = make.attr("keywords");
-}
-
-py::object Binding::Make::operator()() const {
-  return checked(arguments_ ? PyObject_Call(function_.ptr(), arguments_.ptr(), keywords_.ptr())
-                            : PyObject_CallNoArgs(function_.ptr()));
-}
-
 Binding::Binding(const py::list& portions, int64_t steps, const py::list& given, const py::list& rooms,
-                 const py::list& sums, const py::object& total, int64_t every)
+                 const py::list& sums, bool total, int64_t every)
     : steps_(steps),
       every_(every),
       tensors_(static_cast<int64_t>(given.size() + rooms.size())),
-      total_(total.is_none() ? std::nullopt : std::optional<Make>(total)) {
+      total_(total) {
   for (const py::handle& row : portions) add_portion(row);
   if (portions_.empty()) throw py::value_error("Binding: a portion of the tasks expected, got none");
   for (const py::handle& row : given) {
@@ -126,14 +114,20 @@ Binding::Binding(const py::list& portions, int64_t steps, const py::list& given,
     given_.push_back({tensor, std::move(type), viewed});
   }
   for (const py::handle& row : rooms) {
-    auto [tensor, make, looked, summed] = row.cast<std::tuple<int, py::object, int64_t, int64_t>>();
+    auto [key, tensor, sizes, strides, zero, looked, summed] =
+        row.cast<std::tuple<py::object, int, py::object, py::object, bool, int64_t, int64_t>>();
     require_tensor(tensor);
-    rooms_.push_back({tensor, Make(make), looked, summed});
+    rooms_.push_back({std::move(key), tensor, shape(sizes, strides), zero, looked, summed});
   }
   for (const py::handle& row : sums) {
-    auto [offset, bytes, make] = row.cast<std::tuple<int64_t, int64_t, py::object>>();
-    wanted_.push_back({offset, bytes, Make(make)});
+    auto [key, offset, sizes, strides] = row.cast<std::tuple<py::object, int64_t, py::object, py::object>>();
+    wanted_.push_back({std::move(key), offset, shape(sizes, strides)});
   }
+}
+
+Shape Binding::shape(const py::handle& sizes, const py::handle& strides) const {
+  using Numbers = std::vector<int64_t>;
+  return {sizes.cast<Numbers>(), strides.cast<Numbers>(), as_viewed(dtype())};
 }
 
 void Binding::add_portion(const py::handle& row) {
@@ -181,10 +175,15 @@ Binding::Bound Binding::bind(const py::list& tensors, const py::object& weights)
     bound.addresses[given_[n].tensor] = *found;
   }
   if (!weights.is_none()) bound.weights = address(weights);
-  for (const Room& wanted : rooms_) bound.addresses[wanted.tensor] = room(wanted.make, bound.rooms);
-  for (const Wanted& wanted : wanted_)
-    bound.sums.push_back(
-        {wanted.offset, wanted.bytes, reinterpret_cast<void*>(room(wanted.make, bound.results))});
+  for (const Room& wanted : rooms_) {
+    void* const data = bound.rooms.emplace_back(wanted.shape).data();
+    if (wanted.zero) std::memset(data, 0, static_cast<size_t>(wanted.shape.bytes()));
+    bound.addresses[wanted.tensor] = static_cast<int64_t>(reinterpret_cast<uintptr_t>(data));
+  }
+  for (const Wanted& wanted : wanted_) {
+    void* const data = bound.results.emplace_back(wanted.shape).data();
+    bound.sums.push_back({wanted.offset, wanted.shape.bytes(), data});
+  }
   for (const Own& own : portions_)
     for (const External& e : own.externals)
       bound.externals.push_back({bound.addresses[e.tensor] + e.offset, e.task_stride, e.step_stride});
@@ -216,26 +215,39 @@ Binding::Losses Binding::look(const Bound& bound) const {
   return losses;
 }
 
-py::object Binding::total(double value) const {
-  if (!total_) return py::none();
-  py::object made = (*total_)();
-  auto* const place = reinterpret_cast<void*>(address(made));
-  if (dtype() == kernels::DType::f32)
-    *static_cast<float*>(place) = static_cast<float>(value);
-  else
-    *static_cast<double*>(place) = value;
+// As tensors, by key; those of losses where they are asked for.
+py::dict Binding::rooms(Bound& bound, bool losses) const {
+  py::dict made;
+  for (size_t n = 0; n < rooms_.size(); ++n)
+    if (losses || !rooms_[n].looked) put(made, rooms_[n].key, bound.rooms[n]);
   return made;
 }
 
-py::object Binding::run(const py::list& tensors, const py::object& weights, int64_t divisor,
-                        int threads) const {
-  const Bound bound = bind(tensors, weights);
+py::dict Binding::sums(Bound& bound) const {
+  py::dict made;
+  for (size_t n = 0; n < wanted_.size(); ++n) put(made, wanted_[n].key, bound.results[n]);
+  return made;
+}
+
+py::object Binding::total(double value) const {
+  if (!total_) return py::none();
+  Block made({{}, {}, as_viewed(dtype())});
+  if (dtype() == kernels::DType::f32)
+    *static_cast<float*>(made.data()) = static_cast<float>(value);
+  else
+    *static_cast<double*>(made.data()) = value;
+  return std::move(made).to_tensor();
+}
+
+py::object Binding::run(const py::list& tensors, const py::object& weights, int64_t divisor, int threads,
+                        bool losses) const {
+  Bound bound = bind(tensors, weights);
   if (bound.refused >= 0) return py::int_(bound.refused);
   const Outcome outcome = run_call(call(bound, threads));
-  if (outcome.status) return py::make_tuple(to_tuple(outcome), bound.rooms, bound.results, false, py::none());
-  const Losses losses = look(bound);
-  return py::make_tuple(py::none(), bound.rooms, bound.results, losses.finite,
-                        total(losses.total / static_cast<double>(divisor)));
+  if (outcome.status) return py::make_tuple(to_tuple(outcome), py::dict(), py::dict(), false, py::none());
+  const Losses found = look(bound);
+  return py::make_tuple(py::none(), rooms(bound, losses || !found.finite), sums(bound), found.finite,
+                        total(found.total / static_cast<double>(divisor)));
 }
 
 py::object Binding::profile(const py::list& tensors, const py::object& weights) const {

@@ -14,9 +14,10 @@ class Binding {
  public:
   // As in metafast/_C.pyi.
   Binding(const py::list& portions, int64_t steps, const py::list& given, const py::list& rooms,
-          const py::list& sums, const py::object& total, int64_t every);
+          const py::list& sums, bool total, int64_t every);
 
-  py::object run(const py::list& tensors, const py::object& weights, int64_t divisor, int threads) const;
+  py::object run(const py::list& tensors, const py::object& weights, int64_t divisor, int threads,
+                 bool losses) const;
   py::object profile(const py::list& tensors, const py::object& weights) const;
 
  private:
@@ -36,23 +37,17 @@ class Binding {
     // Its address, if a kernel may read it there.
     std::optional<int64_t> where(const py::handle& tensor) const;
   };
-  // How a tensor is made. A partial is taken apart: called as it is, it would make a tuple and a dict each time.
-  class Make {
-   public:
-    explicit Make(const py::object& make);
-    py::object operator()() const;
-
-   private:
-    py::object function_, arguments_, keywords_;
-  };
   struct Room {
+    py::object key;
     int tensor;
-    Make make;
-    int64_t looked, summed;  // how many elements, from the first on, are to be finite; are summed
+    Shape shape;
+    bool zero;               // at first: tasks add to it
+    int64_t looked, summed;  // how many elements, from the first on, are losses to be finite; are summed
   };
   struct Wanted {
-    int64_t offset, bytes;
-    Make make;
+    py::object key;
+    int64_t offset;
+    Shape shape;
   };
   struct Bound;  // one call
   struct Losses {
@@ -63,7 +58,10 @@ class Binding {
   Bound bind(const py::list& tensors, const py::object& weights) const;
   Call call(const Bound& bound, int threads) const;
   Losses look(const Bound& bound) const;
+  py::dict rooms(Bound& bound, bool losses) const;
+  py::dict sums(Bound& bound) const;
   py::object total(double value) const;
+  Shape shape(const py::handle& sizes, const py::handle& strides) const;
   static py::list shown(const Program& program, const Times& times);
   kernels::DType dtype() const { return portions_.front().program->dtype(); }
   void add_portion(const py::handle& row);
@@ -75,7 +73,7 @@ class Binding {
   std::vector<Given> given_;
   std::vector<Room> rooms_;
   std::vector<Wanted> wanted_;
-  const std::optional<Make> total_;  // makes room for one number
+  const bool total_;
 };
 
 // A replay from Python, which signals interrupt; what it gives, for Python.

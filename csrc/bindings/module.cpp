@@ -193,12 +193,12 @@ PYBIND11_MODULE(_C, m) {
       .def("__repr__", [](const Program& p) { return "<" + p.summary() + ">"; });
 
   py::class_<Binding>(m, "Binding")
-      .def(py::init<const py::list&, int64_t, const py::list&, const py::list&, const py::list&,
-                    const py::object&, int64_t>(),
+      .def(py::init<const py::list&, int64_t, const py::list&, const py::list&, const py::list&, bool,
+                    int64_t>(),
            py::arg("portions"), py::arg("steps"), py::arg("given"), py::arg("rooms"), py::arg("sums"),
            py::arg("total"), py::arg("every") = 1)
       .def("run", &Binding::run, py::arg("tensors"), py::arg("weights"), py::arg("divisor"),
-           py::arg("threads"))
+           py::arg("threads"), py::arg("losses"))
       .def("profile", &Binding::profile, py::arg("tensors"), py::arg("weights"));
 
   py::class_<Places>(m, "Places", py::custom_type_setup(&collect<Places>))
@@ -209,7 +209,8 @@ PYBIND11_MODULE(_C, m) {
       .def("read", &Slots::read);
   py::class_<Facts>(m, "Facts")
       .def(py::init<const py::list&>(), py::arg("tensors"))
-      .def("hold", &Facts::hold, py::arg("tensors"));
+      .def("hold", &Facts::hold, py::arg("tensors"))
+      .def("named", &Facts::named, py::arg("keys"), py::arg("tensors"));
 
   m.def("run", &run, py::arg("program"), py::arg("externals").noconvert(), py::arg("T"), py::arg("steps"),
         py::arg("steps_ptr") = 0, py::arg("weights_ptr") = 0, py::arg("result_ptr") = 0,

@@ -70,6 +70,8 @@ class Facts {
   explicit Facts(const py::list& tensors);
   // Whether these have the same, and none was made in inference mode.
   bool hold(const py::list& tensors) const;
+  // These by key, one for each, where they hold; else None.
+  py::object named(const py::tuple& keys, const py::list& tensors) const;
 
  private:
   static constexpr int kSingle = 4, kEqual = 2;  // attributes compared by identity, by value
