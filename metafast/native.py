@@ -34,7 +34,7 @@ from metafast.reference import located, swapping
 from metafast.steps import Steps, steps_of
 from metafast.sweep import BACK, SECTIONS, Loop, Section, Store, gradient_section, query_section
 from metafast.tasks import require_outputs
-from metafast.thin import thin
+from metafast.thin import may_pay, thin
 from metafast.unroll import unrolled
 
 MOST_UNROLLED = 1500  # nodes of all steps, whose planning takes time
@@ -91,7 +91,7 @@ class Plan:
     def _unroll(self, mode: str, steps: int) -> Lowered | None:
         sections = {**self.steps.sections(mode in BACK, keeps=False), "query": self._query(mode)}
         nodes = steps * sum(len(sections[name].graph.nodes) for name in ("inner", "meta") if name in sections)
-        if not 0 < nodes <= MOST_UNROLLED:
+        if not 0 < nodes <= MOST_UNROLLED or not may_pay(sections.values()):
             return None
         if (section := thin(unrolled(sections, steps))) is None:
             return None
@@ -539,7 +539,12 @@ def _distance(grads: Mapping[str, Tensor | None], expected: Mapping[str, Tensor 
     if not finite.all():
         a, b = a[finite], b[finite]
     scale = float(np.abs(b).max(initial=0.0)) or 1.0
-    return scale * float(np.linalg.norm((a - b) / scale)), scale * float(np.linalg.norm(b / scale))
+    return scale * _norm((a - b) / scale), scale * _norm(b / scale)
+
+
+def _norm(numbers: Any) -> float:
+    """Not by `np.linalg.norm`: that asks BLAS, whose threads, once awake, spin beside what comes next."""
+    return math.sqrt(float(np.square(numbers).sum()))
 
 
 def _numbers(tensor: Tensor) -> Any:
