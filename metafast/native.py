@@ -25,6 +25,7 @@ from metafast.graph import Builder, Graph, copy_into
 from metafast.lower import Lowered, NotInterleaved, lower, per_task
 from metafast.normalise import normalise
 from metafast.ops import numel
+from metafast.passes import left_out
 from metafast.problem import Objective, Outcome, Problem, hyper_tree
 from metafast.profile import Profile, Row
 from metafast.reach import CHANGES, Reach
@@ -148,13 +149,13 @@ def make_plan(problem: Problem, traces: Mapping[str, Trace], known: Iterable[Pla
     theirs. Raises Unsupported where something cannot go native."""
     _require_steady(problem, traces)
     support, query = traces["support"], traces.get("query")
-    graph = normalise(support, outputs=False)
-    query_graph = normalise(query, outputs=problem.return_outputs) if query is not None else None
+    graph = _normalised(support, outputs=False)
+    query_graph = _normalised(query, outputs=problem.return_outputs) if query is not None else None
     loop = Loop(
         graph,
         query_graph,
-        normalise(traces["update"]),
-        normalise(traces["init"]),
+        _normalised(traces["update"]),
+        _normalised(traces["init"]),
         problem.adapted,
         {n: tuple(p.shape) for n, p in problem.group("param").items()},
         problem.wrt,
@@ -169,6 +170,14 @@ def make_plan(problem: Problem, traces: Mapping[str, Trace], known: Iterable[Pla
         plan.output_keys = tuple(k for k in query_graph.outputs if k.startswith("output/"))
         plan.output_dtypes = tuple(query.tensors[query.outputs[k].id].dtype for k in plan.output_keys)
     return plan
+
+
+def _normalised(trace: Trace, outputs: bool = True) -> Graph:
+    """The graph of a trace, written once for all plans that it is part of."""
+    key = (outputs, left_out())
+    if key not in trace.graphs:
+        trace.graphs[key] = normalise(trace, outputs=outputs)
+    return trace.graphs[key]
 
 
 def _require_steady(problem: Problem, traces: Mapping[str, Trace]) -> None:
