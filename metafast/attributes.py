@@ -52,7 +52,7 @@ def _changes(now: dict[str, Any], plain: dict[str, Any], containers: dict[str, A
         if name not in now or not _same(now[name], value):
             yield name
     for name, contents in containers.items():
-        if not _same_all(_contents(plain[name]), contents):
+        if len(plain[name]) != len(contents) or (contents and not _same_all(_contents(plain[name]), contents)):
             yield name
 
 

@@ -69,8 +69,6 @@ def _choice(problem: Problem, backend: str) -> Choice:
             found = problem.settled[key] = _sought(problem, backend)
         finally:
             problem.traces.clear()
-        if found.native and len(_plans[problem.model]) == 1:
-            _tidy()
     return found
 
 
@@ -138,6 +136,8 @@ def _plan(problem: Problem) -> Choice:
         if not checked and traces["support"].loss is None:
             traces = captured(problem)
         plan = make_plan(problem, traces, [c.backend.plan for c in others])  # type: ignore[attr-defined]
+        if not others:
+            _tidy(traces)
         differs = disagreement(plan, problem, traces, ("query",) if checked else ("support", "query"))
     except Unsupported as error:
         frame = calling()[0]
@@ -168,11 +168,13 @@ def known_traces(problem: Problem) -> dict[str, Trace]:
     return {}
 
 
-def _tidy() -> None:
-    """What PyTorch's eager run of the losses took is not to add to what a replay takes. Once a model: for the next plan
-    it would have to be asked for again, page by page."""
+def _tidy(traces: Mapping[str, Trace]) -> None:
+    """What PyTorch's eager run of the losses took is not to add to what a replay takes, of which the check's is the
+    first. Once a model: for the next plan it would have to be asked for again, page by page."""
     from metafast import _C
 
+    for trace in traces.values():
+        trace.gradients  # noqa: B018 (frees the run's tensors)
     _C.return_free_pages()
 
 

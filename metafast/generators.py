@@ -75,7 +75,7 @@ def plain(state: Any) -> Any:
     if isinstance(state, torch.Tensor):
         return state.numpy().tobytes()
     if isinstance(state, tuple):
-        return tuple([plain(part) for part in state])
+        return tuple([part if type(part) is int else plain(part) for part in state])  # Python's own has 625 of them
     if isinstance(state, dict):
         return {name: plain(part) for name, part in state.items()}
     return state.tobytes() if hasattr(state, "tobytes") else state

@@ -25,6 +25,7 @@ from metafast.graph import Builder, Graph, copy_into
 from metafast.lower import Lowered, NotInterleaved, lower, per_task
 from metafast.normalise import normalise
 from metafast.ops import numel
+from metafast.passes import left_out
 from metafast.problem import Objective, Outcome, Problem, hyper_tree
 from metafast.profile import Profile, Row
 from metafast.reach import CHANGES, Reach
@@ -34,7 +35,7 @@ from metafast.reference import located, swapping
 from metafast.steps import Steps, steps_of
 from metafast.sweep import BACK, SECTIONS, Loop, Section, Store, gradient_section, query_section
 from metafast.tasks import require_outputs
-from metafast.thin import thin
+from metafast.thin import may_pay, thin
 from metafast.unroll import unrolled
 
 MOST_UNROLLED = 1500  # nodes of all steps, whose planning takes time
@@ -91,7 +92,7 @@ class Plan:
     def _unroll(self, mode: str, steps: int) -> Lowered | None:
         sections = {**self.steps.sections(mode in BACK, keeps=False), "query": self._query(mode)}
         nodes = steps * sum(len(sections[name].graph.nodes) for name in ("inner", "meta") if name in sections)
-        if not 0 < nodes <= MOST_UNROLLED:
+        if not 0 < nodes <= MOST_UNROLLED or not may_pay(sections.values()):
             return None
         if (section := thin(unrolled(sections, steps))) is None:
             return None
@@ -148,13 +149,13 @@ def make_plan(problem: Problem, traces: Mapping[str, Trace], known: Iterable[Pla
     theirs. Raises Unsupported where something cannot go native."""
     _require_steady(problem, traces)
     support, query = traces["support"], traces.get("query")
-    graph = normalise(support, outputs=False)
-    query_graph = normalise(query, outputs=problem.return_outputs) if query is not None else None
+    graph = _normalised(support, outputs=False)
+    query_graph = _normalised(query, outputs=problem.return_outputs) if query is not None else None
     loop = Loop(
         graph,
         query_graph,
-        normalise(traces["update"]),
-        normalise(traces["init"]),
+        _normalised(traces["update"]),
+        _normalised(traces["init"]),
         problem.adapted,
         {n: tuple(p.shape) for n, p in problem.group("param").items()},
         problem.wrt,
@@ -169,6 +170,14 @@ def make_plan(problem: Problem, traces: Mapping[str, Trace], known: Iterable[Pla
         plan.output_keys = tuple(k for k in query_graph.outputs if k.startswith("output/"))
         plan.output_dtypes = tuple(query.tensors[query.outputs[k].id].dtype for k in plan.output_keys)
     return plan
+
+
+def _normalised(trace: Trace, outputs: bool = True) -> Graph:
+    """The graph of a trace, written once for all plans that it is part of."""
+    key = (outputs, left_out())
+    if key not in trace.graphs:
+        trace.graphs[key] = normalise(trace, outputs=outputs)
+    return trace.graphs[key]
 
 
 def _require_steady(problem: Problem, traces: Mapping[str, Trace]) -> None:
@@ -543,7 +552,12 @@ def _distance(grads: Mapping[str, Tensor | None], expected: Mapping[str, Tensor 
     if not finite.all():
         a, b = a[finite], b[finite]
     scale = float(np.abs(b).max(initial=0.0)) or 1.0
-    return scale * float(np.linalg.norm((a - b) / scale)), scale * float(np.linalg.norm(b / scale))
+    return scale * _norm((a - b) / scale), scale * _norm(b / scale)
+
+
+def _norm(numbers: Any) -> float:
+    """Not by `np.linalg.norm`: that asks BLAS, whose threads, once awake, spin beside what comes next."""
+    return math.sqrt(float(np.square(numbers).sum()))
 
 
 def _numbers(tensor: Tensor) -> Any:

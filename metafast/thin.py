@@ -14,15 +14,15 @@ A guess of the time decides, matrix by matrix, with the two constants below (ben
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from metafast.graph import Builder, Graph, Node, Value, same_input
+from metafast.graph import Builder, Graph, Node, Shape, Value, same_input
 from metafast.ops import numel
 from metafast.passes import enabled
 from metafast.sweep import Section
 
-__all__ = ["thin"]
+__all__ = ["may_pay", "thin"]
 
 # Of what else takes time, how many floating-point operations could be done meanwhile:
 _ELEMENT = 16.0  # to write an element of a large matrix, and to read it again
@@ -52,12 +52,46 @@ _Terms = tuple[_Term, ...]
 
 
 def thin(section: Section) -> Section | None:
-    """The section with such matrices left unmade; None where there are none."""
+    """The section with such matrices left unmade; None where no sum is among them: products alone are not worth it."""
     if not enabled("thin"):
         return None
     known = _Unmade(section.graph)
+    if not any(map(known.sums, known.found)):
+        return None
     gradients = {store.output for store in section.stores if store.kind == "gradient"}
-    return Section(_Writer(section.graph, known, gradients).run(), section.stores) if known.found else None
+    return Section(_Writer(section.graph, known, gradients).run(), section.stores)
+
+
+def may_pay(sections: Iterable[Section]) -> bool:
+    """Whether `thin` can find anything in what is unrolled of those sections: unrolling takes far longer than to ask.
+
+    It finds no sum unless products read one that pays: some matrix and p ≥ 1 products of its shape. Unrolling writes no
+    product that no section has, so that what such a sum saves is bounded by the shapes of those there are.
+    """
+    if not enabled("thin"):
+        return False
+    ranks: dict[Shape, list[int]] = {}  # of what is made, and by how many rows is read, by shape either way round
+    rows: dict[Shape, list[int]] = {}
+    for node in (node for section in sections for node in section.graph.nodes if node.op == "matmul"):
+        ranks.setdefault(_either(node.outputs[0]), []).append(node.inputs[0].shape[-1])
+        for v in node.inputs:
+            rows.setdefault(_either(v), []).extend(_rows(node, v))
+    return any(_sum_may_pay(shape, ranks[shape], min(rows[shape])) for shape in ranks.keys() & rows.keys())
+
+
+def _either(v: Value) -> Shape:
+    return tuple(sorted(v.shape))
+
+
+def _sum_may_pay(shape: Shape, ranks: list[int], rows: int) -> bool:
+    """Whether a matrix plus p products of those ranks, some number of times each, can save anything where so many rows
+    at least are multiplied by it: with R the sum of the ranks, at most area·(_ELEMENT + 2R), all of its making, and it
+    takes 2·rows·R·edges and p + 1 terms. In p that is a straight line: if it does not rise, one product is best."""
+    if len(shape) != 2:
+        return False
+    area, edges = numel(shape), sum(shape)
+    each = max(2.0 * rank * (area - rows * edges) - _TERM for rank in ranks)
+    return each > 0 or area * _ELEMENT - _TERM + each > 0
 
 
 # ---- which matrices ---------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from metafast.graph import Builder, Graph, evaluate
 from metafast.native import Plan, captured, make_plan
 from metafast.passes import without
 from metafast.sweep import Section, Store
-from metafast.thin import thin
+from metafast.thin import may_pay, thin
 
 pytest.importorskip("metafast._C", reason="the native backend is not built", exc_type=ImportError)
 
@@ -298,3 +298,18 @@ def test_what_something_else_reads_is_made() -> None:
         return b.op("mul", penalty, b.op("matmul", v["x"], matrix))
 
     assert _rewritten(write)[1] is None
+
+
+def test_who_finds_a_sum_is_told_that_it_may() -> None:
+    """By shapes alone, whatever they are; and most nets whose layers are narrow are told that it can't."""
+    random = torch.Generator().manual_seed(0)
+    told = []
+    for _ in range(300):
+        m, n, rank, rows = (2 ** torch.empty(4).uniform_(0, 9, generator=random)).int().tolist()
+        b = Builder()
+        w, x = b.input("leaf", "w", (m, n)), b.input("leaf", "x", (rows, m))
+        product = b.op("matmul", b.input("leaf", "p", (m, rank)), b.input("leaf", "q", (rank, n)))
+        section = Section(b.finish({"out": b.op("matmul", x, b.op("sub", w, product))}), (Store("out", "fast", "out"),))
+        told.append(may_pay([section]))
+        assert thin(section) is None or told[-1]
+    assert 10 < sum(told) < 200

@@ -110,6 +110,7 @@ class Trace:
     updates: Set[str] = frozenset()  # keys of buffers that BatchNorm updates
     loss: Tensor | None = None
     values: Mapping[str, Tensor] = field(default_factory=dict)  # of a function: its leaves by key, and what it returned
+    graphs: dict[Any, Any] = field(default_factory=dict)  # what was made of it, kept by who makes it
     _leaves: dict[str, Tensor] = field(default_factory=dict)
     _root: Tensor | None = None
     _gradients: dict[str, Tensor | None] = field(default_factory=dict)
@@ -134,10 +135,13 @@ class Trace:
     def with_externs(self, keys: Mapping[int, str]) -> Trace:
         """The same with these keys, by `id`, for the tensors found outside; the others are named by what they are."""
         new = {key: keys.get(id(t), extern_key(t)) for key, t in self.externs}
+        if all(key == now for key, now in new.items()):
+            return self
         return replace(
             self,
             tensors=[replace(info, key=new[info.key]) if info.key in new else info for info in self.tensors],
             externs=[(new[key], t) for key, t in self.externs],
+            graphs={},
             _leaves={new.get(key, key): t for key, t in self._leaves.items()},
         )
 
