@@ -21,7 +21,7 @@ class AccumulatorTree {
   const std::byte* root() const { return root_; }  // after every group has finished
 
  private:
-  static constexpr int kLevels = 5;  // 2^4 = kMaxGroups leaves
+  static constexpr int kLevels = 7;  // 2^6 = kMaxGroups leaves
 
   std::byte* take_sibling(int level, int node, std::byte* set);
   void add(std::byte* into, const std::byte* from) const;

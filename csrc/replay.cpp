@@ -48,6 +48,7 @@ class Replay final : GroupRunner {
   };
 
   static std::vector<Part> parts_of(const Call& call);
+  int count_groups() const;
   int count_workers() const;
   bool spares_caller() const;
   template <class Count>
@@ -105,6 +106,19 @@ auto Replay::most(Count count) const {
   return found;
 }
 
+// The more groups, the more evenly threads share the tasks, and the more sums are cleared and added: more than a few
+// where that is next to nothing beside the tasks themselves. Threads play no part in it.
+int Replay::count_groups() const {
+  constexpr int64_t kFew = 16;
+  constexpr double kNextToNothing = 0.01, kGroup = 500, kBytesPerNanosecond = 3;
+  double tasks = 0;
+  for (const Part& part : parts_) tasks += part.program.nanoseconds(part.end - part.first, call_.steps);
+  const auto bytes = static_cast<double>(parts_.front().program.sizes().accumulator);
+  const double affordable = kNextToNothing * tasks / (kGroup + bytes / kBytesPerNanosecond);
+  const auto groups = static_cast<int64_t>(std::clamp<double>(affordable, kFew, kMaxGroups));
+  return static_cast<int>(std::min(parts_.back().end, groups));
+}
+
 int Replay::count_workers() const {
   double shared = 0;
   for (const Part& part : parts_)
@@ -132,7 +146,7 @@ Replay::Replay(const Call& call, Engine& engine, std::vector<Times>* times)
       engine_(engine),
       times_(times),
       parts_(parts_of(call)),
-      groups_(static_cast<int>(std::min(parts_.back().end, kMaxGroups))),
+      groups_(count_groups()),
       splits_(most([](const Part& part) { return part.program.splits(); })),
       workers_(times ? 1 : count_workers()),
       sums_(reserve_sums(), groups_, parts_.front().program.sizes().accumulator,

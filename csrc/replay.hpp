@@ -1,8 +1,8 @@
 // Replaying a Program over tasks and steps.
 //
-// Tasks 0..T-1 are cut into min(T, 16) contiguous groups. A group's tasks run in order, on one worker, into
-// one set of accumulators; the groups' accumulators are summed in a fixed tree. So nothing depends on the
-// number of threads. Where several programs share the tasks (blocks of many lanes, and the rest one by one), those of the
+// Tasks 0..T-1 are cut into contiguous groups: min(T, 16) of them, or up to min(T, 64) where tasks are long beside sums.
+// A group's tasks run in order, on one worker, into one set of accumulators; the groups' accumulators are summed in
+// a fixed tree. So nothing depends on the number of threads. Where several programs share the tasks (blocks of many lanes, and the rest one by one), those of the
 // first come first; a block is one task here. Where groups are fewer than threads, several threads share a group: instructions are
 // split by output range.
 #pragma once
@@ -14,7 +14,7 @@
 
 namespace metafast {
 
-inline constexpr int64_t kMaxGroups = 16;
+inline constexpr int64_t kMaxGroups = 64;
 
 struct External {  // of task t, step k: pointer + t * task_stride + k * step_stride, in bytes
   int64_t pointer, task_stride, step_stride;

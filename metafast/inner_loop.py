@@ -96,7 +96,8 @@ class InnerLoop(nn.Module):
     VJP of U and, for order 2, one Hessian-vector product, as the tangent of the gradient (forward over reverse, as
     MixFlow-MG, arXiv:2505.00793). Natively the memory beyond data and results is that of one step and of K + 1 copies
     of parameters and state for each thread (and 256 KiB at most of products that steps keep), fewer with a
-    `memory_budget`, and at most 16 sums of gradients, whatever T; eager PyTorch keeps the graph of one task's K steps.
+    `memory_budget`, and at most 16 sums of gradients (64 where they are small), whatever T; eager PyTorch keeps the
+    graph of one task's K steps.
     The first call with new shapes makes a plan: it runs the losses of one task in eager PyTorch, compiles, and compares
     the two. A model keeps the last 64.
     """

@@ -216,9 +216,9 @@ def test_weights_default_to_one():
     np.testing.assert_array_equal(out, [[0, 0, 1], [0, 0, 1]])
 
 
-def tree_sum(values):
-    """The sum as replay forms it: in order within min(T, 16) contiguous groups, then pairs, pairs of pairs..."""
-    groups = min(len(values), 16)
+def tree_sum(values, most=16):
+    """The sum as replay forms it: in order within min(T, `most`) contiguous groups, then pairs, pairs of pairs..."""
+    groups = min(len(values), most)
     sums = []
     for g in range(groups):
         total = np.float32(0)
@@ -247,6 +247,19 @@ def test_sum_over_tasks_has_one_shape(tasks, threads):
     done(_C.run(program, external((values, 4, 0)), tasks, 0, result_ptr=first.ctypes.data))
     done(_C.run(program, external((values, 4, 0)), tasks, 0, result_ptr=result.ctypes.data, threads=threads))
     assert result[0] == first[0]
+
+
+@pytest.mark.parametrize("tasks", [33, 100])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_long_tasks_are_cut_into_more_groups(tasks, threads):
+    """Up to 64, so that threads share them evenly."""
+    work = pointwise([(ARENA, 0), (ARENA, 0)], [("sqrt", 1, 0)], dims=(1 << 17,))
+    add = copy((EXTERNAL, 0), (ACCUMULATOR, 0), add=True)
+    program = _C.Program("f32", {"query": [work, add]}, arena_bytes=4 << 17, accumulator_bytes=4, n_external=1)
+    values = np.random.default_rng(tasks).standard_normal(tasks).astype(np.float32)
+    result = np.zeros(1, np.float32)
+    done(_C.run(program, external((values, 4, 0)), tasks, 0, result_ptr=result.ctypes.data, threads=threads))
+    assert result[0] == tree_sum(values, 64)
 
 
 def test_no_tasks_give_zeros():
