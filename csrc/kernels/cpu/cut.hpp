@@ -22,16 +22,18 @@ inline int64_t piece(int64_t n, int64_t most) {
   return (n + pieces - 1) / pieces;
 }
 
-// The width of blocks, of at most `most` columns, that loads the fewest vectors for a product of M × N: a block loads
-// its rows and its columns, and most_rows(width) is how many rows it may have.
+// The width of blocks, of at most `most` columns, that loads the fewest vectors for a product of M × N, and how many
+// for a step along K: a block loads its rows and its columns, and most_rows(width) is how many rows it may have.
+struct Width {
+  int64_t columns, loads;
+};
 template <class Rows>
-int64_t best_columns(int64_t M, int64_t N, int64_t most, Rows most_rows) {
-  const auto loads = [&](int64_t columns) {
-    return Cut(N, columns).pieces * M + Cut(M, most_rows(columns)).pieces * N;
-  };
-  int64_t best = 1;
-  for (int64_t c = 2; c <= most && c <= N; ++c)
-    if (loads(c) < loads(best)) best = c;
+Width best_width(int64_t M, int64_t N, int64_t most, Rows most_rows) {
+  Width best{0, 0};
+  for (int64_t c = 1; c <= most && (c <= N || c == 1); ++c) {
+    const int64_t loads = Cut(N, c).pieces * M + Cut(M, most_rows(c)).pieces * N;
+    if (!best.columns || loads < best.loads) best = {c, loads};
+  }
   return best;
 }
 

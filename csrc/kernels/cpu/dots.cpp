@@ -95,7 +95,7 @@ DotShape dot_shape(int64_t M, int64_t N, int64_t K) noexcept {
   if (M == 0 || N == 0) return {1, 1};
   const bool large = M > 1 && K >= kManySteps * L;
   const int64_t columns =
-      large ? best_columns(M, N, kMostColumns, most_rows) : piece(N, min64(L, kMostColumns));
+      large ? best_width(M, N, kMostColumns, most_rows).columns : piece(N, min64(L, kMostColumns));
   return {piece(M, large ? most_rows(columns) : min64(L / columns, most_rows(columns))), columns};
 }
 

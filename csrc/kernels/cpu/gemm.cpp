@@ -30,6 +30,7 @@ struct Sizes {
   int64_t rows;     // that all strips pass before the next: M, or those of a tile
   bool lanes;       // the matrices of the batch lie in the lanes of vectors
   int64_t columns;  // of a block of those
+  bool apart;       // the two products of a pair
 
   template <class T>
   static Sizes of(const int64_t* i) {
@@ -40,12 +41,13 @@ struct Sizes {
     s.add = i[13] != 0, s.has_bias = i[14] != 0, s.pair = i[15] != 0;
     s.scaled = i[13] < 2 ? 0 : (i[13] == 2 ? 1 : -1);
     s.lanes = lie_in_lanes<T>(i);
-    if (s.lanes) return s.columns = lane_columns<T>(s.M, s.N), s;
-    const bool column = s.N == 1 && s.M > 1;
-    s.turned = s.c_rs == 1 && (column ? s.a_rs == 1 : s.c_cs != 1) && s.M > 1;
-    if (s.turned) {
-      swap(s.M, s.N), swap(s.a_bs, s.b_bs), swap(s.a_rs, s.b_cs), swap(s.a_cs, s.b_rs), swap(s.c_rs, s.c_cs);
+    if (s.lanes) {
+      if (lane_width<T>(s.N, s.M).loads < lane_width<T>(s.M, s.N).loads) s.turn();
+      s.columns = lane_width<T>(s.M, s.N).columns, s.apart = lanes_apart(s.M, s.N, s.K);
+      return s;
     }
+    const bool column = s.N == 1 && s.M > 1;
+    if (s.c_rs == 1 && (column ? s.a_rs == 1 : s.c_cs != 1) && s.M > 1) s.turn();
     s.dots = s.a_cs == 1 && s.b_rs == 1 && few_elements<T>(s.M, s.N, s.K);
     if (s.dots) s.blocks = dot_shape<T>(s.M, s.N, s.K);
     s.stage = s.c_cs != 1 && s.N > 1 && !s.dots;
@@ -56,6 +58,11 @@ struct Sizes {
     s.pack = ((s.b_cs != 1 && s.N > 1) || big) && !s.dots;
     s.rows = whole_rows<T>(s) ? max_tile_rows(static_cast<int>(s.vectors)) : s.M;
     return s;
+  }
+
+  void turn() {
+    turned = true;
+    swap(M, N), swap(a_bs, b_bs), swap(a_rs, b_cs), swap(a_cs, b_rs), swap(c_rs, c_cs);
   }
 
   // Whether the batch lies together in C and in A or B, and is shared by the other where it does not.
@@ -237,19 +244,19 @@ struct TakenUp {
 // The share of a product whose batch lies in lanes: rows of every vector of it.
 template <class T>
 void run_lanes(const Args& a, const Sizes& s) {
-  const int64_t* i = a.i;
   const Range rows = share(s.M, a.part, a.parts);
-  const T *x = static_cast<const T*>(a.ptr[0]), *y = static_cast<const T*>(a.ptr[1]);
+  const T *x = static_cast<const T*>(a.ptr[s.turned]), *y = static_cast<const T*>(a.ptr[!s.turned]);
   T* z = static_cast<T*>(a.ptr[2]);
   const TakenUp<T> up(a, s);
-  const T *more_x = s.pair_operand<T>(a, 0), *more_y = s.pair_operand<T>(a, 1);
+  const T *more_x = s.pair_operand<T>(a, s.turned), *more_y = s.pair_operand<T>(a, !s.turned);
   for (int64_t b = 0; b < s.batch; b += kLanes<T>) {
-    const int64_t a_at = b * i[4] + rows.begin * s.a_rs, b_at = b * i[7];
-    const LaneMatrix<const T> A{x + a_at, s.a_rs, s.a_cs, i[4] == 1};
-    const LaneMatrix<const T> B{y + b_at, s.b_rs, s.b_cs, i[7] == 1};
+    const int64_t a_at = b * s.a_bs + rows.begin * s.a_rs, b_at = b * s.b_bs;
+    const LaneMatrix<const T> A{x + a_at, s.a_rs, s.a_cs, s.a_bs == 1};
+    const LaneMatrix<const T> B{y + b_at, s.b_rs, s.b_cs, s.b_bs == 1};
     const LaneMatrix<T> C{z + b + rows.begin * s.c_rs, s.c_rs, s.c_cs, true};
     multiply_lanes(LaneProduct<T>{rows.end - rows.begin, s.N, s.K, A, B, C, s.pair ? more_x + a_at : nullptr,
-                                  s.pair ? more_y + b_at : nullptr, s.add, up.from, up.scale, s.columns});
+                                  s.pair ? more_y + b_at : nullptr, s.add, up.from, up.scale, s.columns,
+                                  s.apart});
   }
 }
 

@@ -1,12 +1,13 @@
 #include "lanes.hpp"
 
-#include "cut.hpp"
-
 namespace metafast::kernels::METAFAST_ISA {
 namespace {
 
 // Bytes of A that stay in a first-level cache while strips of B pass by.
 constexpr int64_t kResident = 16384;
+
+// A first-level cache of the smaller kind.
+constexpr int64_t kFirstLevel = 32768;
 
 // Accumulators, a row of B and one element of A fill the registers.
 constexpr int max_rows(int columns) { return (kVecRegisters - 1 - columns) / columns; }
@@ -126,15 +127,8 @@ void run_strip(const LaneProduct<T>& p, const Cut& rows, int64_t first, int64_t 
   for (int64_t r = first; r < end; ++r) (r < rows.more ? longer : other)(p, rows.begin(r), n, k, depth);
 }
 
-}  // namespace
-
 template <class T>
-int64_t lane_columns(int64_t M, int64_t N) noexcept {
-  return best_columns(M, N, kMostColumns, most_rows);
-}
-
-template <class T>
-void multiply_lanes(const LaneProduct<T>& p) noexcept {
+void multiply_in_blocks(const LaneProduct<T>& p) noexcept {
   constexpr int64_t bytes = kLanes<T> * static_cast<int64_t>(sizeof(T));
   const Cut rows(p.M, most_rows(p.columns)), strips(p.N, p.columns);
   for (int64_t k = 0; k < p.K; k += kDepth) {
@@ -148,8 +142,30 @@ void multiply_lanes(const LaneProduct<T>& p) noexcept {
   }
 }
 
-template int64_t lane_columns<float>(int64_t, int64_t) noexcept;
-template int64_t lane_columns<double>(int64_t, int64_t) noexcept;
+}  // namespace
+
+template <class T>
+Width lane_width(int64_t M, int64_t N) noexcept {
+  return best_width(M, N, kMostColumns, most_rows);
+}
+
+bool lanes_apart(int64_t M, int64_t N, int64_t K) noexcept {
+  return N <= K && 2 * M * K * kVecBytes > kFirstLevel;
+}
+
+template <class T>
+void multiply_lanes(const LaneProduct<T>& p) noexcept {
+  if (!p.more_a || !p.apart) return multiply_in_blocks(p);
+  LaneProduct<T> each = p;
+  each.more_a = each.more_b = nullptr;
+  multiply_in_blocks(each);
+  each.A.p = p.more_a, each.B.p = p.more_b;
+  each.scale = p.add ? p.scale : T(1), each.add = true, each.from = 0;
+  multiply_in_blocks(each);
+}
+
+template Width lane_width<float>(int64_t, int64_t) noexcept;
+template Width lane_width<double>(int64_t, int64_t) noexcept;
 template void multiply_lanes<float>(const LaneProduct<float>&) noexcept;
 template void multiply_lanes<double>(const LaneProduct<double>&) noexcept;
 

@@ -5,7 +5,7 @@
 // share. Rows and columns need no order and nothing is packed: every step along k loads `rows + columns` vectors and
 // does `rows * columns` fma on accumulators that stay in registers.
 #pragma once
-#include "vec.hpp"
+#include "cut.hpp"
 
 namespace metafast::kernels::METAFAST_ISA {
 
@@ -26,19 +26,24 @@ struct LaneProduct {
       add;  // C = E + scale * product instead of C = product, where E lies as C does, `from` elements behind it
   int64_t from;
   T scale;
-  int64_t columns;  // of a block of accumulators, as lane_columns says
+  int64_t columns;  // of a block of accumulators, as lane_width says
+  bool apart;       // one product after the other, as lanes_apart says
 };
 
-// The best width of blocks for a product of M × N.
+// The best width of blocks for a product of M × N. The transposed product may load less.
 template <class T>
-int64_t lane_columns(int64_t M, int64_t N) noexcept;
+Width lane_width(int64_t M, int64_t N) noexcept;
+
+// Whether two such products are better done one after the other, since their left factors do not lie in a first-level
+// cache together: C, no larger than one of those, goes there twice then rather than they for each strip.
+bool lanes_apart(int64_t M, int64_t N, int64_t K) noexcept;
 
 // One vector of lanes of the product; at least one of A and B has lanes.
 template <class T>
 void multiply_lanes(const LaneProduct<T>&) noexcept;
 
-extern template int64_t lane_columns<float>(int64_t, int64_t) noexcept;
-extern template int64_t lane_columns<double>(int64_t, int64_t) noexcept;
+extern template Width lane_width<float>(int64_t, int64_t) noexcept;
+extern template Width lane_width<double>(int64_t, int64_t) noexcept;
 extern template void multiply_lanes<float>(const LaneProduct<float>&) noexcept;
 extern template void multiply_lanes<double>(const LaneProduct<double>&) noexcept;
 
