@@ -195,6 +195,20 @@ def test_code_is_made_once_for_like_clusters_and_none_where_it_is_not_wanted(dty
     assert _C.code_pieces() - before == (2 if isa in ("avx2", "avx512") else 0)
 
 
+@IN_THIS_PROCESS
+@EACH_ISA
+@pytest.mark.parametrize("dims,strides", [((40, 2, 5), (5, 0, 1)), ((90, 3), (0, 1))])
+def test_strips_too_short_to_be_worth_it_are_interpreted(
+    dims: tuple[int, ...], strides: Sequence[int], isa: str
+) -> None:
+    c = Cluster(dims, "f32", 5)
+    c.input(), c.input(strides)
+    c.out(c.op("mul", 2, 0, 1))
+    before = _C.code_pieces()
+    assert same_bits(c.run(isa, compiled=True), c.run(isa, compiled=False))
+    assert _C.code_pieces() == before
+
+
 COPIES = """
 import array, ctypes, importlib.util, sys
 module, isa, first, last, denied = sys.argv[1:]
