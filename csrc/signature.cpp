@@ -97,6 +97,14 @@ class Call {
 constexpr double kFlopsPerNanosecond = 60;
 constexpr double kElementsPerNanosecond = 4;
 
+// What a sum is written over: one element for all that it adds up, were it nothing.
+std::vector<int64_t> kept(Ints dims, Ints strides) {
+  std::vector<int64_t> sizes(dims.begin(), dims.end());
+  for (size_t d = 0; d < sizes.size(); ++d)
+    if (strides[d] == 0) sizes[d] = 1;
+  return sizes;
+}
+
 // Registers and opcodes have been checked with the counts.
 void pointwise(Call& c) {
   const size_t rank = c.i[0], n_in = c.i[1], n_out = c.i[2], n_ops = c.i[3];
@@ -106,7 +114,12 @@ void pointwise(Call& c) {
   const Ints dims = take(rank);
   for (size_t n = 0; n < n_in; ++n) c.strided(in, dims, take(rank));
   const size_t outs = at;
-  for (size_t n = 0; n < n_out; ++n) c.strided(out, dims, take(rank));
+  const Ints modes = c.i.subspan(outs + n_out * (rank + 1), n_out);
+  for (size_t n = 0; n < n_out; ++n) {
+    const Ints strides = take(rank);
+    c.strided(out, modes[n] < 2 ? std::vector<int64_t>(dims.begin(), dims.end()) : kept(dims, strides),
+              strides);
+  }
   at += n_out;
   for (size_t n = 0; n < n_out; ++n, ++at) {
     c.within(at, 0, 3, "mode of an output (0 assigns, 1 adds; 2 and 3: of a sum)");

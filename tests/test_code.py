@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import random
+import subprocess
+import sys
 from collections.abc import Sequence
 
 import pytest
@@ -20,6 +23,7 @@ COMPILED = {
 DTYPES = {"f32": torch.float32, "f64": torch.float64}
 SPECIAL = [0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan, 1e-40, -1e-40, 3e38, -2.5]
 EACH_ISA = pytest.mark.parametrize("isa", MACHINE.isas())
+IN_THIS_PROCESS = pytest.mark.skipif(MACHINE.isas() == ["best"], reason="counts what this machine made")
 EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES)
 
 
@@ -168,7 +172,7 @@ def test_sums_are_those_of_the_interpreter_but_for_rounding(dtype: str, isa: str
             torch.testing.assert_close(a, b, rtol=bound, atol=bound)
 
 
-@pytest.mark.skipif(not isinstance(MACHINE.isas(), list) or MACHINE.isas() == ["best"], reason="counts in this process")
+@IN_THIS_PROCESS
 @EACH_ISA
 @EACH_DTYPE
 def test_code_is_made_once_for_like_clusters_and_none_where_it_is_not_wanted(dtype: str, isa: str) -> None:
@@ -189,6 +193,61 @@ def test_code_is_made_once_for_like_clusters_and_none_where_it_is_not_wanted(dty
         cluster(n).run(isa, compiled=True)
     # the pitch from row to row is part of it
     assert _C.code_pieces() - before == (2 if isa in ("avx2", "avx512") else 0)
+
+
+@IN_THIS_PROCESS
+@EACH_ISA
+@pytest.mark.parametrize("dims,strides", [((40, 2, 5), (5, 0, 1)), ((90, 3), (0, 1))])
+def test_strips_too_short_to_be_worth_it_are_interpreted(
+    dims: tuple[int, ...], strides: Sequence[int], isa: str
+) -> None:
+    c = Cluster(dims, "f32", 5)
+    c.input(), c.input(strides)
+    c.out(c.op("mul", 2, 0, 1))
+    before = _C.code_pieces()
+    assert same_bits(c.run(isa, compiled=True), c.run(isa, compiled=False))
+    assert _C.code_pieces() == before
+
+
+COPIES = """
+import array, ctypes, importlib.util, sys
+module, isa, first, last, denied = sys.argv[1:]
+if int(denied):  # from now on no page becomes executable
+    assert ctypes.CDLL(None).prctl(65, 1, 0, 0, 0) == 0
+spec = importlib.util.spec_from_file_location("metafast._C", module)
+_C = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(_C)
+numbers = array.array("f", range(16 + int(last)))
+for pitch in range(int(first), int(last)):
+    made = array.array("f", [0.0] * 32)
+    ints = [2, 1, 1, 0, 1, 2, 16, pitch, 1, 16, 1, 0, 0, 1]
+    _C.run_kernel("pointwise", "f32", isa, [numbers.buffer_info()[0], made.buffer_info()[0]], ints, [])
+    assert made == numbers[:16] + numbers[pitch : pitch + 16]
+print(_C.code_pieces())
+"""
+
+
+def pieces_of_copies(isa: str, first: int, last: int, *, denied: bool = False) -> int:
+    """How many pieces of code a process has that copies two rows which lie `first`, … `last` - 1 numbers apart."""
+    command = [sys.executable, "-c", COPIES, _C.__file__, isa, str(first), str(last), str(int(denied))]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+@IN_THIS_PROCESS
+@EACH_ISA
+def test_a_process_has_so_many_pieces_and_no_more(isa: str) -> None:
+    pieces = pieces_of_copies(isa, 17, 4500)
+    assert pieces == (4096 if isa in ("avx2", "avx512") else 0)
+
+
+@IN_THIS_PROCESS
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to deny it")
+def test_the_interpreter_runs_where_no_page_may_be_executed() -> None:
+    if ctypes.CDLL(None).prctl(66, 0, 0, 0, 0) < 0:  # PR_GET_MDWE
+        pytest.skip("needs Linux 6.3")
+    widest = _C.isas()[-1]
+    assert pieces_of_copies(widest, 17, 20) == (3 if widest in ("avx2", "avx512") else 0)
+    assert pieces_of_copies(widest, 17, 20, denied=True) == 0
 
 
 @EACH_ISA

@@ -583,6 +583,7 @@ ILL_FORMED = {
     "opcode": (("pointwise", [(ARENA, 0)] * 2, [1] * 4 + [2, 1, 1, 1, 1, 0, 999, 1, 0, 0, 0, 1], []), "make no sense"),
     "register": (("pointwise", [(ARENA, 0)] * 2, [1] * 4 + [2, 1, 1, 1, 1, 0, 0, 7, 0, 0, 0, 1], []), "make no sense"),
     "compiled": (("pointwise", [(ARENA, 0)] * 2, [1] * 4 + [2, 1, 1, 1, 1, 0, 0, 1, 0, 0, 0, 2], []), "compiled"),
+    "sum of nothing": (("pointwise", [(ARENA, 0)] * 2, [2, 1, 1, 0, 1, 0, 20, 20, 1, 0, 1, 0, 2, 1], []), "0 to 80"),
     "mode": (("gemm", [(ARENA, 0)] * 3, [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 4, 0, 0], []), "mode"),
     "geometry": (
         ("conv_fwd", [(ARENA, 0)] * 3, [1, 4, 4, 1, 1, 3, 3, 1, 1, 0, 0, 1, 1, 3, 2, 9, 9, 3, 1, 0, 0, 0], []),

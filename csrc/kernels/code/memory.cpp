@@ -34,9 +34,10 @@ const void* map(const std::vector<uint8_t>& code) {
 
 const void* install(const std::vector<uint8_t>& code) {
   const std::lock_guard lock(store().mutex);
-  const auto [place, fresh] = store().pieces.try_emplace(code, nullptr);
-  if (fresh) place->second = map(code);
-  return place->second;
+  auto& pieces = store().pieces;
+  if (const auto found = pieces.find(code); found != pieces.end()) return found->second;
+  if (pieces.size() >= kMostPieces) return nullptr;
+  return pieces[code] = map(code);
 }
 
 int64_t pieces_installed() {

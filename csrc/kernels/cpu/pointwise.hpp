@@ -6,7 +6,8 @@
 //       ops[n_ops][5] = opcode, dst, a, b, c; a source r < 0 is the immediate f[-1-r]; registers 0..n_in-1
 //       are the inputs; compiled: whether it may become machine code
 // Any strides, 0 to broadcast an input; sizes within the kPointwise* limits of kernel.hpp. An output may be
-// an input with the same strides; outputs do not overlap each other.
+// an input with the same strides, unless the register of a later output is that input; outputs do not overlap each
+// other.
 // A sum (mode 2, 3) adds up over the dimensions in which its stride is 0; with unit dimensions dropped and
 // neighbours merged, all its strides are 0 but that of the last dimension, 0 or 1. Of nothing it is 0. A call with a
 // sum is not split: part 0 does it all.
@@ -16,7 +17,8 @@
 // everything between in registers. Else blocks of some hundred elements run through all operations, one after the
 // other, while they lie in L1. Both round alike.
 // Accuracy: one rounding an arithmetic operation (fma: one in all where the set has it); functions as in
-// math.hpp; a sum within (block / lanes + 64 + blocks / 64) u times the sum of magnitudes.
+// math.hpp; a sum within (64 block / m + blocks / 64) u times the sum of magnitudes, m the lanes of a
+// vector or, of sums over rows, the elements of one.
 #pragma once
 #include "vec.hpp"
 

@@ -14,6 +14,8 @@ constexpr int kMaxRank = kPointwiseRank, kMaxOperands = kPointwiseOperands, kMax
 constexpr int64_t kSum = 2;            // bit of an output mode: add up over the dimensions of stride 0
 constexpr int64_t kFlushBlocks = 64;   // partial sums of so many blocks go into the total at once
 constexpr int64_t kWalkedVectors = 2;  // shorter rows of inputs are gathered rather than walked
+constexpr int64_t kShortStrip = 128;   // elements times operations: from here on code is faster
+constexpr int64_t kShortRow = 12;      // the same of a row that ends within a vector, in one strip
 
 // The ints of a call, by name.
 struct Program {
@@ -222,7 +224,7 @@ struct alignas(64) Plan {
     for (int64_t k = 0; k < p.n_ops; ++k) ops[k] = decode(p, p.ops + 5 * k, inputs);
     for (int o = 0; o < plan.n_out; ++o) outputs[o] = output(p, s, o, plan.by_rows, strides);
     plan.code = nullptr;
-    if (p.compiled() && !plan.empty) plan.compile(p, s);
+    if (p.compiled() && !plan.empty && !short_strips(p, s)) plan.compile(p, s);
   }
 
   // Offset of row `row` (all dimensions but the last) of an operand.
@@ -241,6 +243,14 @@ struct alignas(64) Plan {
     U* const taken = reinterpret_cast<U*>(at);
     at += count * static_cast<int64_t>(sizeof(U));
     return taken;
+  }
+
+  // Whether to set up a strip of rows takes longer than what is done there, so that blocks of gathered rows are faster;
+  // or one vector for a row does, of which little is used.
+  static bool short_strips(const Program& p, const Space& s) {
+    const int64_t row = s.inner() * max64(p.n_ops, 1);
+    if (s.rank <= 2) return s.rank == 2 && s.inner() % kLanes<T> != 0 && row < kShortRow;
+    return s.dims[s.rank - 2] * row < kShortStrip;
   }
 
   // Makes code of the cluster, where all that it streams lies element by element.
