@@ -107,15 +107,18 @@ auto Replay::most(Count count) const {
 }
 
 // The more groups, the more evenly threads share the tasks, and the more sums are cleared and added: more than a few
-// where that is next to nothing beside the tasks themselves. Threads play no part in it.
+// where that is next to nothing beside the tasks themselves, and fewer where it is much of large sums. Threads play no
+// part in it.
 int Replay::count_groups() const {
-  constexpr int64_t kFew = 16;
-  constexpr double kNextToNothing = 0.01, kGroup = 500, kBytesPerNanosecond = 3;
+  constexpr double kFewest = 8, kFew = 16, kNextToNothing = 0.01, kMuch = 0.05;
+  constexpr double kLarge = 1 << 16, kGroup = 500, kBytesPerNanosecond = 3;
   double tasks = 0;
   for (const Part& part : parts_) tasks += part.program.nanoseconds(part.end - part.first, call_.steps);
   const auto bytes = static_cast<double>(parts_.front().program.sizes().accumulator);
-  const double affordable = kNextToNothing * tasks / (kGroup + bytes / kBytesPerNanosecond);
-  const auto groups = static_cast<int64_t>(std::clamp<double>(affordable, kFew, kMaxGroups));
+  const double affordable = tasks / (kGroup + bytes / kBytesPerNanosecond);
+  const double least = bytes < kLarge ? kFew : std::clamp(kMuch * affordable, kFewest, kFew);
+  const auto groups =
+      static_cast<int64_t>(std::clamp<double>(kNextToNothing * affordable, least, kMaxGroups));
   return static_cast<int>(std::min(parts_.back().end, groups));
 }
 
