@@ -1,11 +1,10 @@
 // Replaying a Program over tasks and steps.
 //
 // Tasks 0..T-1 are cut into contiguous groups: min(T, 16) of them, up to 64 where tasks are long beside sums, down to 8
-// where sums are large beside tasks.
-// A group's tasks run in order, on one worker, into one set of accumulators; the groups' accumulators are summed in
-// a fixed tree. So nothing depends on the number of threads. Where several programs share the tasks (blocks of many lanes, and the rest one by one), those of the
-// first come first; a block is one task here. Where groups are fewer than threads, several threads share a group: instructions are
-// split by output range.
+// where sums are large beside tasks. A group's tasks run in order, on one worker, into one set of accumulators; the
+// groups' accumulators are summed in a fixed tree. So nothing depends on the number of threads. Where several programs
+// share the tasks (blocks of many lanes, and the rest one by one), those of the first come first; a block is one task
+// here. Where groups are fewer than threads, several threads share a group: instructions are split by output range.
 #pragma once
 #include <cstdint>
 #include <span>

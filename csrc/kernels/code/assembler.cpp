@@ -7,9 +7,6 @@ namespace {
 
 constexpr int bit(int value, int n) { return value >> n & 1; }
 
-// What the prefixes say of an operand: the third bit of its base, and that of its index, or the fourth of a register.
-int extension_b(int number) { return bit(number, 3); }
-
 }  // namespace
 
 void Assembler::word(int32_t value) {
@@ -20,9 +17,9 @@ template <class Operand>
 void Assembler::encode(VectorOp op, int reg, int v, Lanes lanes, const Operand& rm) {
   int x = 0, b = 0;
   if constexpr (std::is_same_v<Operand, Register>)
-    x = bit(rm.number, 4), b = extension_b(rm.number);
+    x = bit(rm.number, 4), b = bit(rm.number, 3);
   else
-    x = rm.index < 0 ? 0 : extension_b(rm.index), b = extension_b(rm.base);
+    x = rm.index < 0 ? 0 : bit(rm.index, 3), b = bit(rm.base, 3);
   if (evex_)
     evex(op, reg, v, x, b, lanes);
   else
@@ -72,7 +69,7 @@ void Assembler::compare(Predicate predicate, int dst, int a, int b) {
 
 void Assembler::blend(int dst, int otherwise, int chosen, int mask) {
   const VectorOp op{static_cast<uint8_t>(f64_ ? 0x4b : 0x4a), 3, true};
-  vex(op, dst, otherwise, 0, extension_b(chosen), false);
+  vex(op, dst, otherwise, 0, bit(chosen, 3), false);
   byte(op.opcode);
   operand(dst, Register{chosen});
   byte(mask << 4);
@@ -80,7 +77,7 @@ void Assembler::blend(int dst, int otherwise, int chosen, int mask) {
 
 void Assembler::broadcast(int dst, const Memory& element) {
   const VectorOp op{static_cast<uint8_t>(f64_ ? 0x19 : 0x18), 2, true};
-  const int x = element.index < 0 ? 0 : extension_b(element.index), b = extension_b(element.base);
+  const int x = element.index < 0 ? 0 : bit(element.index, 3), b = bit(element.base, 3);
   if (evex_)
     evex(op, dst, 0, x, b, {});
   else

@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include "../common/kernels.hpp"
 #include "../common/opcodes.hpp"
 #include "assembler.hpp"
 #include "memory.hpp"
@@ -26,11 +27,7 @@ constexpr int kGeneralCount = sizeof kGeneral / sizeof kGeneral[0];
 Memory field(size_t offset) { return {rdi, -1, static_cast<int32_t>(offset)}; }
 Memory address_field(int operand) { return field(offsetof(Strip, at) + sizeof(void*) * operand); }
 
-constexpr int kArity[] = {
-#define X(name, operands) operands,
-    METAFAST_POINTWISE_OPCODES(X)
-#undef X
-};
+int arity(const int64_t* op) { return pointwise_opcode_arity(static_cast<int>(op[0])); }
 
 // Thrown where a cluster has no code.
 struct Impossible {};
@@ -237,7 +234,7 @@ class Writer {
   bool lives(int64_t r, int k) const {
     for (int next = k + 1; next < c_.n_ops; ++next) {
       const int64_t* o = c_.ops + 5 * next;
-      for (int j = 0; j < kArity[o[0]]; ++j)
+      for (int j = 0; j < arity(o); ++j)
         if (o[2 + j] == r) return true;
       if (o[1] == r) return false;
     }
@@ -248,10 +245,9 @@ class Writer {
 
   void operate(int k) {
     const int64_t* o = c_.ops + 5 * k;
-    const int arity = kArity[o[0]];
     int in[3] = {0, 0, 0};
-    for (int j = 0; j < arity; ++j) in[j] = value(o[2 + j]);
-    for (int j = 0; j < arity; ++j)
+    for (int j = 0; j < arity(o); ++j) in[j] = value(o[2 + j]);
+    for (int j = 0; j < arity(o); ++j)
       if (o[2 + j] == o[1] || !lives(o[2 + j], k)) drop(o[2 + j]);
     drop(o[1]);
     at_[o[1]] = registers_.take();  // may be that of an operand, which is read before it is written

@@ -4,12 +4,10 @@
 
 namespace metafast::kernels::code {
 
-enum class Input : uint8_t {
-  stream,
-  splat,
-  vector
-};  // of a row: its elements; one element; one vector again and again
-enum class Output : uint8_t { store, add, total };  // total: one vector, which takes up all of them
+// What is read for a row: its elements, one element, or one vector again and again.
+enum class Input : uint8_t { stream, splat, vector };
+// total: one vector, which takes up all of them.
+enum class Output : uint8_t { store, add, total };
 
 struct Cluster {
   Isa isa;

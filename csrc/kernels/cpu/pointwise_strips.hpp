@@ -16,12 +16,9 @@ struct Strips {
   int64_t unflushed = 0;  // elements that partial sums have taken up
 
   Strips(const Plan<T>& plan, const Args& a, Sums<T>& s) : p(plan), args(a), sums(s) {
-    using Bits = decltype(bits_of<T>(Vec<T>{})[0] + 0);
     strip.immediates = p.immediates;
     const T one = 1;
-    Bits bits;
-    __builtin_memcpy(&bits, &one, sizeof one);
-    strip.one = static_cast<uint64_t>(bits);
+    __builtin_memcpy(&strip.one, &one, sizeof one);
     strip.sign = uint64_t{1} << (8 * kElement - 1);
     strip.magnitude = strip.sign - 1;
   }
