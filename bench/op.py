@@ -23,6 +23,7 @@ from torch import Tensor
 
 from bench import machine, options
 from metafast import _C
+from metafast.lower.arrays import EXTERNAL
 
 TOLERANCE = 1e-4  # relative L2 distance of float32 from float64
 
@@ -196,7 +197,7 @@ def check(row: Row) -> None:
 def seconds(row: Row, threads: int, sample: float, rounds: int) -> float:
     """Median seconds of one call, made by every thread at once on data of its own."""
     held = operands(row, torch.float32, threads)
-    places = [(8 + k, 0) for k in range(len(held))]
+    places = [(EXTERNAL + k, 0) for k in range(len(held))]
     program = _C.Program("f32", {"inner": [(row.kernel, places, row.ints, row.floats)]}, n_external=len(held))
     table = np.array([(t.data_ptr(), t.stride(0) * t.element_size(), 0) for t in held], dtype=np.int64)
 

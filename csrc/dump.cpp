@@ -32,6 +32,14 @@ void write_line(std::ostream& out, const Program& program, const SectionCode& co
   out << "\n";
 }
 
+void write_members(std::ostream& out, const Chunks& chunks) {
+  for (const Chunks::Member& member : chunks.members) {
+    out << "          " << member.kernel->name << " [";
+    write_list(out, member.ints, member.n_ints);
+    out << "]\n";
+  }
+}
+
 }  // namespace
 
 std::string Program::summary() const {
@@ -51,7 +59,12 @@ std::string Program::dump() const {
   for (int s = 0; s < kSections; ++s) {
     if (sections_[s].instructions.empty()) continue;
     out << kSectionNames[s] << ":\n";
-    for (size_t n = 0; n < sections_[s].instructions.size(); ++n) write_line(out, *this, sections_[s], n);
+    for (size_t n = 0; n < sections_[s].instructions.size(); ++n) {
+      const Instruction& instruction = sections_[s].instructions[n];
+      write_line(out, *this, sections_[s], n);
+      if (instruction.run == kChunksKernel.run)
+        write_members(out, *reinterpret_cast<const Chunks*>(instruction.prepared));
+    }
   }
   out << "(* split over workers where tasks are fewer than they; [ints] {floats}; offsets in bytes)\n";
   return out.str();

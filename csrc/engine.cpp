@@ -33,7 +33,8 @@ void Engine::run(GroupRunner& runner, int groups, int workers, bool help, bool b
   workers_ = workers;
   look_.store(workers, std::memory_order_relaxed);
   help_.store(help, std::memory_order_relaxed);
-  groups_.open(groups, std::min(groups, workers), backwards);
+  groups_.open(groups, std::min(groups, workers));
+  backwards_ = backwards;
   pool_.wake(workers);
   work(0, [this] { return !groups_.finished(); });
   help_.store(false, std::memory_order_relaxed);
@@ -65,7 +66,8 @@ void Engine::work(int worker, More more) noexcept {
 }
 
 bool Engine::work_once(int worker, bool& idle) noexcept {
-  if (const int group = groups_.take(worker); group >= 0) {
+  if (const int group = groups_.take(worker, worker == 0 && backwards_ ? Shares::kLast : Shares::kFirst);
+      group >= 0) {
     set_idle(idle, false);
     runner_->run_group(group, worker);
     groups_.finish();
@@ -73,7 +75,7 @@ bool Engine::work_once(int worker, bool& idle) noexcept {
   }
   const int look = look_.load(std::memory_order_relaxed);
   for (int w = 0; w < look; ++w) {
-    const int part = shared_[w].parts.take(worker);
+    const int part = shared_[w].parts.take(worker, Shares::kLast);
     if (part < 0) continue;
     set_idle(idle, false);
     run_part(shared_[w], part, worker);
@@ -106,7 +108,7 @@ int Engine::run_in_parts(const Instruction& instruction, void* const* operands, 
   shared.count = parts;
   shared.status.store(0, std::memory_order_relaxed);
   shared.parts.open(parts, workers_);
-  for (int part; (part = shared.parts.take(worker)) >= 0;) run_part(shared, part, worker);
+  for (int part; (part = shared.parts.take(worker, Shares::kFirst)) >= 0;) run_part(shared, part, worker);
   for (Backoff backoff; !shared.parts.finished();) backoff.pause();
   return shared.status.load(std::memory_order_relaxed);
 }

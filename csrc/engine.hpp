@@ -44,7 +44,8 @@ class Engine {
   // speed.
   int helpers() const noexcept { return idle_.load(std::memory_order_relaxed); }
 
-  // Runs one instruction of the group `worker` is running in `parts`, with the help of whoever comes; every
+  // Runs one instruction of the group `worker` is running in `parts`, with the help of whoever comes: that takes parts
+  // from the last on, so that of two threads each finds in its cache what it wrote of the last instruction. Every
   // worker has its scratch `scratch` bytes into its arena. The kernel's status: that of some part that
   // failed, or 0.
   int run_in_parts(const Instruction& instruction, void* const* operands, int64_t scratch, int parts,
@@ -72,6 +73,7 @@ class Engine {
   Shares groups_;
   GroupRunner* runner_ = nullptr;  // whom the shares of groups_ belong to
   int workers_ = 1;
+  bool backwards_ = false;  // read by worker 0 alone
   alignas(64) std::atomic<bool> help_{false};
   std::atomic<int> look_{1};  // instructions may be shared by workers 0..look_-1
   std::atomic<int> idle_{0};

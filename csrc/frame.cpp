@@ -67,6 +67,7 @@ Frame::Frame(const Part& part, std::byte* memory) noexcept
   bases_[kArena] = memory + part.layout.arena;
   bases_[kConstant] = const_cast<std::byte*>(part.program.constants());  // validated: no kernel writes there
   bases_[kCall] = memory + part.layout.call;
+  bases_[kChunk] = scratch_;  // of whoever runs a part: chunks.cpp
   for (const Operand& operand : part.program.operands())
     if (!moves(operand.space)) table_[operand.slot] = bases_[operand.space] + operand.offset;
 }

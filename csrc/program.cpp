@@ -13,8 +13,9 @@ using kernels::Isa;
 // A barrier between two threads costs some 0.2 µs: a part shorter than this is not worth one.
 constexpr double kShortestPart = 1000;  // nanoseconds
 
-constexpr std::array<std::string_view, kExternal> kSpaceNames = {
-    "arena", "state_cur", "state_next", "adjoint_cur", "adjoint_next", "accumulator", "constant", "call"};
+constexpr std::array<std::string_view, kExternal> kSpaceNames = {"arena",       "state_cur",    "state_next",
+                                                                 "adjoint_cur", "adjoint_next", "accumulator",
+                                                                 "constant",    "call",         "chunk"};
 
 bool allowed(int section, int space) {
   switch (space) {
@@ -79,10 +80,14 @@ Program::Program(ProgramSpec spec)
   check_sizes(spec);
   externals_.resize(n_external_);
   size_t n_ints = 0, n_floats = 0;
+  const auto count = [&](const InstructionSpec& instruction) {
+    n_ints += instruction.ints.size();
+    n_floats += instruction.floats.size();
+  };
   for (const auto& section : spec.sections)
     for (const auto& instruction : section) {
-      n_ints += instruction.ints.size();
-      n_floats += instruction.floats.size();
+      count(instruction);
+      std::ranges::for_each(instruction.members, count);
     }
   ints_.reserve(n_ints);  // instructions point into these two: they never move
   floats_.reserve(n_floats);
@@ -134,7 +139,58 @@ void Program::add_section(int s, const std::vector<InstructionSpec>& specs) {
 }
 
 void Program::add_instruction(int s, const InstructionSpec& spec) {
-  const Signature sig = signature(spec.kernel, spec.ints, spec.floats, dtype_);
+  if (spec.kernel == kChunksKernel.name) return add_chunks(s, spec);
+  if (!spec.members.empty()) throw std::invalid_argument("only `chunks` has members");
+  const auto [call, sig, first_operand, scratch] = add_call(s, spec, 1, -1);
+  scratch_bytes_ = std::max(scratch_bytes_, scratch);
+  SectionCode& code = sections_[s];
+  const double parts = std::clamp(sig.nanoseconds / kShortestPart, 1.0, 1024.0);
+  const int most_parts = call.kernel->splittable && sig.divisible ? static_cast<int>(parts) : 1;
+  code.instructions.push_back(
+      {call.kernel->run, call.ints, call.floats, call.prepared, first_operand, most_parts});
+  code.info.push_back({call.kernel, call.n_operands, call.n_ints, call.n_floats, sig.nanoseconds});
+  code.nanoseconds += sig.nanoseconds;
+  if (most_parts > 1) code.split += sig.nanoseconds;
+}
+
+void Program::add_chunks(int s, const InstructionSpec& spec) {
+  if (spec.ints.size() != 2 || !spec.operands.empty() || !spec.floats.empty() || spec.members.empty())
+    throw std::invalid_argument("two ints, members, and nothing else expected");
+  if (spec.ints[0] < 1 || spec.ints[0] > INT32_MAX || spec.ints[1] < 0 || spec.ints[1] > kMostBytes)
+    throw std::invalid_argument("1 to 2^31 - 1 chunks of 0 to 2^47 bytes expected, got " +
+                                std::to_string(spec.ints[0]) + " of " + std::to_string(spec.ints[1]));
+  const int first_operand = static_cast<int>(operands_.size());
+  const int64_t* ints = ints_.data() + ints_.size();
+  ints_.insert(ints_.end(), spec.ints.begin(), spec.ints.end());
+  Chunks& chunks = chunks_.emplace_back(Chunks{spec.ints[0], {}, {}});
+  double nanoseconds = 0;
+  for (const InstructionSpec& member : spec.members) {
+    try {
+      if (!member.members.empty()) throw std::invalid_argument("a member has no members of its own");
+      const auto [call, sig, first, scratch] = add_call(s, member, spec.ints[0], spec.ints[1]);
+      chunks.members.push_back(call);
+      chunks.memory = std::max(chunks.memory, aligned(scratch));
+      nanoseconds += sig.nanoseconds * static_cast<double>(chunks.count);
+      for (const OperandSpec& o : member.operands)
+        chunks.operands.push_back({o.stride, o.space == kChunk ? o.offset : -1});
+    } catch (const std::invalid_argument& error) {
+      throw std::invalid_argument("member " + std::to_string(chunks.members.size()) + " (" + member.kernel +
+                                  "): " + error.what());
+    }
+  }
+  scratch_bytes_ = std::max(scratch_bytes_, chunks.memory + spec.ints[1]);
+  SectionCode& code = sections_[s];
+  const double parts = std::clamp(nanoseconds / kShortestPart, 1.0, 1024.0);
+  const int most_parts = static_cast<int>(std::clamp<int64_t>(chunks.count, 1, static_cast<int64_t>(parts)));
+  code.instructions.push_back({kChunksKernel.run, ints, nullptr, reinterpret_cast<const std::byte*>(&chunks),
+                               first_operand, most_parts});
+  code.info.push_back({&kChunksKernel, static_cast<int>(chunks.operands.size()), 2, 0, nanoseconds});
+  code.nanoseconds += nanoseconds;
+  if (most_parts > 1) code.split += nanoseconds;
+}
+
+Program::Call Program::add_call(int s, const InstructionSpec& spec, int64_t chunks, int64_t memory) {
+  Signature sig = signature(spec.kernel, spec.ints, spec.floats, dtype_);
   const kernels::Kernel* kernel = kernels::find_kernel(spec.kernel, dtype_, isa_);
   if (kernel == nullptr)
     throw std::invalid_argument("this build has no such kernel for the dtype and instruction set");
@@ -142,45 +198,54 @@ void Program::add_instruction(int s, const InstructionSpec& spec) {
     throw std::invalid_argument(std::to_string(sig.operands.size()) + " operands expected, got " +
                                 std::to_string(spec.operands.size()));
   const int first_operand = static_cast<int>(operands_.size());
-  for (size_t n = 0; n < spec.operands.size(); ++n) add_operand(s, spec.operands[n], sig.operands[n], n);
+  for (size_t n = 0; n < spec.operands.size(); ++n)
+    add_operand(s, spec.operands[n], sig.operands[n], n, chunks, memory);
   const int64_t* ints = ints_.data() + ints_.size();
   const double* floats = floats_.data() + floats_.size();
   ints_.insert(ints_.end(), spec.ints.begin(), spec.ints.end());
   floats_.insert(floats_.end(), spec.floats.begin(), spec.floats.end());
-  scratch_bytes_ = std::max(scratch_bytes_, kernel->scratch ? kernel->scratch(ints) : 0);
   const std::byte* prepared = nullptr;
   if (kernel->prepare) {
     std::byte* const place = prepared_.emplace_back().reserve(kernel->prepared_bytes(ints));
     kernel->prepare(ints, floats, place);
     prepared = place;
   }
-
-  SectionCode& code = sections_[s];
-  const double parts = std::clamp(sig.nanoseconds / kShortestPart, 1.0, 1024.0);
-  const int most_parts = kernel->splittable && sig.divisible ? static_cast<int>(parts) : 1;
-  code.instructions.push_back({kernel->run, ints, floats, prepared, first_operand, most_parts});
-  code.info.push_back({kernel, static_cast<int>(spec.operands.size()), static_cast<int>(spec.ints.size()),
-                       static_cast<int>(spec.floats.size()), sig.nanoseconds});
-  code.nanoseconds += sig.nanoseconds;
-  if (most_parts > 1) code.split += sig.nanoseconds;
+  const Chunks::Member call{kernel,
+                            ints,
+                            floats,
+                            prepared,
+                            static_cast<int>(spec.operands.size()),
+                            static_cast<int>(spec.ints.size()),
+                            static_cast<int>(spec.floats.size())};
+  return {call, std::move(sig), first_operand, kernel->scratch ? kernel->scratch(ints) : 0};
 }
 
-void Program::add_operand(int s, const OperandSpec& spec, const Access& access, size_t index) {
+void Program::add_operand(int s, const OperandSpec& spec, const Access& access, size_t index, int64_t chunks,
+                          int64_t memory) {
   const auto fail = [&](const std::string& what) {
     throw std::invalid_argument("operand " + std::to_string(index) + " (" + space_name(spec.space) +
                                 " at byte " + std::to_string(spec.offset) + "): " + what);
   };
   if (spec.space < 0 || spec.space >= kExternal + n_external_)
     fail("no such space; 0 to " + std::to_string(kExternal + n_external_ - 1) + " expected");
-  if (!allowed(s, spec.space)) fail("this space may not be used in this section");
+  if (!allowed(s, spec.space) || (spec.space == kChunk && memory < 0))
+    fail("this space may not be used in this section");
   if (access.writes && (spec.space == kConstant || spec.space == kCall))
     fail("written to, but the space is read only");
   if (spec.offset > kMostBytes || spec.offset < -kMostBytes) fail("an offset within 2^47 bytes expected");
   if (spec.offset % access.element != 0)
     fail("a multiple of the element's " + std::to_string(access.element) + " bytes expected");
+  const int64_t extent = std::max<int64_t>(access.end - access.first, 0) * access.element;
+  if (spec.stride % access.element != 0 || spec.stride < 0 ||
+      spec.stride > kMostBytes / std::max<int64_t>(chunks, 1))
+    fail("a stride of at least 0, a multiple of the element's bytes, and within 2^47 bytes in all expected");
+  if (chunks > 1 && access.writes && spec.space != kChunk && spec.stride < extent)
+    fail("chunks of " + std::to_string(extent) + " bytes are written " + std::to_string(spec.stride) +
+         " apart");
   const int64_t first = spec.offset + access.first * access.element,
-                end = spec.offset + access.end * access.element;
-  const int64_t bytes = bytes_of(spec.space);
+                end = spec.offset + access.end * access.element +
+                      std::max<int64_t>(chunks - 1, 0) * spec.stride;
+  const int64_t bytes = bytes_of(spec.space, memory);
   if (access.end > access.first && bytes >= 0 && (first < 0 || end > bytes))
     fail("bytes " + std::to_string(first) + " to " + std::to_string(end) + " are " +
          (access.writes ? "written" : "read") + ", but the space has " + std::to_string(bytes));
@@ -197,7 +262,7 @@ void Program::add_operand(int s, const OperandSpec& spec, const Access& access, 
   use.written |= access.writes;
 }
 
-int64_t Program::bytes_of(int space) const {
+int64_t Program::bytes_of(int space, int64_t memory) const {
   switch (space) {
     case kArena:
       return sizes_.arena;
@@ -213,6 +278,8 @@ int64_t Program::bytes_of(int space) const {
       return constant_bytes_;
     case kCall:
       return record_bytes();
+    case kChunk:
+      return memory;
     default:
       return -1;
   }

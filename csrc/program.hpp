@@ -16,10 +16,14 @@
 //   5 accumulator    sums over the tasks of a group, zeroed at its start               every section
 //   6 constant       bytes the program carries; read only                              every section
 //   7 call           [k, K, weight of the task] in the program's dtype; read only      every section
-//   8+j external j   pointer_j + t * task_stride_j + k * step_stride_j                 every section
+//   8 chunk          memory of one chunk of `chunks`                                   members of `chunks`
+//   9+j external j   pointer_j + t * task_stride_j + k * step_stride_j                 every section
 //
 // Where not every state is held (Call::every), inner runs a second time for some steps, between those of meta: what it
 // reads must be as it was the first time, and what it writes besides the state it must not add to.
+//
+// The kernel `chunks` (chunks.hpp) stands for instructions of its own, its members, and has no operands but theirs. Ints:
+// how many chunks, bytes of memory for each. An operand of a member moves by its `stride` from chunk to chunk.
 //
 // A program of more than one lane does so many tasks at once, interleaved: t counts blocks of them, and the call's
 // record holds the weight of every lane.
@@ -29,11 +33,13 @@
 #pragma once
 #include <array>
 #include <cstdint>
+#include <deque>
 #include <span>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "chunks.hpp"
 #include "kernels/common/kernels.hpp"
 #include "memory.hpp"
 #include "signature.hpp"
@@ -54,15 +60,19 @@ enum Space : int {
   kAccumulator,
   kConstant,
   kCall,
+  kChunk,
   kExternal
 };
 std::string space_name(int space);  // "arena", ..., "external 3"
 // Whether its place changes from one task, step or group to the next.
-constexpr bool moves(int space) { return space != kArena && space != kConstant && space != kCall; }
+constexpr bool moves(int space) {
+  return space != kArena && space != kConstant && space != kCall && space != kChunk;
+}
 
 struct OperandSpec {
   int space;
-  int64_t offset;  // bytes
+  int64_t offset;      // bytes
+  int64_t stride = 0;  // bytes from chunk to chunk, of a member of `chunks`
 };
 
 struct InstructionSpec {
@@ -70,6 +80,7 @@ struct InstructionSpec {
   std::vector<OperandSpec> operands;
   std::vector<int64_t> ints;
   std::vector<double> floats;
+  std::vector<InstructionSpec> members{};  // of `chunks`
 };
 
 struct Sizes {  // bytes
@@ -160,9 +171,19 @@ class Program {
   double guess(double SectionCode::* part, int64_t tasks, int64_t steps) const;
   void add_section(int s, const std::vector<InstructionSpec>& specs);
   void add_instruction(int s, const InstructionSpec& spec);
-  void add_operand(int s, const OperandSpec& spec, const Access& access, size_t index);
+  void add_chunks(int s, const InstructionSpec& spec);
+  struct Call {  // of a kernel, as `chunks` and sections hold it
+    Chunks::Member kernel;
+    Signature signature;
+    int first_operand;
+    int64_t scratch;
+  };
+  // `memory`: of a chunk; -1 outside `chunks`.
+  Call add_call(int s, const InstructionSpec& spec, int64_t chunks, int64_t memory);
+  void add_operand(int s, const OperandSpec& spec, const Access& access, size_t index, int64_t chunks,
+                   int64_t memory);
   void find_setup();
-  int64_t bytes_of(int space) const;  // -1: unknown
+  int64_t bytes_of(int space, int64_t memory) const;  // -1: unknown
 
   kernels::DType dtype_;
   kernels::Isa isa_;
@@ -175,6 +196,7 @@ class Program {
   std::vector<int64_t> ints_;
   std::vector<double> floats_;
   std::vector<Buffer> prepared_;  // one an instruction whose kernel prepares; each stays where it is
+  std::deque<Chunks> chunks_;
   std::vector<Operand> operands_;
   std::vector<bool> writes_;  // by slot, whether the operand is written
   std::vector<ExternalUse> externals_;

@@ -207,6 +207,8 @@ void rows(Call& c, std::initializer_list<Row> operands) {
 }
 
 void standardize(Call& c) { rows(c, {{in, true}, {out, true}, {out, false}, {out, false}, {out, false}}); }
+void moments(Call& c) { rows(c, {{in, true}, {out, false}, {out, false}}); }
+void join_moments(Call& c) { rows(c, {{in, true}, {in, true}, {out, false}, {out, false}, {out, false}}); }
 void project(Call& c) {
   c.flag(3, "mode (0 assigns, 1 adds)");
   rows(c, {{in, true}, {in, true}, {in, false}, {out, true}, {out, false}});
@@ -319,12 +321,26 @@ struct Describe {
 };
 
 constexpr Describe kDescribe[] = {
-    {"pointwise", pointwise},       {"reduce", reduce},     {"gemm", gemm},
-    {"conv_fwd", conv_fwd},         {"conv_dx", conv_dx},   {"conv_dw", conv_dw},
-    {"standardize", standardize},   {"project", project},   {"project_tangent", project_tangent},
-    {"log_softmax", log_softmax},   {"max_pool", max_pool}, {"pool_gather", pool_gather},
-    {"pool_scatter", pool_scatter}, {"avg_pool", avg_pool}, {"avg_pool_adj", avg_pool_adj},
-    {"one_hot", one_hot},           {"fill", fill},         {"cumsum", cumsum},
+    {"pointwise", pointwise},
+    {"reduce", reduce},
+    {"gemm", gemm},
+    {"conv_fwd", conv_fwd},
+    {"conv_dx", conv_dx},
+    {"conv_dw", conv_dw},
+    {"standardize", standardize},
+    {"moments", moments},
+    {"join_moments", join_moments},
+    {"project", project},
+    {"project_tangent", project_tangent},
+    {"log_softmax", log_softmax},
+    {"max_pool", max_pool},
+    {"pool_gather", pool_gather},
+    {"pool_scatter", pool_scatter},
+    {"avg_pool", avg_pool},
+    {"avg_pool_adj", avg_pool_adj},
+    {"one_hot", one_hot},
+    {"fill", fill},
+    {"cumsum", cumsum},
 };
 
 void check_counts(std::string_view kernel, Ints ints, std::span<const double> floats) {

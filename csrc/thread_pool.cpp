@@ -47,19 +47,18 @@ void Backoff::pause() noexcept {
     std::this_thread::yield();
 }
 
-void Shares::open(int count, int workers, bool backwards) noexcept {
+void Shares::open(int count, int workers) noexcept {
   unfinished_.store(count, std::memory_order_relaxed);
-  state_.store(static_cast<uint64_t>(backwards) << 48 | static_cast<uint64_t>(workers) << 32 |
-                   static_cast<uint64_t>(count) << 16,
+  state_.store(static_cast<uint64_t>(workers) << 32 | static_cast<uint64_t>(count) << 16,
                std::memory_order_release);
 }
 
-int Shares::take(int worker) noexcept {
+int Shares::take(int worker, End from) noexcept {
   uint64_t state = state_.load(std::memory_order_relaxed);
   for (;;) {
-    const uint64_t next = state & kMask, end = state >> 16 & kMask, workers = state >> 32 & kMask;
+    const uint64_t next = state & kMask, end = state >> 16 & kMask, workers = state >> 32;
     if (next >= end || static_cast<uint64_t>(worker) >= workers) return -1;
-    const bool last = worker == 0 && state >> 48;
+    const bool last = from == kLast;
     if (state_.compare_exchange_weak(state, last ? state - (uint64_t{1} << 16) : state + 1,
                                      std::memory_order_acq_rel, std::memory_order_relaxed))
       return static_cast<int>(last ? end - 1 : next);

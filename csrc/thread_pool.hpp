@@ -22,15 +22,15 @@ class Backoff {
 // finished.
 class Shares {
  public:
-  // By the owner, when all earlier shares are finished. Only workers 0..workers-1 may take one, from the first on;
-  // worker 0 from the last on, if `backwards`.
-  void open(int count, int workers, bool backwards = false) noexcept;
-  int take(int worker) noexcept;  // a share, or -1
+  enum End { kFirst, kLast };  // from which a worker takes
+  // By the owner, when all earlier shares are finished. Only workers 0..workers-1 may take one.
+  void open(int count, int workers) noexcept;
+  int take(int worker, End from) noexcept;  // a share, or -1
   void finish() noexcept { unfinished_.fetch_sub(1, std::memory_order_release); }
   bool finished() const noexcept { return unfinished_.load(std::memory_order_acquire) == 0; }
 
  private:
-  std::atomic<uint64_t> state_{0};  // whether backwards, workers, end, next: 16 bits each
+  std::atomic<uint64_t> state_{0};  // workers, end, next: 16 bits each
   std::atomic<int> unfinished_{0};
 };
 

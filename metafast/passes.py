@@ -29,7 +29,7 @@ PASSES = {
     # in the units of a section
     "spell": "outer products and adjoints of normalisations are spelled in sums and pointwise ops",
     "clusters": "pointwise ops of one shape become one instruction",
-    "lazy": "a cheap function of one value is computed again by each cluster that reads it",
+    "lazy": "a cheap function of one value, or of one large value, is computed again by each cluster that reads it",
     "reductions": "a cluster adds up what it makes",
     "parts": "a cluster adds up large arrays part by part, which threads share",
     "sums": "products that are added write into one buffer",
@@ -44,6 +44,7 @@ PASSES = {
     "winograd": "3×3 convolutions in float32 take fewer products, where that pays",
     "code": "a cluster becomes machine code, which keeps everything between its inputs and outputs in registers",
     "bundle": "alike instructions over many parameters become one",
+    "chunks": "what follows each other over many images does a few of them at a time, which stay in cache",
     "reuse": "arrays that are not alive at once share memory",
 }
 

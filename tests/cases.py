@@ -332,6 +332,7 @@ REFERENCE |= {
     "conv2d_dx": _conv2d_dx,
     "conv2d_dw": _conv2d_dw,
     "standardize": _standardize,
+    "moments": lambda x, dims, eps: _standardize(x, dims, eps)[1:],
     "project": _project,
     "project_tangent": _project_tangent,
     "max_pool": lambda x, *sign, **a: _max_pool(x, *sign, **_pool(a)),
@@ -510,7 +511,7 @@ def _statistics() -> list[Case]:
         kept = tuple(n for d, n in enumerate(shape) if d not in dims)
         for layout in ("dense", "permuted"):
             x, eps = Arg(shape, layout), {"dims": dims, "eps": 1e-5}
-            cases += [Case("standardize", (x,), eps), Case("standardize", (x,), eps, (0,))]
+            cases += [Case("standardize", (x,), eps), Case("standardize", (x,), eps, (0,)), Case("moments", (x,), eps)]
             stat = Arg(kept, draw="positive")
             cases += [Case("project", (x, Arg(shape), stat), {"dims": dims}, out) for out in (None, (0,))]
             cases.append(

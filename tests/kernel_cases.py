@@ -453,6 +453,36 @@ def standardize(shape: tuple[int, int, int], eps: float = 1e-5, mean_of: float =
     return Case(f"standardize {shape} about {mean_of}", make)
 
 
+def moments(shape: tuple[int, int, int], mean_of: float = 3.0) -> Case:
+    """The statistics of standardize, with its bounds."""
+
+    def make(draw: Draw) -> Call:
+        x, _, _, mean, var = standardize(shape, mean_of=mean_of).make(draw).operands
+        return Call("moments", [x, mean, var], list(shape))
+
+    return Case(f"moments {shape} about {mean_of}", make)
+
+
+def join_moments(shape: tuple[int, int, int], eps: float = 1e-5, mean_of: float = 3.0) -> Case:
+    """Of pieces whose means lie apart: their own spread is a part of the variance."""
+
+    def make(draw: Draw) -> Call:
+        outer, n, inner = shape
+        means, inside = draw.dense(*shape) + mean_of, draw.dense(*shape).square()
+        near, within, f = means.double() - mean_of, inside.double(), sum_factor(n) * draw.u
+        mean, var = mean_of + near.mean(1), near.var(1, unbiased=False) + within.mean(1)
+        rstd = (var + eps).rsqrt()
+        added = near + mean_of if inner == 1 else near
+        off_mean = f * added.abs().mean(1) + 2 * draw.u * mean.abs()
+        off_var = 4 * f * var + (off_mean**2 if inner == 1 else 0.0)
+        off_rstd = 4 * draw.u * rstd + rstd**3 * off_var
+        results = [(rstd, off_rstd), (mean, off_mean + 1e-300), (var, off_var)]
+        outs = [wanted(draw.dense(outer, inner), value, off) for value, off in results]
+        return Call("join_moments", [given(means), given(inside), *outs], list(shape), [eps])
+
+    return Case(f"join_moments {shape} about {mean_of}", make)
+
+
 def projected(v: Tensor, xhat: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     corr = (v * xhat).mean(1, keepdim=True)
     return rstd * (v - v.mean(1, keepdim=True) - xhat * corr), corr
@@ -522,12 +552,16 @@ def cumsum(shape: tuple[int, int, int], reverse: int) -> Case:
 def middle_cases() -> Iterator[Case]:
     for k, shape in enumerate(MIDDLE):
         yield standardize(shape)
+        yield moments(shape)
+        yield join_moments(shape)
         yield project(shape, k % 2)
         yield project_tangent(shape, (k + 1) % 2)
         yield log_softmax(shape)
         yield cumsum(shape, k % 2)
     for shape in [(1, 300, 5), (2, 1000, 33), (1, 75, 64), (3, 700, 1)]:
         yield standardize(shape, mean_of=1000.0)
+        yield moments(shape, mean_of=1000.0)
+        yield join_moments(shape, mean_of=1000.0)
     for shape in [(75, 5, 1), (17, 1, 1), (16, 64, 1), (3, 65, 1), (2, 5, 33)]:
         yield log_softmax(shape)
 

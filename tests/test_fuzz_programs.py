@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from kernel_cases import Call
 from test_kernels import CASES, built
+from test_program import EXTERNAL as X
 
 from metafast import _C
 
@@ -54,7 +55,7 @@ def damage(spec: dict[str, Any], dice: random.Random) -> str:
         at = dice.randrange(len(places))
         space, offset = places[at]
         places[at] = (
-            (space, damaged(offset, dice)) if dice.random() < 0.5 else (dice.choice([*range(-1, 10), 2**31]), offset)
+            (space, damaged(offset, dice)) if dice.random() < 0.5 else (dice.choice([*range(-1, 11), 2**31]), offset)
         )
     elif field == "floats":
         instruction[3] = floats[1:] if floats else [1.0]
@@ -108,14 +109,14 @@ def test_what_is_accepted_stays_within_its_memory() -> None:
 
 
 OVERFLOWS = {
-    "a size": (("fill", [(8, 0)], [2**62], [0.0]), "beyond 2^44"),
-    "a product of scratch": (("gemm", [(8, 0)] * 3, [2**31, 2**31, 2**31, 1, *[0] * 12], []), "beyond 2^44"),
-    "hidden by an empty one": (("log_softmax", [(8, 0)] * 2, [2**32, 2**32, 0], []), "beyond 2^44"),
-    "dimensions": (("reduce", [(8, 0)] * 2, [9, 0, *[1] * 27, 0, 0], [1.0]), "dimensions kept: 0 to 8 expected, got 9"),
-    "no dilation": (("max_pool", [(8, 0)] * 3, [1, 4, 4, 1, 2, 2, 2, 2, 1, 1, 0, 1, 2, 2, 0], []), "dilation"),
-    "windows": (("max_pool", [(8, 0)] * 3, [1, 4, 4, 1, *[2] * 4, 0, 0, 1, 1, 3, 2, 0], []), "0 to 2 expected, got 3"),
-    "pixels": (("max_pool", [(8, 0)] * 3, [1, 2**20, 2**20, 1, *[2] * 4, 0, 0, 1, 1, 2, 2, 0], []), "2^31 - 1 pixels"),
-    "an offset": (("fill", [(8, 2**62)], [1], [0.0]), "an offset within 2^47 bytes"),
+    "a size": (("fill", [(X, 0)], [2**62], [0.0]), "beyond 2^44"),
+    "a product of scratch": (("gemm", [(X, 0)] * 3, [2**31, 2**31, 2**31, 1, *[0] * 12], []), "beyond 2^44"),
+    "hidden by an empty one": (("log_softmax", [(X, 0)] * 2, [2**32, 2**32, 0], []), "beyond 2^44"),
+    "dimensions": (("reduce", [(X, 0)] * 2, [9, 0, *[1] * 27, 0, 0], [1.0]), "dimensions kept: 0 to 8 expected, got 9"),
+    "no dilation": (("max_pool", [(X, 0)] * 3, [1, 4, 4, 1, 2, 2, 2, 2, 1, 1, 0, 1, 2, 2, 0], []), "dilation"),
+    "windows": (("max_pool", [(X, 0)] * 3, [1, 4, 4, 1, *[2] * 4, 0, 0, 1, 1, 3, 2, 0], []), "0 to 2 expected, got 3"),
+    "pixels": (("max_pool", [(X, 0)] * 3, [1, 2**20, 2**20, 1, *[2] * 4, 0, 0, 1, 1, 2, 2, 0], []), "2^31 - 1 pixels"),
+    "an offset": (("fill", [(X, 2**62)], [1], [0.0]), "an offset within 2^47 bytes"),
 }
 
 
@@ -145,7 +146,7 @@ def test_runs_no_memory_holds_are_refused() -> None:
         with pytest.raises(ValueError, match=r"at most 2\^40 expected"):
             _C.run(program, nothing, **options)
     reader = _C.Program(
-        "f32", {"query": [("reduce", [(8, 0), (0, 0)], [0, 0, 0, 0], [1.0])]}, arena_bytes=4, n_external=1
+        "f32", {"query": [("reduce", [(X, 0), (0, 0)], [0, 0, 0, 0], [1.0])]}, arena_bytes=4, n_external=1
     )
     with pytest.raises(ValueError, match="external 0: strides beyond all memory"):
         _C.run(reader, np.array([[64, 2**60, 0]], np.int64), 8, 0)
@@ -158,7 +159,7 @@ def test_runs_no_memory_holds_are_refused() -> None:
         ({"query": 3}, 'section "query": a list of instructions expected, got 3'),
         ({"query": "fill"}, 'section "query": a list of instructions expected'),
         ({"query": [3]}, 'section "query", instruction 0: .* expected, got 3'),
-        ({"query": [("fill", [(8, 0)], [2**70], [0.0])]}, 'section "query", instruction 0: '),
+        ({"query": [("fill", [(X, 0)], [2**70], [0.0])]}, 'section "query", instruction 0: '),
     ],
 )
 def test_what_is_no_program_is_refused(sections: Any, message: str) -> None:

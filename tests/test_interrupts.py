@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_program import SIDE, chain_program, done, external, run_chain
+from test_program import EXTERNAL, SIDE, chain_program, done, external, run_chain
 
 from metafast import _C
 
@@ -54,7 +54,7 @@ def test_ctrl_c_stops_a_run(tasks: int, threads: int) -> None:
 def test_ctrl_c_stops_one_long_section() -> None:
     """Its instructions alone take hours; the replay looks between them."""
     n = 1024
-    product = ("gemm", [(8, 0), (8, 0), (0, 0)], [1, n, n, n, 0, n, 1, 0, n, 1, 0, n, 1, 0, 0, 0], [])
+    product = ("gemm", [(EXTERNAL, 0), (EXTERNAL, 0), (0, 0)], [1, n, n, n, 0, n, 1, 0, n, 1, 0, n, 1, 0, 0, 0], [])
     program = _C.Program("f32", {"query": [product] * 20000}, arena_bytes=4 * n * n, n_external=1)
     with signalled(signal.SIGINT, signal.default_int_handler), pytest.raises(KeyboardInterrupt):
         _C.run(program, external((np.zeros((n, n), np.float32), 0, 0)), 2, 0, threads=2)

@@ -165,6 +165,7 @@ LESS: Mapping[str, tuple[str, Measure]] = {
     "winograd": ("wide_conv", direct_convolutions),
     "code": ("mlp_relu", interpreted),
     "bundle": ("mlp_relu", instructions),
+    "chunks": ("large_images", lambda portions: portions[0].lowered.arena_bytes),
     "reuse": ("mlp_relu", lambda portions: portions[0].lowered.arena_bytes),
 }
 
@@ -181,6 +182,7 @@ def test_each_is_for_something() -> None:
 @EACH_PASS
 def test_there_is_less_with_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("metafast.division._cores", lambda: 2)
+    monkeypatch.setattr("metafast.lower.chunk.LEAST", 1 << 16)
     entry, measure = LESS[name]
     with without(*INSTEAD.get(name, ())):
         with_it = measure(program(entry_named(entry), ORDER.get(name, 2)))

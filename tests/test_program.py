@@ -15,7 +15,7 @@ import torch
 
 from metafast import _C
 
-ARENA, STATE, STATE_NEXT, ADJOINT, ADJOINT_NEXT, ACCUMULATOR, CONSTANT, CALL, EXTERNAL = range(9)
+ARENA, STATE, STATE_NEXT, ADJOINT, ADJOINT_NEXT, ACCUMULATOR, CONSTANT, CALL, CHUNK, EXTERNAL = range(10)
 OPCODE = {name: n for n, name in enumerate(_C.pointwise_opcodes())}
 DTYPES = {"f32": np.float32, "f64": np.float64}
 
@@ -572,7 +572,7 @@ ILL_FORMED = {
     "int count": (("fill", [(ARENA, 0)], [1, 2], [0.0]), "1 ints expected, got 2"),
     "float count": (("fill", [(ARENA, 0)], [1], []), "at least 1 floats expected, got 0"),
     "negative size": (("fill", [(ARENA, 0)], [-1], [0.0]), "at least 0 expected, got -1"),
-    "unknown space": (("fill", [(EXTERNAL + 1, 0)], [1], [0.0]), "no such space; 0 to 8 expected"),
+    "unknown space": (("fill", [(EXTERNAL + 1, 0)], [1], [0.0]), "no such space; 0 to 9 expected"),
     "negative space": (("fill", [(-1, 0)], [1], [0.0]), "no such space"),
     "space of another section": (("fill", [(ADJOINT_NEXT, 0)], [1], [0.0]), "may not be used in this section"),
     "too long": (("fill", [(ARENA, 4)], [16], [0.0]), "bytes 4 to 68 are written, but the space has 64"),

@@ -39,14 +39,21 @@ int parse_section(const std::string& name) {
 }
 
 InstructionSpec parse_instruction(const py::handle& row) {
-  if (!py::isinstance<py::sequence>(row) || py::len(row) != 4) throw py::cast_error();
+  if (!py::isinstance<py::sequence>(row) || py::len(row) < 4 || py::len(row) > 5) throw py::cast_error();
   const py::tuple fields(py::reinterpret_borrow<py::object>(row));
   InstructionSpec spec{fields[0].cast<std::string>(),
                        {},
                        fields[2].cast<std::vector<int64_t>>(),
                        fields[3].cast<std::vector<double>>()};
-  for (const auto& [space, offset] : fields[1].cast<std::vector<std::pair<int, int64_t>>>())
-    spec.operands.push_back({space, offset});
+  for (const auto& operand : fields[1].cast<std::vector<std::vector<int64_t>>>()) {
+    if (operand.size() < 2 || operand.size() > 3 || operand[0] != static_cast<int>(operand[0]))
+      throw py::cast_error();
+    const int64_t stride = operand.size() == 3 ? operand[2] : 0;
+    spec.operands.push_back({static_cast<int>(operand[0]), operand[1], stride});
+  }
+  if (fields.size() == 5)
+    for (const py::handle& member : fields[4].cast<py::list>())
+      spec.members.push_back(parse_instruction(member));
   return spec;
 }
 

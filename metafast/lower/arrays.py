@@ -11,7 +11,7 @@ from metafast.ops import numel
 ITEM = {"int": 8, "index": 4}  # "real" is the program's own size
 
 # Address spaces of a program; those from EXTERNAL on are the tensors of the call (csrc/program.hpp).
-ARENA, STATE, STATE_NEXT, ADJOINT, ADJOINT_NEXT, ACCUMULATOR, CONSTANT, CALL, EXTERNAL = range(9)
+ARENA, STATE, STATE_NEXT, ADJOINT, ADJOINT_NEXT, ACCUMULATOR, CONSTANT, CALL, CHUNK, EXTERNAL = range(10)
 
 SUM = 2  # the mode of a pointwise output that adds up over its dims of stride 0
 
@@ -153,7 +153,10 @@ def collapse(shape: Shape, strides: Sequence[Sequence[int]]) -> tuple[list[int],
 
 @dataclass(eq=False)
 class Instruction:
-    """One kernel call before addresses are known: operands in the kernel's order, which of them are written."""
+    """One kernel call before addresses are known: operands in the kernel's order, which of them are written.
+
+    `chunks` stands for `members`, has all their operands, and `strides` has the bytes each moves from chunk to chunk.
+    """
 
     kernel: str
     operands: list[Array]
@@ -162,3 +165,5 @@ class Instruction:
     floats: list[float] = field(default_factory=list)
     flops: float = 0.0
     note: str = ""
+    members: list[Instruction] = field(default_factory=list)
+    strides: list[int] = field(default_factory=list)

@@ -558,6 +558,22 @@ class Emitter:
         self.env.update(zip(node.outputs, outs, strict=True))
         self.emit(node, "standardize", [x, *outs], 4, list(sizes), [node.attrs["eps"]])
 
+    def _moments(self, node: Node, _: tuple[Array, bool] | None) -> None:
+        dims = node.attrs["dims"]
+        x, order, (outer, many, inner) = self._blocked(self.array(node.inputs[0]), dims)
+        pieces = self._pieces(x, order, many) if outer == 1 else 1
+        each = [self.fresh((outer * pieces, inner)) for _ in range(2)]
+        outs = [self.fresh(v.shape, self._kept_order(order, dims)) for v in node.outputs]
+        self.env.update(zip(node.outputs, outs, strict=True))
+        self.emit(node, "moments", [x, *each], 2, [outer * pieces, many // pieces, inner])
+        self.emit(node, "join_moments", [*each, *outs], 3, [outer, pieces, inner], [node.attrs["eps"]])
+
+    def _pieces(self, x: Array, order: Sequence[int], many: int) -> int:
+        """In how many pieces, along the outermost dim, moments are taken, so that threads can share them."""
+        pieces = next((x.shape[d] for d in order if x.shape[d] > 1), 1)
+        worth = many % pieces == 0 and numel(x.shape) >= LEAST_PART * pieces
+        return pieces if worth and enabled("parts") else 1
+
     def _project(self, node: Node, _: tuple[Array, bool] | None) -> None:
         v, xhat, rstd = node.inputs
         dims = node.attrs["dims"]

@@ -29,6 +29,8 @@ ACCUMULATING = {  # the layout written
 }
 PRODUCTS = {"matmul", "matmul_lanes"}  # kernels that another array can take up
 CHEAP = {"step", "neg", "sign", "gt", "ge", "lt", "le", "eq", "ne", "add", "sub", "mul"}
+SMALL = 64  # a vector is small beside an array of so many times its elements
+LARGE = 1 << 16  # elements of an array that passes over memory are to be spared
 MAX_OPS = 40  # registers and inputs of a cluster must fit L1 in blocks of some hundred elements
 MAX_INPUTS = 20
 
@@ -62,6 +64,11 @@ class Unit:
     def shape(self) -> tuple[int, ...]:
         """What a cluster runs over."""
         return self.nodes[0].outputs[0].shape if self.nodes else self.stores[0][0].shape
+
+
+def is_large(shape: tuple[int, ...]) -> bool:
+    """Whether passes over memory are what an array of that shape costs."""
+    return numel(shape) >= LARGE
 
 
 def is_free(node: Node) -> bool:
@@ -137,18 +144,24 @@ class _Fuser:
             if node.op in CHEAP and self._of_one_value(node) and node.outputs[0] not in outputs:
                 users = self.users[node.outputs[0]]
                 shape = node.outputs[0].shape
-                if all(n.op in POINTWISE and n not in lazy and n.outputs[0].shape == shape for n in users):
+                deep = any(n in lazy and any(m in lazy for m in self.users[n.outputs[0]]) for n in users)
+                alike = all(n.op in POINTWISE and n.outputs[0].shape == shape for n in users)
+                if alike and not deep and (is_large(shape) or not any(n in lazy for n in users)):
                     lazy.add(node)
         return lazy
 
     def _of_one_value(self, node: Node) -> bool:
-        """Whether all inputs but one are 0-dim constants and that one has the result's shape."""
+        """Whether one input has the result's shape and all others are 0-dim constants, or small beside a large one."""
+        shape = node.outputs[0].shape
         moving = [v for v in node.inputs if (n := self.producer.get(v)) is None or n.op != "const"]
-        return len(moving) == 1 and moving[0].shape == node.outputs[0].shape
+        if is_large(shape):
+            moving = [v for v in moving if SMALL * numel(self.root.get(v, v).shape) > numel(shape)]
+        return len(moving) == 1 and moving[0].shape == shape
 
     def _with_lazy(self, node: Node) -> list[Node]:
-        """The node, after the lazy nodes it reads."""
-        return [n for v in node.inputs if (n := self.producer.get(v)) in self.lazy and n is not None] + [node]
+        """The node, after the lazy nodes it reads and those that these read."""
+        makers = [n for v in node.inputs if (n := self.producer.get(v)) is not None and n in self.lazy]
+        return [*(n for maker in makers for n in self._with_lazy(maker)), node]
 
     def _closure(self, deps: set[int]) -> int:
         bits = 0
@@ -278,9 +291,9 @@ class _Fuser:
     # -- biases
 
     def _bias(self, node: Node, k: int) -> bool:
-        """Make `add(product, bias)` a biased unit where a kernel reads the sum; a cluster adds a bias for nothing."""
+        """Make `add(product, bias)` a biased unit where a kernel reads it; clusters alone add a bias for nothing."""
         out = node.outputs[0]
-        if any(n.op in POINTWISE for n in self.users[out]):
+        if self.users[out] and all(n.op in POINTWISE for n in self.users[out]):
             return False
         for v, bias in (node.inputs, node.inputs[::-1]):
             u = self.unit_of.get(v)

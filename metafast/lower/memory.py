@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from metafast.lower.arrays import Buffer, Instruction
 from metafast.passes import enabled
@@ -22,13 +22,14 @@ def lifetimes(code: Sequence[Instruction]) -> dict[Buffer, tuple[int, int]]:
     for k, ins in enumerate(code):
         for a in ins.operands:
             if a.buffer.space is None:
-                whole = _whole(a.buffer)
+                whole = whole_of(a.buffer)
                 first, _ = life.get(whole, (k, k))
                 life[whole] = (first, k)
     return life
 
 
-def _whole(buffer: Buffer) -> Buffer:
+def whole_of(buffer: Buffer) -> Buffer:
+    """The block that the buffer is part of, or itself."""
     return buffer if buffer.within is None else buffer.within[0]
 
 
@@ -38,7 +39,16 @@ def place(code: Sequence[Instruction], base: int) -> int:
     Largest first, each at the lowest offset that is free throughout its life: within a few per cent of the peak of live
     bytes on the programs seen. Two buffers that are alive at one instruction never overlap.
     """
-    life = {b: span for b, span in lifetimes(code).items() if b.offset is None}
+    top = fit({b: span for b, span in lifetimes(code).items() if b.offset is None}, base)
+    for part in {a.buffer for ins in code for a in ins.operands}:
+        if part.within is not None:
+            assert part.within[0].offset is not None
+            part.offset = part.within[0].offset + part.within[1]
+    return top
+
+
+def fit(life: Mapping[Buffer, tuple[int, int]], base: int) -> int:
+    """Give each buffer an offset from `base` on, given its first and last use; returns where the last of them ends."""
     placed: list[tuple[int, int, int, int]] = []  # offset, end, first, last; in order
     top, apart = base, not enabled("reuse")
     for buffer, (first, last) in sorted(life.items(), key=lambda e: (-e[0].nbytes, e[1])):
@@ -52,8 +62,4 @@ def place(code: Sequence[Instruction], base: int) -> int:
         end = at + aligned(max(buffer.nbytes, 1))
         insort(placed, (at, end, first, last))
         top = max(top, end)
-    for part in {a.buffer for ins in code for a in ins.operands}:
-        if part.within is not None:
-            assert part.within[0].offset is not None
-            part.offset = part.within[0].offset + part.within[1]
     return top

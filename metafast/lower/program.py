@@ -26,6 +26,7 @@ from metafast.lower.arrays import (
     dense_strides,
 )
 from metafast.lower.bundle import bundle
+from metafast.lower.chunk import chunk
 from metafast.lower.emit import HELD, Constants, Emitter
 from metafast.lower.interleave import Interleaving, interleaved_state, per_task
 from metafast.lower.memory import aligned, place
@@ -86,8 +87,8 @@ class Lowered:
         for section, code in self.code.items():
             lines.append(f"{section}: {len(code)} instructions")
             for k, ins in enumerate(code):
-                args = ", ".join(_operand(a) for a in ins.operands)
-                lines.append(f"  {k:>3} {ins.kernel:<16} {args}   # {ins.note}")
+                lines.append(f"  {k:>3} {ins.ints[0]} chunks" if ins.members else _line(f"{k}", ins))
+                lines += [_line("", member) for member in ins.members]
         return "\n".join(lines)
 
     def flops(self) -> dict[str, float]:
@@ -95,7 +96,11 @@ class Lowered:
         return {name: sum(i.flops for i in code) for name, code in self.code.items()}
 
 
-_SPACES = ("arena", "state", "state'", "adjoint", "adjoint'", "sum", "const", "call")
+_SPACES = ("arena", "state", "state'", "adjoint", "adjoint'", "sum", "const", "call", "chunk")
+
+
+def _line(number: str, ins: Instruction) -> str:
+    return f"  {number:>3} {ins.kernel:<16} {', '.join(map(_operand, ins.operands))}   # {ins.note}"
 
 
 def _operand(a: Array) -> str:
@@ -187,7 +192,8 @@ class _Lowering:
         for (kind, _), array in emitter.kept.items():
             if kind == "kept" and array.buffer.space is None:
                 self._keep_with_state(array.buffer)
-        return bundle(code, {array.buffer for array in self.persistent.values()})
+        held = {array.buffer for array in self.persistent.values()}
+        return chunk(bundle(code, held), held)
 
     def _keep_with_state(self, buffer: Buffer) -> None:
         """What a step keeps for its way back lies behind the state it leads to."""
@@ -257,16 +263,27 @@ class _Lowering:
         return self.where[kind, name, step]
 
 
-def _native(code: Sequence[Instruction]) -> list[tuple[str, list[tuple[int, int]], list[int], list[float]]]:
-    out = []
+def _native(code: Sequence[Instruction]) -> list[tuple[Any, ...]]:
+    """As the native Program wants it: metafast/_C.pyi."""
+    out: list[tuple[Any, ...]] = []
     for ins in code:
-        operands = []
-        for a in ins.operands:
-            space = ARENA if a.buffer.space is None else a.buffer.space
-            assert a.buffer.offset is not None
-            operands.append((space, a.buffer.offset + a.byte_offset))
-        out.append((ins.kernel, operands, [int(i) for i in ins.ints], [float(f) for f in ins.floats]))
+        places = [] if ins.members else [_address(a) for a in ins.operands]
+        row = (ins.kernel, places, [int(i) for i in ins.ints], [float(f) for f in ins.floats])
+        out.append((*row, _members(ins)) if ins.members else row)
     return out
+
+
+def _members(chunks: Instruction) -> list[tuple[Any, ...]]:
+    strides = iter(chunks.strides)
+    return [
+        (kernel, [(*place, next(strides)) for place in places], ints, floats)
+        for kernel, places, ints, floats in _native(chunks.members)
+    ]
+
+
+def _address(a: Array) -> tuple[int, int]:
+    assert a.buffer.offset is not None
+    return ARENA if a.buffer.space is None else a.buffer.space, a.buffer.offset + a.byte_offset
 
 
 class Prepared:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from metafast.graph import Builder, Node, Shape, Value, same_input
+from metafast.lower.fuse import is_large
 from metafast.ops import numel, scale, spread
 from metafast.passes import enabled
 from metafast.sweep import Section
@@ -24,10 +25,16 @@ def spell(section: Section) -> Section:
     b = Builder()
     bind = same_input(b)
     env = {i.value: bind(i) for i in section.graph.inputs}
+    producer = section.graph.producers()
     for node in section.graph.nodes:
         inputs = tuple([env[v] for v in node.inputs])
-        if _worth(node):
-            b.origin = node.origin
+        maker = producer.get(node.inputs[0]) if node.op == "max_pool" else None
+        b.origin = node.origin
+        if maker is not None and maker.op == "standardize" and _worth(maker):
+            y, winners = b.ops("max_pool", env[maker.inputs[0]], *inputs[1:], **node.attrs)
+            _, rstd, mean, _ = (env[v] for v in maker.outputs)
+            outputs: tuple[Value, ...] = (_standardized(b, maker, y, mean, rstd), winners)
+        elif _worth(node):
             outputs = _SPELLED[node.op](b, node, *inputs)
         else:
             outputs = b.again(node, inputs)
@@ -38,6 +45,8 @@ def spell(section: Section) -> Section:
 
 def _worth(node: Node) -> bool:
     if node.op not in _SPELLED:
+        return False
+    if node.op == "standardize" and not (enabled("lazy") and is_large(node.inputs[0].shape)):
         return False
     return _depth(node) == 1 if node.op in _OUTER else _kept_innermost(node)
 
@@ -69,6 +78,16 @@ class _Means:
         return spread(self.b, stat, self.dims, self.shape)
 
 
+def _standardize(b: Builder, node: Node, x: Value) -> tuple[Value, ...]:
+    rstd, mean, var = b.ops("moments", x, **node.attrs)
+    return _standardized(b, node, x, mean, rstd), rstd, mean, var
+
+
+def _standardized(b: Builder, node: Node, x: Value, mean: Value, rstd: Value) -> Value:
+    m = _Means(b, x.shape, node.attrs["dims"])
+    return b.op("mul", b.op("sub", x, m.wide(mean)), m.wide(rstd))
+
+
 def _project(b: Builder, node: Node, v: Value, xhat: Value, rstd: Value) -> tuple[Value, ...]:
     m = _Means(b, v.shape, node.attrs["dims"])
     mean, corr = m.mean(v), m.mean(b.op("mul", v, xhat))
@@ -96,6 +115,7 @@ def _product(b: Builder, node: Node, x: Value, y: Value) -> tuple[Value, ...]:
 
 _OUTER = ("matmul", "matmul_lanes")
 _SPELLED: dict[str, Callable[..., tuple[Value, ...]]] = {
+    "standardize": _standardize,
     "project": _project,
     "project_tangent": _project_tangent,
     **dict.fromkeys(_OUTER, _product),

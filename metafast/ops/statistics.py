@@ -88,6 +88,22 @@ register(
 )
 
 
+def _moments_infer(x: Sequence[Value], a: Attrs) -> tuple[Spec, ...]:
+    return _standardize_infer(x, a)[1:]
+
+
+register(
+    Op(
+        "moments",  # what standardize makes besides x̂
+        _moments_infer,
+        lambda x, a: _standardize_eval(x, a)[1:],
+        "moments",
+        flops=_passes(4.0),  # type: ignore[arg-type]
+        bound=1e-5,
+    )
+)
+
+
 def _mean(b: Builder, v: Value, dims: tuple[int, ...]) -> Value:
     return scale(b, b.op("sum", v, dims=dims), 1.0 / numel(tuple(v.shape[d] for d in dims)))
 

@@ -20,8 +20,9 @@ struct Args {
 };
 
 // The largest program of one `pointwise` call; kernel_arity refuses larger ones.
-inline constexpr int kPointwiseOperands = 32;   // inputs and outputs together
-inline constexpr int kPointwiseRegisters = 96;  // and immediates
+inline constexpr int kPointwiseOperands = 32;             // inputs and outputs together
+inline constexpr int kMostOperands = kPointwiseOperands;  // of any kernel
+inline constexpr int kPointwiseRegisters = 96;            // and immediates
 inline constexpr int kPointwiseOps = 96;
 inline constexpr int kPointwiseRank = 8;
 inline constexpr int kReduceRank = 8;  // of `reduce`: dimensions kept, and dimensions reduced

@@ -57,12 +57,12 @@ struct Shape {
   int extra_flag;  // position of the flag that adds one operand, or -1
 };
 constexpr Shape kShapes[] = {
-    {"gemm", 3, 16, 0, 14},           {"conv_fwd", 3, 22, 0, 21},    {"conv_dx", 3, 22, 0, -1},
-    {"conv_dw", 3, 22, 0, -1},        {"standardize", 5, 3, 1, -1},  {"project", 5, 4, 0, -1},
-    {"project_tangent", 6, 4, 0, -1}, {"log_softmax", 2, 3, 0, -1},  {"max_pool", 3, 15, 0, 14},
-    {"pool_gather", 3, 6, 0, -1},     {"pool_scatter", 3, 7, 0, -1}, {"avg_pool", 2, 15, 0, -1},
-    {"avg_pool_adj", 2, 15, 0, -1},   {"one_hot", 2, 6, 0, -1},      {"fill", 1, 1, 1, -1},
-    {"cumsum", 2, 4, 0, -1},
+    {"gemm", 3, 16, 0, 14},        {"conv_fwd", 3, 22, 0, 21},   {"conv_dx", 3, 22, 0, -1},
+    {"conv_dw", 3, 22, 0, -1},     {"standardize", 5, 3, 1, -1}, {"moments", 3, 3, 0, -1},
+    {"join_moments", 5, 3, 1, -1}, {"project", 5, 4, 0, -1},     {"project_tangent", 6, 4, 0, -1},
+    {"log_softmax", 2, 3, 0, -1},  {"max_pool", 3, 15, 0, 14},   {"pool_gather", 3, 6, 0, -1},
+    {"pool_scatter", 3, 7, 0, -1}, {"avg_pool", 2, 15, 0, -1},   {"avg_pool_adj", 2, 15, 0, -1},
+    {"one_hot", 2, 6, 0, -1},      {"fill", 1, 1, 1, -1},        {"cumsum", 2, 4, 0, -1},
 };
 
 constexpr int kGemmPair = 15;  // whether two more operands follow, a second product

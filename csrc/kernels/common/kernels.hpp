@@ -17,6 +17,8 @@
 //   conv_dx          dy, w, dx | the same
 //   conv_dw          x, dy, dw | the same
 //   standardize      x, xhat, rstd, mean, var | outer, reduce, inner | eps
+//   moments          x, mean, var | outer, reduce, inner
+//   join_moments     means, vars, rstd, mean, var | outer, reduce, inner | eps
 //   project          v, xhat, rstd, out, corr | outer, reduce, inner, mode
 //   project_tangent  v, xhat, xhat_dot, rstd, corr_dot, out | outer, reduce, inner, mode
 //   log_softmax      x, y | outer, reduce, inner

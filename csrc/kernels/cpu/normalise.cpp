@@ -282,6 +282,37 @@ int standardize(const Args& a) noexcept {
 }
 
 template <class T>
+int moments(const Args& a) noexcept {
+  const T* x = input<T>(a, 0);
+  T *mean = output<T>(a, 1), *var = output<T>(a, 2);
+  for_bands<T>(a, [&](const auto& band, int64_t s) {
+    Vec<T> m[kBand], v[kBand];
+    band.moments(m, v, x);
+    for (int k = 0; k < band.vectors; ++k)
+      band.set_statistic(mean + s, k, m[k]), band.set_statistic(var + s, k, v[k]);
+  });
+  return kOk;
+}
+
+template <class T>
+int join_moments(const Args& a) noexcept {
+  const T *means = input<T>(a, 0), *vars = input<T>(a, 1);
+  T *rstd = output<T>(a, 2), *mean = output<T>(a, 3), *var = output<T>(a, 4);
+  const Vec<T> eps = splat(static_cast<T>(a.f[0]));
+  for_bands<T>(a, [&](const auto& band, int64_t s) {
+    Vec<T> m[kBand], between[kBand], within[kBand];
+    band.moments(m, between, means);
+    band.template means<1>(within, [&](auto get, Vec<T>* q) { q[0] = get(vars); });
+    for (int k = 0; k < band.vectors; ++k) {
+      const Vec<T> v = within[k] + between[k];
+      band.set_statistic(rstd + s, k, splat(T(1)) / sqrt_v<T>(v + eps));
+      band.set_statistic(mean + s, k, m[k]), band.set_statistic(var + s, k, v);
+    }
+  });
+  return kOk;
+}
+
+template <class T>
 int project(const Args& a) noexcept {
   const T *v = input<T>(a, 0), *xhat = input<T>(a, 1), *rstd = input<T>(a, 2);
   T *out = output<T>(a, 3), *corr = output<T>(a, 4);
@@ -340,6 +371,8 @@ int project_tangent(const Args& a) noexcept {
   template int name<float>(const Args&) noexcept; \
   template int name<double>(const Args&) noexcept;
 METAFAST_INSTANTIATE(standardize)
+METAFAST_INSTANTIATE(moments)
+METAFAST_INSTANTIATE(join_moments)
 METAFAST_INSTANTIATE(project)
 METAFAST_INSTANTIATE(project_tangent)
 

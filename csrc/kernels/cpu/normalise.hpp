@@ -3,6 +3,10 @@
 //
 //   standardize      ptr x, xhat, rstd, mean, var             ints outer, reduce, inner        float eps
 //     mean = mean_r(x), var = mean_r((x - mean)^2), rstd = 1 / sqrt(var + eps), xhat = (x - mean) rstd
+//   moments          ptr x, mean, var                         ints outer, reduce, inner
+//     the first two of these, of each of `outer` pieces of x
+//   join_moments     ptr means, vars, rstd, mean, var         ints outer, reduce, inner        float eps
+//     the same of `reduce` pieces together, all of one size: var = mean_r(vars) + mean_r((means - mean)^2)
 //   project          ptr v, xhat, rstd, out, corr             ints outer, reduce, inner, mode
 //     corr = mean_r(v xhat),  out (+)= p,  p = rstd (v - mean_r(v) - xhat corr)
 //     (the derivative of xhat in x, which is symmetric, applied to v)
@@ -26,6 +30,8 @@ namespace metafast::kernels::METAFAST_ISA {
   extern template int name<float>(const Args&) noexcept; \
   extern template int name<double>(const Args&) noexcept;
 METAFAST_DECLARE(standardize)
+METAFAST_DECLARE(moments)
+METAFAST_DECLARE(join_moments)
 METAFAST_DECLARE(project)
 METAFAST_DECLARE(project_tangent)
 #undef METAFAST_DECLARE

@@ -26,6 +26,8 @@ struct Rows {
       {"conv_dx", conv_dx<T>, conv_dx_scratch<T>, true},
       {"conv_dw", conv_dw<T>, conv_dw_scratch<T>, true},
       {"standardize", standardize<T>, none, true},
+      {"moments", moments<T>, none, true},
+      {"join_moments", join_moments<T>, none, true},
       {"project", project<T>, none, true},
       {"project_tangent", project_tangent<T>, none, true},
       {"log_softmax", log_softmax<T>, none, true},
