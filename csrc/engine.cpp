@@ -79,6 +79,8 @@ bool Engine::work_once(int worker, bool& idle) noexcept {
     if (part < 0) continue;
     set_idle(idle, false);
     run_part(shared_[w], part, worker);
+    set_idle(idle, true);  // first: whoever shares it asks who would help with the next as soon as this is finished
+    shared_[w].parts.finish();
     return true;
   }
   return false;
@@ -96,7 +98,6 @@ void Engine::run_part(SharedInstruction& shared, int part, int worker) noexcept 
       instruction.run({shared.operands, instruction.ints, instruction.floats,
                        arenas[worker].data() + shared.scratch, part, shared.count, instruction.prepared});
   if (status) shared.status.store(status, std::memory_order_relaxed);
-  shared.parts.finish();
 }
 
 int Engine::run_in_parts(const Instruction& instruction, void* const* operands, int64_t scratch, int parts,
@@ -108,7 +109,10 @@ int Engine::run_in_parts(const Instruction& instruction, void* const* operands, 
   shared.count = parts;
   shared.status.store(0, std::memory_order_relaxed);
   shared.parts.open(parts, workers_);
-  for (int part; (part = shared.parts.take(worker, Shares::kFirst)) >= 0;) run_part(shared, part, worker);
+  for (int part; (part = shared.parts.take(worker, Shares::kFirst)) >= 0;) {
+    run_part(shared, part, worker);
+    shared.parts.finish();
+  }
   for (Backoff backoff; !shared.parts.finished();) backoff.pause();
   return shared.status.load(std::memory_order_relaxed);
 }

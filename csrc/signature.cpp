@@ -82,6 +82,8 @@ class Call {
 
   void flag(size_t n, const char* what) const { within(n, 0, 1, what); }
 
+  int element() const { return element_; }
+
   Ints i;
   Signature result{};
 
@@ -164,6 +166,16 @@ void gemm(Call& c) {
   c.result.nanoseconds = (i[15] ? 4.0 : 2.0) * volume(i.first(4)) / kFlopsPerNanosecond;
 }
 
+int64_t filters(int64_t channels, int64_t columns) {
+  times(36, times(channels + 16, columns + 31));
+  return kernels::winograd_filter_elements(channels, columns);
+}
+
+void winograd_form(Call& c) {
+  for (size_t n : {5, 6}) c.within(n, 3, 3, "size of a filter of Winograd's form");
+  for (size_t n : {7, 8, 11, 12}) c.within(n, 1, 1, "stride or dilation of Winograd's form");
+}
+
 void conv(Call& c, Role x, Role w, Role y) {
   const auto& i = c.i;
   c.sizes(0, 7);
@@ -176,23 +188,45 @@ void conv(Call& c, Role x, Role w, Role y) {
   for (int axis : {0, 1})
     c.within(13 + axis, extent(axis), extent(axis), axis ? "output width" : "output height");
   c.flag(19, "mode (0 assigns, 1 adds)");
-  c.flag(20, "flag of Winograd's form");
-  c.flag(21, "flag of a bias");
+  const bool correlates = w == in;
+  c.within(20, 0, correlates ? 2 : 1, "flag of Winograd's form");
+  if (i[20] == 2) winograd_form(c);
+  c.within(21, 0,
+           y == out   ? 1
+           : w == out ? std::max<int64_t>(i[0], 1)
+                      : 0,
+           w == out ? "number of pieces" : "flag of a bias, which only conv_fwd takes");
   product(i.subspan(3, 4));
   const auto image = [&] { c.dense(x, product(i.first(4))); };
-  const auto weight = [&] { c.strided(w, {i[4], i[3], i[5], i[6]}, {i[15], i[16], i[17], i[18]}); };
+  const int64_t pieces = w == out ? std::max<int64_t>(i[21], 1) : 1;
+  const auto weight = [&] {
+    if (i[20] == 2)
+      c.dense(w, y == out ? filters(i[3], i[4]) : filters(i[4], i[3]));
+    else
+      c.strided(w, {pieces, i[4], i[3], i[5], i[6]}, {product(i.subspan(3, 4)), i[15], i[16], i[17], i[18]});
+  };
   const auto result = [&] { c.dense(y, product({i[0], i[13], i[14], i[4]})); };
   if (y == out) image(), weight(), result();
   if (x == out) result(), weight(), image();
   if (w == out) image(), result(), weight();
   if (i[21] && y == out) c.dense(in, i[4]);
-  if (i[21] && y != out) reject("ints[21] is the flag of a bias: only conv_fwd takes one");
   c.result.nanoseconds = 2.0 * volume({{i[0], i[13], i[14]}}) * volume(i.subspan(3, 4)) / kFlopsPerNanosecond;
 }
 
 void conv_fwd(Call& c) { conv(c, in, in, out); }
 void conv_dx(Call& c) { conv(c, out, in, in); }
 void conv_dw(Call& c) { conv(c, in, out, in); }
+
+void winograd_filters(Call& c) {
+  const auto& i = c.i;
+  if (c.element() != 4) reject("float32 expected: Winograd's form has too few digits for float64");
+  c.sizes(0, 7);
+  winograd_form(c);
+  c.flag(22, "adjoint (for conv_dx)");
+  c.strided(in, {i[4], i[3], i[5], i[6]}, {i[15], i[16], i[17], i[18]});
+  c.dense(out, i[22] ? filters(i[4], i[3]) : filters(i[3], i[4]));
+  c.result.nanoseconds = 80 * volume(i.subspan(3, 2)) / kFlopsPerNanosecond;
+}
 
 // The kernels over (outer, reduce, inner): `full` operands of that shape, the others of (outer, inner).
 struct Row {
@@ -327,6 +361,7 @@ constexpr Describe kDescribe[] = {
     {"conv_fwd", conv_fwd},
     {"conv_dx", conv_dx},
     {"conv_dw", conv_dw},
+    {"winograd_filters", winograd_filters},
     {"standardize", standardize},
     {"moments", moments},
     {"join_moments", join_moments},

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Instruction = tuple[str, Sequence[tuple[int, int]], Sequence[int], Sequence[float]]
-"""(kernel, operands as (space, byte offset), ints, floats)"""
+Instruction = tuple[Any, ...]
+"""(kernel, operands as (space, byte offset), ints, floats); of `chunks` a fifth field: a list of instructions, its
+members, whose operands are (space, byte offset, bytes from chunk to chunk)"""
 
 CANCELLED: int
 """The status of a run stopped through `cancel_ptr`."""
@@ -173,6 +174,12 @@ def vector_bytes() -> int:
 def kernel_names() -> list[str]: ...
 def pointwise_opcodes() -> list[str]:
     """Names of the operations of `pointwise`, in the order of their numbers."""
+
+def winograd_pays(height: int, width: int, images: int, channels: int, columns: int) -> bool:
+    """Whether float32 convolutions of 3×3 taps that write so many pixels and columns take Winograd's form."""
+
+def winograd_filter_elements(channels: int, columns: int) -> int:
+    """Room for what the kernel `winograd_filters` writes."""
 
 def code_pieces() -> int:
     """How many different pieces of machine code clusters have become in this process."""

@@ -355,7 +355,35 @@ GEOMETRIES = [
 ]
 
 
+def conv_dw_in_pieces(g: Geometry, pieces: int, mode: int, winograd: int = 1) -> Case:
+    """Of shares of the images, one behind the other."""
+
+    def make(draw: Draw) -> Call:
+        x, y = draw.dense(g.N, g.H, g.W, g.C), draw.dense(g.N, *g.out, g.O)
+        w = weight(draw, g.O, g.C, g.KH, g.KW, OIHW)
+        taken = "winograd" if winograd and g.winograd and draw.dtype == torch.float32 else "direct"
+        error = TABLE["conv2d_dw"].errors[taken]
+        values, bounds = [], []
+        for piece in range(pieces):
+            some = slice(g.N * piece // pieces, g.N * (piece + 1) // pieces)
+            X, Y = x[some].double(), y[some].double()
+            even = torch.full_like(X, float(X.abs().max()) if len(X) else 0.0) if error.of == "operands" else X.abs()
+            terms = max(1, len(X)) * math.prod(g.out)
+            values.append(adjoint(lambda t, X=X: g.forward(X, t), w, Y))
+            of_terms = adjoint(lambda t, even=even: g.forward(even, t), w, Y.abs())
+            bounds.append(error.bound(terms, draw.u, of_terms))
+        out = wanted(draw.dense(pieces, *w.shape), torch.stack(values), torch.stack(bounds), add=bool(mode))
+        return Call("conv_dw", [given(x), given(y), out], g.ints(w, mode, winograd, pieces))
+
+    return Case(f"conv_dw {g} in {pieces} pieces mode{mode}{'' if winograd else ' direct'}", make)
+
+
 def conv_cases() -> Iterator[Case]:
+    for k, (g, pieces) in enumerate(itertools.product([Geometry(3, 14, 14, 33, 20), Geometry(5, 6, 5, 3, 7)], (2, 3))):
+        yield conv_dw_in_pieces(g, pieces, k % 2)
+        yield conv_dw_in_pieces(g, pieces, k % 2, winograd=0)
+    yield conv_dw_in_pieces(Geometry(2, 6, 6, 5, 4, stride=(2, 1)), 2, 0)
+
     for k, g in enumerate(GEOMETRIES):
         orders = (
             [OIHW, HWIO, OHWI, IHWO] if k in (1, 7, 10) else [OIHW, HWIO] if k < 4 else [(OIHW, HWIO)[k % 2]]

@@ -228,6 +228,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("vector_bytes", [] { return kernels::vector_bytes(kernels::best_isa()); });
   m.def("kernel_names", &kernel_names);
   m.def("pointwise_opcodes", &pointwise_opcodes);
+  m.def("winograd_pays", &kernels::winograd_pays, py::arg("height"), py::arg("width"), py::arg("images"),
+        py::arg("channels"), py::arg("columns"));
+  m.def("winograd_filter_elements", &kernels::winograd_filter_elements, py::arg("channels"),
+        py::arg("columns"));
   m.def("code_pieces", &kernels::code::pieces_installed);
   m.def("arena_bytes", [] { return unlocked(&arena_bytes); });
   m.def("trim", [] { unlocked(&trim); });

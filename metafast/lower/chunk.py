@@ -116,10 +116,14 @@ def _walk(ins: Instruction) -> _Walk | None:
     if ins.kernel == "pointwise":
         return _walk_pointwise(ins)
     roles = ROLES.get(ins.kernel, ())[: len(ins.operands)]
-    if not roles or ins.ints[0] < 2 or not all(map(is_dense, ins.operands)):
+    if not roles or ins.ints[0] < 2 or not all(map(is_dense, ins.operands)) or _in_pieces(ins):
         return None
     spans = [numel(a.shape) if role == ALONG else 0 for a, role in zip(ins.operands, roles, strict=True)]
     return _Walk(ins, 0, roles, tuple(spans))
+
+
+def _in_pieces(ins: Instruction) -> bool:
+    return ins.kernel == "conv_dw" and ins.ints[21] > 1
 
 
 def _walk_pointwise(ins: Instruction) -> _Walk | None:

@@ -44,6 +44,7 @@ NHWC = (0, 2, 3, 1)
 MAX_OPERANDS = 32  # of one pointwise instruction: kPointwiseOperands in csrc/kernels/common/kernel.hpp
 Result = tuple[Array, int, int]  # array, register, mode
 LEAST_PART = 1 << 12  # elements that a thread adds up at once; less is not worth a total
+PIECES, LEAST_PIECE = 2, 1 << 11  # of a weight gradient; pixels for which another transform of it is next to nothing
 GEMM_MODE, GEMM_BIAS, GEMM_PAIR = 13, 14, 15  # where they stand among the ints: csrc/kernels/cpu/gemm.hpp
 DIRECT = {"matmul", "matmul_lanes", "conv2d", "reduce"}  # kernels that can write, or add, where the caller says
 
@@ -98,6 +99,7 @@ class Emitter:
         self.code: list[Instruction] = []
         self.kept: dict[tuple[str, str], Array] = {}
         self.alias = aliases(self.graph, lambda node: node.op == "stop_gradient")
+        self.filters: dict[tuple[Array, bool], Array] = {}
         self.copies: dict[tuple[Array, tuple[int, ...] | None], Array] = {}
         self.uses = self._outside_uses()
 
@@ -511,7 +513,48 @@ class Emitter:
         ints = [x_shape[0], *x_shape[2:], x_shape[1], *w_shape[:1], *w_shape[2:]]
         ints += [*node.attrs["stride"], *node.attrs["padding"], *node.attrs["dilation"], *y_shape[2:], *w.strides]
         kernel = {"conv2d": "conv_fwd", "conv2d_dx": "conv_dx", "conv2d_dw": "conv_dw"}[node.op]
-        self._emit_biased(node, kernel, [p, q, out], 1, [*ints, mode, int(enabled("winograd"))], bias)
+        winograd = int(enabled("winograd"))
+        if winograd and self._by_winograd(node, ints):
+            if node.op == "conv2d_dw":
+                return self._conv2d_dw_in_pieces(node, [p, q], ints, out, mode)
+            q, winograd = self._filters(node, q, ints), 2
+        self._emit_biased(node, kernel, [p, q, out], 1, [*ints, mode, winograd], bias)
+
+    def _by_winograd(self, node: Node, ints: Sequence[int]) -> bool:
+        """Whether the kernel takes Winograd's form, whose filters are transformed once for all that read them."""
+        from metafast import _C
+
+        n, h, w, c, o, kh, kw, sh, sw, _, _, dh, dw, oh, ow = ints[:15]
+        if self.item != 4 or (kh, kw) != (3, 3) or {sh, sw, dh, dw} != {1}:
+            return False
+        return _C.winograd_pays(h, w, n, o, c) if node.op == "conv2d_dx" else _C.winograd_pays(oh, ow, n, c, o)
+
+    def _filters(self, node: Node, w: Array, ints: Sequence[int]) -> Array:
+        """The weights' filters, transformed: once for all convolutions that read them."""
+        from metafast import _C
+
+        adjoint = node.op == "conv2d_dx"
+        key = (w, adjoint)
+        if key not in self.filters or not enabled("copies"):
+            c, o = ints[3:5]
+            many = _C.winograd_filter_elements(*((o, c) if adjoint else (c, o)))
+            out = self.filters[key] = self.fresh((many,))
+            self.emit(node, "winograd_filters", [w, out], 1, [*ints, 0, 0, 0, int(adjoint)])
+            self.code[-1].flops, self.code[-1].note = 0.0, f"filters  {node.origin}".rstrip()
+        return self.filters[key]
+
+    def _conv2d_dw_in_pieces(
+        self, node: Node, operands: list[Array], ints: Sequence[int], out: Array, mode: int
+    ) -> None:
+        """Of shares of the images, which threads then have for their own; added afterwards."""
+        pieces = PIECES if enabled("parts") and ints[0] * ints[13] * ints[14] >= LEAST_PIECE and ints[0] > 1 else 1
+        if pieces == 1 or not is_dense(out):
+            return self.emit(node, "conv_dw", [*operands, out], 1, [*ints, mode, 1, 0])
+        many = numel(out.shape)
+        parts = self.fresh((pieces, many))
+        self.emit(node, "conv_dw", [*operands, parts], 1, [*ints, 0, 1, pieces])
+        self.emit(node, "reduce", [parts, out], 1, [1, 1, many, pieces, 1, many, 1, mode, 0], [1.0])
+        self.code[-1].flops = 0.0
 
     def _reduce(self, node: Node, into: tuple[Array, bool] | None) -> None:
         x = self.array(node.inputs[0])

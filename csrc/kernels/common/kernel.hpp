@@ -1,5 +1,5 @@
 // One kernel: the record every backend fills in and the replay calls. Plain C++; included by files compiled
-// for any instruction set, so it holds no function and no template of the standard library.
+// for any instruction set, so it defines no function and holds no template of the standard library.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -45,5 +45,11 @@ struct Kernel {
   Scratch prepared_bytes = nullptr;  // bytes prepare writes
   Prepare prepare = nullptr;         // null: calls read the ints themselves
 };
+
+// Whether a correlation with 3×3 taps takes less time by Winograd's form: multiply-adds of the direct form against those
+// of the points' products, with the transforms of tiles and of filters in multiply-adds that take as long.
+bool winograd_pays(int64_t height, int64_t width, int64_t images, int64_t channels, int64_t columns) noexcept;
+// Elements that have room for the transformed filters of so many channels and columns, in any instruction set.
+int64_t winograd_filter_elements(int64_t channels, int64_t columns) noexcept;
 
 }  // namespace metafast::kernels

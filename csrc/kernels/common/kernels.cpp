@@ -57,12 +57,13 @@ struct Shape {
   int extra_flag;  // position of the flag that adds one operand, or -1
 };
 constexpr Shape kShapes[] = {
-    {"gemm", 3, 16, 0, 14},        {"conv_fwd", 3, 22, 0, 21},   {"conv_dx", 3, 22, 0, -1},
-    {"conv_dw", 3, 22, 0, -1},     {"standardize", 5, 3, 1, -1}, {"moments", 3, 3, 0, -1},
-    {"join_moments", 5, 3, 1, -1}, {"project", 5, 4, 0, -1},     {"project_tangent", 6, 4, 0, -1},
-    {"log_softmax", 2, 3, 0, -1},  {"max_pool", 3, 15, 0, 14},   {"pool_gather", 3, 6, 0, -1},
-    {"pool_scatter", 3, 7, 0, -1}, {"avg_pool", 2, 15, 0, -1},   {"avg_pool_adj", 2, 15, 0, -1},
-    {"one_hot", 2, 6, 0, -1},      {"fill", 1, 1, 1, -1},        {"cumsum", 2, 4, 0, -1},
+    {"gemm", 3, 16, 0, 14},           {"conv_fwd", 3, 22, 0, 21},         {"conv_dx", 3, 22, 0, -1},
+    {"conv_dw", 3, 22, 0, -1},        {"winograd_filters", 2, 23, 0, -1}, {"standardize", 5, 3, 1, -1},
+    {"moments", 3, 3, 0, -1},         {"join_moments", 5, 3, 1, -1},      {"project", 5, 4, 0, -1},
+    {"project_tangent", 6, 4, 0, -1}, {"log_softmax", 2, 3, 0, -1},       {"max_pool", 3, 15, 0, 14},
+    {"pool_gather", 3, 6, 0, -1},     {"pool_scatter", 3, 7, 0, -1},      {"avg_pool", 2, 15, 0, -1},
+    {"avg_pool_adj", 2, 15, 0, -1},   {"one_hot", 2, 6, 0, -1},           {"fill", 1, 1, 1, -1},
+    {"cumsum", 2, 4, 0, -1},
 };
 
 constexpr int kGemmPair = 15;  // whether two more operands follow, a second product
@@ -94,6 +95,24 @@ bool pointwise_arity(const int64_t* ints, int64_t n, Arity* arity) noexcept {
 }
 
 }  // namespace
+
+bool winograd_pays(int64_t height, int64_t width, int64_t images, int64_t channels,
+                   int64_t columns) noexcept {
+  if (channels < 16 || columns < 16) return false;
+  const auto tiles = [](int64_t outputs) { return (outputs + 3) / 4; };
+  const auto points = [&](int64_t outputs) {  // tiles of 4 have 6, those of 3 have 5
+    const int64_t missing = 4 * tiles(outputs) - outputs;
+    return 6 * tiles(outputs) - (missing < tiles(outputs) ? missing : tiles(outputs));
+  };
+  const int64_t products = images * points(height) * points(width) * channels * columns;
+  const int64_t transforms =
+      200 * (images * tiles(height) * tiles(width) * (channels + columns) + channels * columns);
+  return products + transforms < 9 * images * height * width * channels * columns;
+}
+
+int64_t winograd_filter_elements(int64_t channels, int64_t columns) noexcept {
+  return 36 * (channels + 16) * ((columns + 31) / 32 * 32);
+}
 
 KernelTable kernels(DType dtype, Isa isa) noexcept {
   const bool f32 = dtype == DType::f32;

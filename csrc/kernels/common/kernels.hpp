@@ -14,8 +14,11 @@
 //                    c_rs, c_cs, mode (also 2: D + s A B, 3: D - s A B), has_bias, pair (A B + A' B')
 //   conv_fwd         x(N,H,W,C), w, y(N,OH,OW,O), [bias(O)] | N, H, W, C, O, KH, KW, sh, sw, ph, pw, dh, dw,
 //                    OH, OW, w_so, w_sc, w_skh, w_skw, mode, winograd, has_bias
+//                    (winograd 2: w is what winograd_filters made)
 //   conv_dx          dy, w, dx | the same
-//   conv_dw          x, dy, dw | the same
+//   conv_dw          x, dy, dw | the same, with `pieces` for has_bias (more than 1: dw has a dim more, outermost, and
+//                    is of a share of the images in each)
+//   winograd_filters w, filters | those of conv_fwd, adjoint (1: of conv_dx)
 //   standardize      x, xhat, rstd, mean, var | outer, reduce, inner | eps
 //   moments          x, mean, var | outer, reduce, inner
 //   join_moments     means, vars, rstd, mean, var | outer, reduce, inner | eps

@@ -126,7 +126,7 @@ Correlation<T> forward(const ConvInts& i, void* const* ptr) {
   c.images = i.N, c.height = i.H, c.width = i.W, c.channels = i.C;
   c.columns = i.O, c.out_pixel = i.O, c.out_row = i.OW * i.O, c.out_image = i.OH * i.OW * i.O;
   c.w_column = i.w_so, c.w_channel = i.w_sc, c.w_row_tap = i.w_skh, c.w_column_tap = i.w_skw;
-  c.add = i.mode != 0;
+  c.add = i.mode != 0, c.transformed = i.winograd == 2;
   c.v = forward_axis(i.OH, i.sh, i.ph, i.dh, i.KH);
   c.h = forward_axis(i.OW, i.sw, i.pw, i.dw, i.KW);
   if (ptr) {
@@ -143,7 +143,7 @@ Correlation<T> adjoint(const ConvInts& i, void* const* ptr, int64_t down, int64_
   c.images = i.N, c.height = i.OH, c.width = i.OW, c.channels = i.O;
   c.columns = i.C, c.out_pixel = i.sw * i.C, c.out_row = i.sh * i.W * i.C, c.out_image = i.H * i.W * i.C;
   c.w_column = i.w_sc, c.w_channel = i.w_so, c.w_row_tap = i.w_skh, c.w_column_tap = i.w_skw;
-  c.add = i.mode != 0;
+  c.add = i.mode != 0, c.transformed = i.winograd == 2;
   c.v = adjoint_axis(i.H, down, i.sh, i.ph, i.dh, i.KH);
   c.h = adjoint_axis(i.W, across, i.sw, i.pw, i.dw, i.KW);
   if (ptr) {
@@ -173,7 +173,7 @@ int conv_fwd(const Args& a) noexcept {
   Carver scratch(a.scratch);
   const Correlation<T> c = forward<T>(i, a.ptr);
   if constexpr (sizeof(T) == 4)
-    if (i.winograd && winograd_suits(c)) return winograd_correlate(c, a);
+    if (i.winograd == 2 || (i.winograd && winograd_suits(c))) return winograd_correlate(c, a);
   const Plan<T> plan(c, i.KH * i.KW, scratch);
   plan.weights.fill(c, i.KH, i.KW);
   correlate(c, plan, a.part, a.parts);
@@ -185,7 +185,7 @@ int64_t conv_fwd_scratch(const int64_t* ints) noexcept {
   const ConvInts& i = ConvInts::of(ints);
   const Correlation<T> c = forward<T>(i, nullptr);
   if constexpr (sizeof(T) == 4)
-    if (i.winograd && winograd_suits(c)) return winograd_correlate_scratch(c);
+    if (i.winograd == 2 || (i.winograd && winograd_suits(c))) return winograd_correlate_scratch(c);
   Carver counter(nullptr);
   Plan<T>(c, i.KH * i.KW, counter);
   return counter.used();
@@ -204,7 +204,7 @@ int conv_dx(const Args& a) noexcept {
         continue;
       }
       if constexpr (sizeof(T) == 4)
-        if (i.winograd && winograd_suits(c)) return winograd_correlate(c, a);
+        if (i.winograd == 2 || (i.winograd && winograd_suits(c))) return winograd_correlate(c, a);
       const Plan<T> plan(c, i.KH * i.KW, scratch);
       plan.weights.fill(c, i.KH, i.KW);
       correlate(c, plan, a.part, a.parts);
@@ -221,12 +221,34 @@ int64_t conv_dx_scratch(const int64_t* ints) noexcept {
       const Correlation<T> c = adjoint<T>(i, nullptr, down, across);
       if (c.v.taps * c.h.taps == 0) continue;
       if constexpr (sizeof(T) == 4)
-        if (i.winograd && winograd_suits(c)) return winograd_correlate_scratch(c);
+        if (i.winograd == 2 || (i.winograd && winograd_suits(c))) return winograd_correlate_scratch(c);
       Carver counter(nullptr);
       Plan<T>(c, i.KH * i.KW, counter);
       most = max64(most, counter.used());
     }
   return most;
+}
+
+// What `filters` of the ints say, of the weights at ptr[0].
+template <class T>
+Correlation<T> filters_of(const int64_t* ints, void* const* ptr) {
+  const ConvInts& i = ConvInts::of(ints);
+  Correlation<T> c = ints[22] ? adjoint<T>(i, nullptr, 0, 0) : forward<T>(i, nullptr);
+  if (ptr) c.w = static_cast<const T*>(ptr[0]);
+  return c;
+}
+
+template <class T>
+int winograd_filters(const Args& a) noexcept {
+  if constexpr (sizeof(T) == 4)
+    return winograd_transform(filters_of<T>(a.i, a.ptr), static_cast<T*>(a.ptr[1]), a);
+  return kOk;
+}
+
+template <class T>
+int64_t winograd_filters_scratch(const int64_t* ints) noexcept {
+  if constexpr (sizeof(T) == 4) return winograd_transform_scratch(filters_of<T>(ints, nullptr));
+  return 0;
 }
 
 #define METAFAST_INSTANTIATE(name)                                 \
@@ -236,5 +258,6 @@ int64_t conv_dx_scratch(const int64_t* ints) noexcept {
   template int64_t name##_scratch<double>(const int64_t*) noexcept;
 METAFAST_INSTANTIATE(conv_fwd)
 METAFAST_INSTANTIATE(conv_dx)
+METAFAST_INSTANTIATE(winograd_filters)
 
 }  // namespace metafast::kernels::METAFAST_ISA

@@ -25,6 +25,7 @@ struct Correlation {
   T* out;  // columns together
   int64_t out_image, out_row, out_pixel, columns;
   const T* w;
+  bool transformed;  // w is what winograd_filters made
   int64_t w_column, w_channel, w_row_tap, w_column_tap;
   const T* bias;
   bool add;
@@ -45,12 +46,15 @@ struct PackedWeights {
     slots = scratch.take<int64_t>(all_taps);
   }
 
-  void fill(const Correlation<T>& c, int64_t KH, int64_t KW) const {
+  void fill(const Correlation<T>& c, int64_t KH, int64_t KW) const { fill(c, KH, KW, {0, c.columns}); }
+
+  // Columns [some.begin, some.end), which begin a strip.
+  void fill(const Correlation<T>& c, int64_t KH, int64_t KW, Range some) const {
     const int64_t taps = KH * KW;
     for (int64_t t = 0; t < taps; ++t) slots[t] = -1;
     for (int64_t a = 0; a < c.v.taps; ++a)
       for (int64_t b = 0; b < c.h.taps; ++b) slots[c.v.index(a) * KW + c.h.index(b)] = a * c.h.taps + b;
-    for (int64_t n = 0; n < c.columns; n += strip) fill_strip(c, n, taps, KW);
+    for (int64_t n = some.begin; n < some.end; n += strip) fill_strip(c, n, taps, KW);
   }
 
  private:

@@ -139,23 +139,24 @@ int conv_dw(const Args& a) noexcept {
   Carver scratch(a.scratch);
   const Plan<T> p(i, scratch);
   const Items<T> items(i, p);
-  const Range mine = share(items.count(), a.part, a.parts);
-  clear_sums(i, p, items, mine);
-  for (int64_t image = 0; image < (i.OW > 0 ? i.N : 0); ++image)
-    for (int64_t first = 0; first < i.OH; first += p.rows) {
-      const int64_t rows = min64(p.rows, i.OH - first);
-      Window w = p.window;
-      w.top = first * i.sh - i.ph, w.rows = p.window_rows(i, rows);
-      const T* picture = static_cast<const T*>(a.ptr[0]) + image * i.H * i.W * i.C;
-      const T* dy = static_cast<const T*>(a.ptr[1]) + (image * i.OH + first) * i.OW * i.O;
-      if (w.inside(i.H, i.W)) {
-        add_block(i, p, items, mine, picture + (w.top * i.W + w.left) * i.C, i.W * i.C, dy, rows);
-      } else {
-        copy_window(p.copy, picture, i.H, i.W, i.C, w);
-        add_block(i, p, items, mine, static_cast<const T*>(p.copy), w.columns * i.C, dy, rows);
+  each_piece(i, items.count(), 1, a, [&](int64_t piece, Range mine, Range images) {
+    clear_sums(i, p, items, mine);
+    for (int64_t image = images.begin; image < (i.OW > 0 ? images.end : 0); ++image)
+      for (int64_t first = 0; first < i.OH; first += p.rows) {
+        const int64_t rows = min64(p.rows, i.OH - first);
+        Window w = p.window;
+        w.top = first * i.sh - i.ph, w.rows = p.window_rows(i, rows);
+        const T* picture = static_cast<const T*>(a.ptr[0]) + image * i.H * i.W * i.C;
+        const T* dy = static_cast<const T*>(a.ptr[1]) + (image * i.OH + first) * i.OW * i.O;
+        if (w.inside(i.H, i.W)) {
+          add_block(i, p, items, mine, picture + (w.top * i.W + w.left) * i.C, i.W * i.C, dy, rows);
+        } else {
+          copy_window(p.copy, picture, i.H, i.W, i.C, w);
+          add_block(i, p, items, mine, static_cast<const T*>(p.copy), w.columns * i.C, dy, rows);
+        }
       }
-    }
-  write_sums(i, p, items, mine, static_cast<T*>(a.ptr[2]));
+    write_sums(i, p, items, mine, static_cast<T*>(a.ptr[2]) + piece * i.weights());
+  });
   return kOk;
 }
 

@@ -8,8 +8,24 @@ namespace metafast::kernels::METAFAST_ISA {
 struct ConvInts {
   int64_t N, H, W, C, O, KH, KW, sh, sw, ph, pw, dh, dw, OH, OW, w_so, w_sc, w_skh, w_skw, mode, winograd,
       has_bias;
+  int64_t pieces() const { return max64(1, has_bias); }  // of conv_dw, in the place of the flag
+  int64_t weights() const { return O * C * KH * KW; }
   static const ConvInts& of(const int64_t* i) { return *reinterpret_cast<const ConvInts*>(i); }
 };
+
+// Calls f(piece, share of n, images) for what a part does of conv_dw: the work is cut into the pieces, and these into
+// shares of n things that are computed apart, in units.
+template <class F>
+METAFAST_INLINE void each_piece(const ConvInts& i, int64_t n, int64_t unit, const Args& a, F f) {
+  const int64_t pieces = i.pieces(), units = (n + unit - 1) / unit;
+  const Range mine = share(pieces * units, a.part, a.parts);
+  for (int64_t piece = 0; piece < pieces; ++piece) {
+    const int64_t begin = max64(mine.begin - piece * units, 0), end = min64(mine.end - piece * units, units);
+    if (begin < end)
+      f(piece, Range{begin * unit, min64(end * unit, n)},
+        share(i.N, static_cast<int>(piece), static_cast<int>(pieces)));
+  }
+}
 
 // Rows [top, top + rows) and columns [left, left + columns) of one image (height, width, channels); whatever
 // lies outside the image is zero.

@@ -25,6 +25,7 @@ struct Rows {
       {"conv_fwd", conv_fwd<T>, conv_fwd_scratch<T>, true},
       {"conv_dx", conv_dx<T>, conv_dx_scratch<T>, true},
       {"conv_dw", conv_dw<T>, conv_dw_scratch<T>, true},
+      {"winograd_filters", winograd_filters<T>, winograd_filters_scratch<T>, true},
       {"standardize", standardize<T>, none, true},
       {"moments", moments<T>, none, true},
       {"join_moments", join_moments<T>, none, true},

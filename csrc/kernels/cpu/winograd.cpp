@@ -252,39 +252,49 @@ int64_t strip_vectors(int64_t columns) {
   return total == 1 ? 1 : (total == 3 ? 3 : 2);
 }
 
+// Where transformed filters lie: [strips of columns][points], each (channels, kStrip).
+struct Filters {
+  float* p;
+  int64_t step;  // from point to point
+
+  static int64_t step_of(const Correlation<float>& c) { return c.channels * kStrip + kLine; }
+  static int64_t elements(const Correlation<float>& c) {
+    return round_up(c.columns, kStrip) / kStrip * kPoints * step_of(c);
+  }
+  // Of the strip that begins at column n.
+  float* at(int64_t n, int point) const { return p + (n / kStrip * kPoints + point) * step; }
+};
+
+// Of columns `some`, which begin a strip.
+void transform_filters(const Correlation<float>& c, const PackedWeights<float>& weights,
+                       const Filters& filters, Range some) {
+  weights.fill(c, 3, 3, some);
+  const int64_t C = c.channels;
+  for (int64_t n = some.begin; n < some.end; n += kStrip)
+    for (int64_t k = 0; k < C * kStrip; k += kLanesF) {
+      const float* src = weights.packed + n * weights.depth + k;
+      transform_square<3, kAxis>(filter_to_points, columns_of({src, 3 * C * kStrip, C * kStrip}, Whole{}),
+                                 rows_of({filters.at(n, 0) + k, kAxis * filters.step, filters.step}));
+    }
+}
+
 struct CorrelationPlan {
-  PackedWeights<float> weights;
   Tiling tiling;
-  int64_t filter_step;      // elements from point to point, of (channels, strip)
-  float* filters;           // [strips][points]
+  Filters filters;
   Points inputs, products;  // products: of one strip
   float* window;
 
   CorrelationPlan(const Correlation<float>& c, Carver& scratch)
-      : weights(c, kStrip, 9, scratch),
-        tiling(Tiling::of(c.images, c.v.outputs, c.h.outputs, kPoints * (c.channels + weights.strip))),
-        filter_step(c.channels * weights.strip + kLine),
-        filters(
-            scratch.take<float>(round_up(c.columns, weights.strip) / weights.strip * kPoints * filter_step)),
+      : tiling(Tiling::of(c.images, c.v.outputs, c.h.outputs, kPoints * (c.channels + kStrip))),
+        filters{c.transformed ? const_cast<float*>(c.w) : scratch.take<float>(Filters::elements(c)),
+                Filters::step_of(c)},
         inputs(tiling.most_tiles(), c.channels, scratch),
-        products(tiling.most_tiles(), weights.strip, scratch),
+        products(tiling.most_tiles(), kStrip, scratch),
         window(take_window(tiling, c.channels, scratch)) {}
-
-  // Of the strip that begins at column n.
-  float* filter(int64_t n, int point) const {
-    return filters + (n / weights.strip * kPoints + point) * filter_step;
-  }
 };
 
-void transform_filters(const Correlation<float>& c, const CorrelationPlan& p) {
-  const int64_t strip = p.weights.strip, C = c.channels;
-  p.weights.fill(c, 3, 3);
-  for (int64_t n = 0; n < c.columns; n += strip)
-    for (int64_t k = 0; k < C * strip; k += kLanesF) {
-      const float* src = p.weights.packed + n * p.weights.depth + k;
-      transform_square<3, kAxis>(filter_to_points, columns_of({src, 3 * C * strip, C * strip}, Whole{}),
-                                 rows_of({p.filter(n, 0) + k, kAxis * p.filter_step, p.filter_step}));
-    }
+PackedWeights<float> packed_weights(const Correlation<float>& c, Carver& scratch) {
+  return PackedWeights<float>(c, kStrip, 9, scratch);
 }
 
 // c(r, n) = sum over k of a(r, k) b(k, n) for one strip of columns n; a is (rows, k) of row stride a_rs, b and c
@@ -332,8 +342,8 @@ void multiply_points(const Correlation<float>& c, const CorrelationPlan& p, cons
     float* out = p.products.p + point * p.products.step + tiles.begin * p.products.stride;
     for (int64_t left = tiles.end - tiles.begin; left > 0;) {
       const int64_t rows = next_tile_rows(left, kMostRows);
-      find_multiply(std::make_integer_sequence<int, kMostRows>(), rows)(in, p.inputs.stride,
-                                                                        p.filter(n, point), c.channels, out);
+      find_multiply(std::make_integer_sequence<int, kMostRows>(), rows)(
+          in, p.inputs.stride, p.filters.at(n, point), c.channels, out);
       in += rows * p.inputs.stride, out += rows * kStrip, left -= rows;
     }
   }
@@ -342,7 +352,7 @@ void multiply_points(const Correlation<float>& c, const CorrelationPlan& p, cons
 // Aᵀ m A of a block's tiles, in columns [n, n + strip).
 void output_block(const Correlation<float>& c, const CorrelationPlan& p, const Block& b, int64_t n) {
   const Cut &down = b.t.down, &across = b.t.across;
-  const Range columns{n, min64(n + p.weights.strip, c.columns)};
+  const Range columns{n, min64(n + kStrip, c.columns)};
   for (int64_t r = b.begin; r < b.end; ++r)
     for (int64_t j = 0; j < across.tiles(); ++j) {
       const int64_t i = r % down.tiles(), top = down.start(i), left = across.start(j);
@@ -405,12 +415,12 @@ void gradient_block(const ConvInts& i, const DwPlan& p, const Block& b, const fl
 }
 
 // sums[point] (+)= inputs[point]ᵀ × outputs[point], rows `channels`.
-void add_points(const ConvInts& i, const DwPlan& p, const Block& b, Range channels) {
+void add_points(const ConvInts& i, const DwPlan& p, const Block& b, Range channels, bool add) {
   const int64_t zero = 0, vectors = strip_vectors(i.O), strip = vectors * kLanesF;
   TileCall<float> call{};
   call.a_rs = 1, call.a_cs = p.inputs.stride;
   call.segment = &zero, call.segments = 1;
-  call.b_rs = p.outputs.stride, call.c_rs = p.sums.stride, call.last = kLanesF, call.add = b.begin > 0;
+  call.b_rs = p.outputs.stride, call.c_rs = p.sums.stride, call.last = kLanesF, call.add = add;
   for (int point = 0; point < kPoints; ++point) {
     const Range tiles = b.having(point);
     call.length = tiles.end - tiles.begin;
@@ -444,27 +454,17 @@ void write_gradient(const ConvInts& i, const DwPlan& p, Range channels, float* d
     });
 }
 
-// Multiply-adds of the direct form against those of the points' products, with the transforms of tiles and of
-// filters in multiply-adds that take as long.
-bool pays(int64_t height, int64_t width, int64_t images, int64_t C, int64_t O) {
-  if (C < 16 || O < 16) return false;
-  const Cut down = Cut::of(height), across = Cut::of(width);
-  const int64_t products = images * down.points() * across.points() * C * O;
-  const int64_t transforms = 200 * (images * down.tiles() * across.tiles() * (C + O) + C * O);
-  return products + transforms < 9 * images * height * width * C * O;
-}
-
 }  // namespace
 
 bool winograd_suits(const Correlation<float>& c) noexcept {
   const bool form = c.v.taps == 3 && c.h.taps == 3 && c.v.step == 1 && c.h.step == 1 &&
                     c.v.offset_step == 1 && c.h.offset_step == 1;
-  return form && pays(c.v.outputs, c.h.outputs, c.images, c.channels, c.columns);
+  return form && winograd_pays(c.v.outputs, c.h.outputs, c.images, c.channels, c.columns);
 }
 
 bool winograd_dw_suits(const ConvInts& i) noexcept {
   const bool form = i.KH == 3 && i.KW == 3 && i.sh == 1 && i.sw == 1 && i.dh == 1 && i.dw == 1;
-  return form && pays(i.OH, i.OW, i.N, i.C, i.O);
+  return form && winograd_pays(i.OH, i.OW, i.N, i.C, i.O);
 }
 
 int winograd_correlate(const Correlation<float>& c, const Args& a) noexcept {
@@ -473,11 +473,11 @@ int winograd_correlate(const Correlation<float>& c, const Args& a) noexcept {
   const Source source{c.source, c.height, c.width, c.channels, c.v.low, c.h.low};
   const Range mine = share(p.tiling.rows(), a.part, a.parts);
   if (mine.begin == mine.end) return kOk;
-  transform_filters(c, p);
+  if (!c.transformed) transform_filters(c, packed_weights(c, scratch), p.filters, {0, c.columns});
   for (int64_t r = mine.begin; r < mine.end; r += p.tiling.block_rows) {
     const Block b(p.tiling, r, min64(r + p.tiling.block_rows, mine.end));
     input_block(source, b, p.inputs, p.window, {0, c.channels});
-    for (int64_t n = 0; n < c.columns; n += p.weights.strip) {
+    for (int64_t n = 0; n < c.columns; n += kStrip) {
       multiply_points(c, p, b, n);
       output_block(c, p, b, n);
     }
@@ -489,21 +489,38 @@ int winograd_dw(const ConvInts& i, const Args& a) noexcept {
   Carver scratch(a.scratch);
   const DwPlan p(i, scratch);
   const Source source{static_cast<const float*>(a.ptr[0]), i.H, i.W, i.C, -i.ph, -i.pw};
-  const Range channels = share(i.C, a.part, a.parts, kLanesF);
-  if (channels.begin == channels.end) return kOk;
-  for (int64_t r = 0; r < p.tiling.rows(); r += p.tiling.block_rows) {
-    const Block b(p.tiling, r, min64(r + p.tiling.block_rows, p.tiling.rows()));
-    input_block(source, b, p.inputs, p.window, channels);
-    gradient_block(i, p, b, static_cast<const float*>(a.ptr[1]));
-    add_points(i, p, b, channels);
-  }
-  write_gradient(i, p, channels, static_cast<float*>(a.ptr[2]));
+  each_piece(i, i.C, kLanesF, a, [&](int64_t piece, Range channels, Range images) {
+    const int64_t end = images.end * p.tiling.down.tiles();
+    bool add = false;
+    for (int64_t r = images.begin * p.tiling.down.tiles(); r < end; r += p.tiling.block_rows, add = true) {
+      const Block b(p.tiling, r, min64(r + p.tiling.block_rows, end));
+      input_block(source, b, p.inputs, p.window, channels);
+      gradient_block(i, p, b, static_cast<const float*>(a.ptr[1]));
+      add_points(i, p, b, channels, add);
+    }
+    write_gradient(i, p, channels, static_cast<float*>(a.ptr[2]) + piece * i.weights());
+  });
   return kOk;
+}
+
+int winograd_transform(const Correlation<float>& c, float* into, const Args& a) noexcept {
+  Carver scratch(a.scratch);
+  const Range mine = share(c.columns, a.part, a.parts, kStrip);
+  if (mine.begin < mine.end)
+    transform_filters(c, packed_weights(c, scratch), {into, Filters::step_of(c)}, mine);
+  return kOk;
+}
+
+int64_t winograd_transform_scratch(const Correlation<float>& c) noexcept {
+  Carver counter(nullptr);
+  packed_weights(c, counter);
+  return counter.used();
 }
 
 int64_t winograd_correlate_scratch(const Correlation<float>& c) noexcept {
   Carver counter(nullptr);
   CorrelationPlan(c, counter);
+  if (!c.transformed) packed_weights(c, counter);
   return counter.used();
 }
 

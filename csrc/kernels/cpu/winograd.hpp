@@ -19,6 +19,10 @@ namespace metafast::kernels::METAFAST_ISA {
 bool winograd_suits(const Correlation<float>&) noexcept;
 bool winograd_dw_suits(const ConvInts&) noexcept;
 
+// Writes the filters of a correlation, transformed, where winograd_filter_elements have room.
+int winograd_transform(const Correlation<float>&, float* into, const Args&) noexcept;
+int64_t winograd_transform_scratch(const Correlation<float>&) noexcept;
+
 // The same contract as conv_fwd and conv_dx, conv_dw (conv.hpp), where it suits.
 int winograd_correlate(const Correlation<float>&, const Args&) noexcept;
 int winograd_dw(const ConvInts&, const Args&) noexcept;
