@@ -7,10 +7,11 @@ have memory for one chunk only. What adds up over images writes a part for each 
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from metafast.lower.arrays import CHUNK, Array, Buffer, Instruction, is_dense
 from metafast.lower.memory import fit, whole_of
@@ -38,6 +39,7 @@ ROLES = {
 }  # all of these have the number of images first among their ints
 MODES = {"conv_fwd": 19, "conv_dx": 19, "conv_dw": 19, "pool_scatter": 6, "avg_pool": 14, "avg_pool_adj": 14}  # of ints
 
+Found = TypeVar("Found")
 Place = Any  # what tells two places in memory apart: a block of the arena, or a space and an offset
 
 
@@ -111,6 +113,20 @@ def _together(members: list[Instruction]) -> Instruction:
 # ---- one instruction ------------------------------------------------------------------------------------------
 
 
+def _once(find: Callable[[Instruction], Found]) -> Callable[[Instruction], Found]:
+    """What it finds out about an instruction is noted there."""
+
+    @functools.wraps(find)
+    def found(ins: Instruction) -> Found:
+        if find.__name__ not in ins.__dict__:
+            ins.__dict__[find.__name__] = find(ins)
+        result: Found = ins.__dict__[find.__name__]
+        return result
+
+    return found
+
+
+@_once
 def _walk(ins: Instruction) -> _Walk | None:
     """None where it cannot be done image by image."""
     if ins.kernel == "pointwise":
@@ -158,6 +174,7 @@ def _place(a: Array) -> Place:
     return whole_of(a.buffer) if a.buffer.space is None else (a.buffer.space, a.buffer.offset)
 
 
+@_once
 def _touched(ins: Instruction) -> tuple[set[Place], set[Place]]:
     """Everything it touches, and what of it it writes."""
     return {_place(a) for a in ins.operands}, {_place(ins.operands[k]) for k in ins.writes}
@@ -184,9 +201,11 @@ class _Run:
 
 def _run_from(code: Sequence[Instruction], at: int, least: int) -> _Run:
     """Of those that share arrays of so many bytes."""
-    first = _walk(code[at])
     run = _Run([], [], [], at + 1)
-    if first is None or not first.is_light() or max(map(_nbytes, first.ins.operands)) < least:
+    if max(map(_nbytes, code[at].operands), default=0) < least:
+        return run
+    first = _walk(code[at])
+    if first is None or not first.is_light():
         return run
     run.members.append(first)
     before: list[Instruction] = []
@@ -340,7 +359,8 @@ def _read_outside(members: Sequence[Instruction], code: Sequence[Instruction]) -
     found: set[Buffer] = set()
     for ins in code:
         if ins.members is not members:
-            found |= {a.buffer for a in ins.operands} - _made_whole(ins.members)
+            touched = {a.buffer for a in ins.operands}
+            found |= touched - _made_whole(ins.members) if ins.members else touched
     return found
 
 
