@@ -93,6 +93,34 @@ def test_gradients_are_those_of_the_eager_loss() -> None:
         torch.testing.assert_close(trace.gradients[f"param/{name}"], grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize(
+    "window", [{"kernel_size": 2}, {"kernel_size": 3, "stride": 2, "padding": 1, "ceil_mode": True}]
+)
+def test_large_images_are_pooled_to_the_same_bits(window: dict[str, Any], dtype: torch.dtype) -> None:
+    """Equal values, both zeros, NaN and infinities among them; several parts, of which the last has one image."""
+    x = torch.randint(-2, 3, (19, 32, 29, 30), generator=torch.Generator().manual_seed(0)).to(dtype)
+    for number, value in enumerate((-0.0, float("nan"), -float("inf"), float("inf"))):
+        x.view(-1)[number::101] = value
+    pooled: list[Any] = []
+
+    def objective(model: nn.Module, batch: Any) -> Tensor:
+        made = F.max_pool2d(batch[0] * model.weight, **window, return_indices=True)
+        pooled.append(made)
+        return made[0].nan_to_num().mean()
+
+    model = nn.LayerNorm(30, elementwise_affine=True, dtype=dtype)
+    trace = run(model, objective, x)
+    assert any("max_pool2d_with_indices" in call.op for call in trace.calls)
+    objective(model, (x,)).backward()
+    (values, indices), (same_values, same_indices) = pooled
+    bits = torch.int32 if dtype == torch.float32 else torch.int64
+    assert torch.equal(values.detach().view(bits), same_values.detach().view(bits))
+    assert torch.equal(indices, same_indices)
+    assert [values.stride(), indices.stride()] == [same_values.stride(), same_indices.stride()]
+    torch.testing.assert_close(trace.gradients["param/weight"], model.weight.grad, rtol=0, atol=0, equal_nan=True)
+
+
 def test_data_that_requires_grad_has_a_gradient() -> None:
     model, (x, y) = mlp(), data()
     trace = run(model, ordinary, x.requires_grad_(), y)

@@ -14,6 +14,7 @@ from torch._ops import HigherOrderOperator
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from metafast.checkpoints import saving_hooks
+from metafast.recording.pool import called
 from metafast.recording.trace import Call, OpInfo, Origin, Ref, Stat, TensorInfo, Unsupported, extern_key, op_info
 from metafast.recording.users import inside_run, origin_of, paths_of
 
@@ -152,7 +153,7 @@ class Recorder:
         static = all(self.kind(t) == _STATIC for t in tensors_of((args, kwargs.values())))
         self._refuse_before(info, args, kwargs, static)
         before = _layout(args[0]) if info.reshapes else None
-        out = self._draw(info, func, args, kwargs) if info.random else func(*args, **kwargs)
+        out = self._draw(info, func, args, kwargs) if info.random else called(func, args, kwargs)
         if before is not None and _layout(out) == before:  # as adaptive_avg_pool2d(1) lays out channels-last results
             return out
         if not static:
