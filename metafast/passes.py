@@ -44,6 +44,7 @@ PASSES = {
     "winograd": "3×3 convolutions in float32 take fewer products, where that pays",
     "code": "a cluster becomes machine code, which keeps everything between its inputs and outputs in registers",
     "bundle": "alike instructions over many parameters become one",
+    "inplace": "arrays are written over those that are read there for the last time",
     "reuse": "arrays that are not alive at once share memory",
 }
 

@@ -165,6 +165,7 @@ LESS: Mapping[str, tuple[str, Measure]] = {
     "winograd": ("wide_conv", direct_convolutions),
     "code": ("mlp_relu", interpreted),
     "bundle": ("mlp_relu", instructions),
+    "inplace": ("mlp_relu", lambda portions: portions[0].lowered.arena_bytes),
     "reuse": ("mlp_relu", lambda portions: portions[0].lowered.arena_bytes),
 }
 

@@ -6,6 +6,7 @@ from bisect import insort
 from collections.abc import Sequence
 
 from metafast.lower.arrays import Buffer, Instruction
+from metafast.lower.inplace import heirs
 from metafast.passes import enabled
 
 ALIGN = 64  # a cache line, and the widest vector
@@ -39,6 +40,7 @@ def place(code: Sequence[Instruction], base: int) -> int:
     bytes on the programs seen. Two buffers that are alive at one instruction never overlap.
     """
     life = {b: span for b, span in lifetimes(code).items() if b.offset is None}
+    taken = heirs(code, life) if enabled("inplace") and enabled("reuse") else {}
     placed: list[tuple[int, int, int, int]] = []  # offset, end, first, last; in order
     top, apart = base, not enabled("reuse")
     for buffer, (first, last) in sorted(life.items(), key=lambda e: (-e[0].nbytes, e[1])):
@@ -52,6 +54,8 @@ def place(code: Sequence[Instruction], base: int) -> int:
         end = at + aligned(max(buffer.nbytes, 1))
         insort(placed, (at, end, first, last))
         top = max(top, end)
+    for heir, buffer in taken.items():
+        heir.offset = buffer.offset
     for part in {a.buffer for ins in code for a in ins.operands}:
         if part.within is not None:
             assert part.within[0].offset is not None
