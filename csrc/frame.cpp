@@ -25,7 +25,10 @@ int64_t bytes_of(int64_t slots, int64_t bytes) {
 }  // namespace
 
 Layout::Layout(const Program& program, int64_t steps, int64_t every)
-    : rolls(program.rolls_state()), every(every), shared(steps / every) {
+    : rolls(program.rolls_state()),
+      every(every),
+      shared(steps / every),
+      turns(program.uses(kStateNext) ? 2 : 1) {
   int64_t at = 0;
   const auto place = [&at](int64_t size) {
     const int64_t start = at;
@@ -34,15 +37,16 @@ Layout::Layout(const Program& program, int64_t steps, int64_t every)
   };
   const Sizes& sizes = program.sizes();
   state_stride = aligned(sizes.state);
-  adjoint_stride = aligned(sizes.adjoint);
+  const int adjoints = program.uses(kAdjointNext) ? 2 : 1;
+  adjoint_stride = adjoints == 2 ? aligned(sizes.adjoint) : 0;
   table = place(static_cast<int64_t>(program.operands().size() * sizeof(void*)));
   bases = place(static_cast<int64_t>((kExternal + program.n_external()) * sizeof(std::byte*)));
   call = place(program.record_bytes());
   scratch = place(program.scratch_bytes());
   helping = at;
   arena = place(sizes.arena);
-  adjoint = place(2 * adjoint_stride);
-  state = place(bytes_of(rolls ? 2 : shared + every, state_stride));
+  adjoint = place(adjoints * aligned(sizes.adjoint));
+  state = place(bytes_of(rolls ? turns : shared + every, state_stride));
   bytes = at;
 }
 

@@ -10,17 +10,18 @@ namespace metafast {
 
 // Where the parts of a worker's memory lie, in bytes from its start. States 0, n, 2n, ... have slots of their own, for
 // n = `every`; those between two of them share n - 1 slots with those of every other segment. A program that never
-// comes back to a state has two slots.
+// comes back to a state has two slots, or one where a step writes the next state over its own.
 struct Layout {
   Layout(const Program& program, int64_t steps, int64_t every);
   int64_t slot(int64_t k) const noexcept {  // of state k
-    if (rolls) return k % 2;
+    if (rolls) return k % turns;
     if (every == 1) return k;  // without a division
     return k % every ? shared + k % every : k / every;
   }
 
   bool rolls;
   int64_t every, shared;  // slots that are not shared, less one
+  int64_t turns;          // slots of a program that never comes back to a state
   int64_t table, bases, call, scratch, arena, adjoint, state;
   int64_t state_stride, adjoint_stride;
   int64_t helping, bytes;  // all that running parts of instructions takes; all

@@ -254,7 +254,10 @@ void Program::add_operand(int s, const OperandSpec& spec, const Access& access, 
   operands_.push_back(operand);
   writes_.push_back(access.writes);
   if (moves(spec.space)) sections_[s].moving.push_back(operand);
-  if (spec.space < kExternal) return;
+  if (spec.space < kExternal) {
+    used_[spec.space] = true;
+    return;
+  }
   sections_[s].externals.push_back(spec.space - kExternal);
   ExternalUse& use = externals_[spec.space - kExternal];
   use.element = std::max(use.element, access.element);

@@ -12,7 +12,8 @@
 //   1 state_cur      state slot k                                                      every section
 //   2 state_next     state slot k+1                                                    inner, meta
 //   3 adjoint_cur    adjoints of the state: query writes it, epilogue reads it         query, meta, epilogue
-//   4 adjoint_next   meta reads adjoint_cur, writes this one; swapped after each step  meta
+//   4 adjoint_next   meta reads adjoint_cur, writes this one; swapped after each step, meta
+//                    if anything lies there
 //   5 accumulator    sums over the tasks of a group, zeroed at its start               every section
 //   6 constant       bytes the program carries; read only                              every section
 //   7 call           [k, K, weight of the task] in the program's dtype; read only      every section
@@ -161,6 +162,8 @@ class Program {
   std::span<const int> setup_externals() const { return setup_externals_; }
   // Forward-only programs never come back to a state: two slots serve any number of steps.
   bool rolls_state() const;
+  // Whether any operand lies there. Where none lies in state_next or adjoint_next, what a step hands on lies where it was.
+  bool uses(Space space) const { return used_[space]; }
   double nanoseconds(int64_t tasks, int64_t steps) const;        // guess for one thread
   double split_nanoseconds(int64_t tasks, int64_t steps) const;  // of it in instructions that may be split
 
@@ -199,6 +202,7 @@ class Program {
   std::deque<Chunks> chunks_;
   std::vector<Operand> operands_;
   std::vector<bool> writes_;  // by slot, whether the operand is written
+  std::array<bool, kExternal> used_{};
   std::vector<ExternalUse> externals_;
   std::vector<int> setup_externals_;
   std::array<SectionCode, kSections> sections_;

@@ -134,7 +134,7 @@ int Replay::count_workers() const {
 // Whether this thread leaves blocks of tasks that fill a second-level cache to others, where there is one for each: it
 // runs Python between two calls, and that and they would find each other's memory there in place of their own.
 bool Replay::spares_caller() const {
-  constexpr int64_t kFilling = int64_t{1} << 19;
+  constexpr int64_t kFilling = int64_t{1} << 18;
   const Part& blocks = parts_.front();
   return parts_.size() > 1 && blocks.end < workers_ && blocks.layout.bytes >= kFilling;
 }

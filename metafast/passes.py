@@ -45,6 +45,7 @@ PASSES = {
     "code": "a cluster becomes machine code, which keeps everything between its inputs and outputs in registers",
     "bundle": "alike instructions over many parameters become one",
     "chunks": "what follows each other over many images does a few of them at a time, which stay in cache",
+    "inplace": "arrays are written over those that are read there for the last time",
     "reuse": "arrays that are not alive at once share memory",
 }
 

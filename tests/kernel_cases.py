@@ -210,6 +210,9 @@ def gemm_cases() -> Iterator[Case]:
             yield gemm(1, m, n, k, a, b, COLUMN, bias=1, pair=1)
             yield gemm_onto(1, m, n, k, a, b, sign=-1, pair=1)
             yield gemm(1, m, n, k, a, b, bias=1)
+    for m, n in itertools.product((1, 2, 7, 10, 23), (12, 20, 24, 28, 56)):  # half of the last vector or less
+        yield gemm(1, m, n, 9, ROW, (ROW, COLUMN)[m % 2], bias=1, pair=m % 2)
+        yield gemm_onto(1, m, n, 9, COLUMN, ROW, sign=-1, pair=1 - m % 2)
     for k, (a, b, c) in enumerate(orders):
         yield gemm_onto(1, 13, 37, 19, a, b, c, sign=1 - 2 * (k % 2))
         yield gemm_onto(2, 13, 37, 19, a, b, c, sign=1 - 2 * (k % 2), pair=1)

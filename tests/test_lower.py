@@ -7,8 +7,9 @@ import random
 import pytest
 import torch
 
-from metafast.lower.arrays import STATE_NEXT, Array, Buffer, Instruction, collapse, memory_order, reshaped
+from metafast.lower.arrays import STATE, STATE_NEXT, Array, Buffer, Instruction, collapse, memory_order, reshaped
 from metafast.lower.bundle import bundle
+from metafast.lower.inplace import over_current
 from metafast.lower.memory import lifetimes, place
 
 
@@ -85,10 +86,10 @@ def test_alike_instructions_become_one_row() -> None:
     sizes = (40, 1600, 1)
     offsets = (0, 192, 192 + 6400)
     grads = [flat(n) for n in sizes]
-    made = [Instruction("gemm", [g], [0], []) for g in grads]
+    made = [Instruction("reduce", [g], [0], []) for g in grads]
     updates = [doubling(g, flat(n, STATE_NEXT, o), n) for g, n, o in zip(grads, sizes, offsets, strict=True)]
     code = bundle([made[0], updates[0], made[1], made[2], updates[2], updates[1]], set())
-    assert [ins.kernel for ins in code] == ["gemm", "gemm", "gemm", "pointwise"]
+    assert [ins.kernel for ins in code] == ["reduce", "reduce", "reduce", "pointwise"]
     assert code[-1].ints[5] == (192 + 6400) // 4 + 1
     place(code, 64)
     start = grads[0].buffer.offset
@@ -99,7 +100,7 @@ def test_alike_instructions_become_one_row() -> None:
 def test_a_row_ends_where_somebody_reads_in_between() -> None:
     grads, states = [flat(16), flat(16)], [flat(16, STATE_NEXT, 0), flat(16, STATE_NEXT, 64)]
     first, second = (doubling(g, s, 16) for g, s in zip(grads, states, strict=True))
-    reader = Instruction("gemm", [states[0], grads[1]], [1], [])
+    reader = Instruction("reduce", [states[0], grads[1]], [1], [])
     assert bundle([first, reader, second], set()) == [first, reader, second]
 
 
@@ -111,3 +112,25 @@ def test_arrays_that_cannot_lie_in_a_row_stay_apart(why: str) -> None:
         grads[1] = grads[0]
     code = [doubling(g, s, 16) for g, s in zip(grads, states, strict=True)]
     assert bundle(code, {grads[0].buffer} if why == "pinned" else set()) == code
+
+
+# ---- over what is read last -----------------------------------------------------------------------------------
+
+
+def test_an_array_lies_over_the_one_that_is_read_last_where_it_is_made() -> None:
+    first, second, third = flat(16), flat(16), flat(16)
+    place([doubling(first, second, 16), doubling(second, third, 16)], 0)
+    assert first.buffer.offset == second.buffer.offset == third.buffer.offset == 0
+    first, second, third = flat(16), flat(16), flat(16)
+    place([doubling(first, second, 16), doubling(first, third, 16)], 0)  # read again
+    assert first.buffer.offset != second.buffer.offset
+
+
+def test_a_step_writes_over_its_own_state_where_nobody_reads_that_later() -> None:
+    old, new = flat(16, STATE, 0), flat(16, STATE_NEXT, 0)
+    other, made = flat(16, STATE, 64), flat(16)
+    assert over_current([doubling(old, made, 16), doubling(old, new, 16)], STATE, STATE_NEXT)
+    assert not over_current([doubling(old, new, 16), doubling(old, made, 16)], STATE, STATE_NEXT)
+    assert not over_current([doubling(other, new, 16), doubling(old, made, 16)], STATE, STATE_NEXT)
+    assert not over_current([doubling(flat(16, STATE, 32), new, 16)], STATE, STATE_NEXT)
+    assert not over_current([Instruction("reduce", [old, new], [1], [])], STATE, STATE_NEXT)

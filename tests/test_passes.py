@@ -166,6 +166,7 @@ LESS: Mapping[str, tuple[str, Measure]] = {
     "code": ("mlp_relu", interpreted),
     "bundle": ("mlp_relu", instructions),
     "chunks": ("large_images", lambda portions: portions[0].lowered.arena_bytes),
+    "inplace": ("mlp_relu", lambda portions: portions[0].lowered.arena_bytes),
     "reuse": ("mlp_relu", lambda portions: portions[0].lowered.arena_bytes),
 }
 

@@ -6,6 +6,7 @@ from bisect import insort
 from collections.abc import Mapping, Sequence
 
 from metafast.lower.arrays import Buffer, Instruction
+from metafast.lower.inplace import heirs
 from metafast.passes import enabled
 
 ALIGN = 64  # a cache line, and the widest vector
@@ -39,7 +40,11 @@ def place(code: Sequence[Instruction], base: int) -> int:
     Largest first, each at the lowest offset that is free throughout its life: within a few per cent of the peak of live
     bytes on the programs seen. Two buffers that are alive at one instruction never overlap.
     """
-    top = fit({b: span for b, span in lifetimes(code).items() if b.offset is None}, base)
+    life = {b: span for b, span in lifetimes(code).items() if b.offset is None}
+    taken = heirs(code, life) if enabled("inplace") and enabled("reuse") else {}
+    top = fit(life, base)
+    for heir, buffer in taken.items():
+        heir.offset = buffer.offset
     for part in {a.buffer for ins in code for a in ins.operands}:
         if part.within is not None:
             assert part.within[0].offset is not None

@@ -28,10 +28,12 @@ from metafast.lower.arrays import (
 from metafast.lower.bundle import bundle
 from metafast.lower.chunk import chunk
 from metafast.lower.emit import HELD, Constants, Emitter
+from metafast.lower.inplace import over_current
 from metafast.lower.interleave import Interleaving, interleaved_state, per_task
 from metafast.lower.memory import aligned, place
 from metafast.lower.spell import spell
 from metafast.ops import numel
+from metafast.passes import enabled
 from metafast.sweep import SECTIONS, Section, Store
 
 NAMES = {torch.float32: "f32", torch.float64: "f64"}
@@ -173,6 +175,7 @@ class _Lowering:
             if name not in self.sums.offsets:
                 self.sums.add(name, shape)
         code = {name: self._section(spell(section)) for name, section in sections.items()}
+        _write_over_current(code)
         self._keep_hoisted()
         self.arena = max([self.arena, *(place(c, self.base) for c in code.values())])
         return code
@@ -261,6 +264,21 @@ class _Lowering:
             self.externals.append(External(kind, name, own, dtype, each_task, each_step, step))
             self.where[kind, name, step] = Array(buffer, shape, strides, item)
         return self.where[kind, name, step]
+
+
+def _write_over_current(code: Mapping[str, list[Instruction]]) -> None:
+    """A step back writes its adjoints over those it reads, and a step the state that nobody comes back to, where order
+    allows."""
+    if not enabled("inplace"):
+        return
+    returns = code.get("meta") or code.get("epilogue")
+    for name, current, following in (("meta", ADJOINT, ADJOINT_NEXT), ("inner", STATE, STATE_NEXT)):
+        if (name == "inner" and returns) or not over_current(code.get(name, ()), current, following):
+            continue
+        for ins in code.get(name, ()):
+            for a in ins.operands:
+                if a.buffer.space == following:
+                    a.buffer.space = current
 
 
 def _native(code: Sequence[Instruction]) -> list[tuple[Any, ...]]:

@@ -11,7 +11,7 @@ constexpr int64_t kFirstLevel = 32768;
 
 // Accumulators, a row of B and one element of A fill the registers.
 constexpr int max_rows(int columns) { return (kVecRegisters - 1 - columns) / columns; }
-constexpr int kMostRows = 12;
+constexpr int kMostRows = 20;
 constexpr int kMostColumns = 4;
 
 template <class T>
@@ -93,6 +93,14 @@ LaneTile<T> with_rows(int64_t rows, bool a, bool b) {
     METAFAST_CASE(9)
     METAFAST_CASE(10)
     METAFAST_CASE(11)
+    METAFAST_CASE(12)
+    METAFAST_CASE(13)
+    METAFAST_CASE(14)
+    METAFAST_CASE(15)
+    METAFAST_CASE(16)
+    METAFAST_CASE(17)
+    METAFAST_CASE(18)
+    METAFAST_CASE(19)
     default:
       return with_operands<T, kMostRows, columns>(a, b);
 #undef METAFAST_CASE

@@ -57,6 +57,89 @@ void tile(const TileCall<T>& t) noexcept {
   }
 }
 
+#if defined(__AVX512F__)
+METAFAST_INLINE Vec<float> both_halves(const float* p, __mmask8 m) {
+  return _mm512_broadcast_f32x8(_mm256_maskz_loadu_ps(m, p));
+}
+METAFAST_INLINE Vec<double> both_halves(const double* p, __mmask8 m) {
+  return _mm512_broadcast_f64x4(_mm256_maskz_loadu_pd(m, p));
+}
+// The lower half of a beside the upper half of b.
+METAFAST_INLINE Vec<float> halves(Vec<float> a, Vec<float> b) { return _mm512_mask_mov_ps(a, 0xff00, b); }
+METAFAST_INLINE Vec<double> halves(Vec<double> a, Vec<double> b) { return _mm512_mask_mov_pd(a, 0xf0, b); }
+METAFAST_INLINE void store_half(float* p, __mmask8 m, Vec<float> v, bool upper) {
+  _mm256_mask_storeu_ps(p, m, upper ? _mm512_extractf32x8_ps(v, 1) : _mm512_castps512_ps256(v));
+}
+METAFAST_INLINE void store_half(double* p, __mmask8 m, Vec<double> v, bool upper) {
+  _mm256_mask_storeu_pd(p, m, upper ? _mm512_extractf64x4_pd(v, 1) : _mm512_castpd512_pd256(v));
+}
+
+// Where no more than half of the last vector is used: two rows share an accumulator there, each in one half of it.
+template <class T, int rows, int vectors>
+void halved_tile(const TileCall<T>& t) noexcept {
+  constexpr int L = kLanes<T>, whole = vectors - 1, pairs = (rows + 1) / 2;
+  const auto mask = static_cast<__mmask8>((1u << t.last) - 1);
+  Vec<T> acc[rows][whole], tail[pairs];
+  METAFAST_UNROLL for (int r = 0; r < rows; ++r) METAFAST_UNROLL for (int v = 0; v < whole; ++v) acc[r][v] =
+      Vec<T>{};
+  METAFAST_UNROLL for (int q = 0; q < pairs; ++q) tail[q] = Vec<T>{};
+  const T* b = t.b;
+  const int64_t rs = t.a_rs, cs = t.a_cs;
+  for (int64_t s = 0; s < t.segments; ++s) {
+    constexpr int bases = (rows + 2) / 3;  // as in `tile`
+    const T* a[bases];
+    METAFAST_UNROLL for (int g = 0; g < bases; ++g) a[g] = t.a + t.segment[s] + 3 * g * rs;
+    for (int64_t j = t.length; j > 0; --j) {
+      Vec<T> row[whole];
+      METAFAST_UNROLL for (int v = 0; v < whole; ++v) row[v] = load(b + v * L);
+      const Vec<T> rest = both_halves(b + whole * L, mask);
+      METAFAST_UNROLL for (int r = 0; r < rows; r += 2) {
+        Vec<T> x = splat(a[r / 3][r % 3 * rs]);
+        METAFAST_UNROLL for (int v = 0; v < whole; ++v) acc[r][v] = fma<T>(x, row[v], acc[r][v]);
+        if (r + 1 < rows) {
+          const Vec<T> y = splat(a[(r + 1) / 3][(r + 1) % 3 * rs]);
+          METAFAST_UNROLL for (int v = 0; v < whole; ++v) acc[r + 1][v] = fma<T>(y, row[v], acc[r + 1][v]);
+          x = halves(x, y);
+        }
+        tail[r / 2] = fma<T>(x, rest, tail[r / 2]);
+      }
+      METAFAST_UNROLL for (int g = 0; g < bases; ++g) {
+        a[g] += cs;
+        asm("" : "+r"(a[g]));
+      }
+      b += t.b_rs;
+    }
+    b += t.b_gap;
+  }
+  if (t.bias) {
+    METAFAST_UNROLL for (int v = 0; v < whole; ++v) {
+      const Vec<T> x = load(t.bias + v * L);
+      METAFAST_UNROLL for (int r = 0; r < rows; ++r) acc[r][v] += x;
+    }
+    const Vec<T> x = both_halves(t.bias + whole * L, mask);
+    METAFAST_UNROLL for (int q = 0; q < pairs; ++q) tail[q] += x;
+  }
+  T* const out = t.c;
+  const int64_t c_rs = t.c_rs;
+  if (t.add) {
+    const T* const e = out + t.from;
+    const Vec<T> scale = splat(t.scale);
+    METAFAST_UNROLL for (int r = 0; r < rows; ++r) METAFAST_UNROLL for (int v = 0; v < whole; ++v) acc[r][v] =
+        fma<T>(acc[r][v], scale, load(e + r * c_rs + v * L));
+    METAFAST_UNROLL for (int q = 0; q < pairs; ++q) {
+      const T* const x = e + 2 * q * c_rs + whole * L;
+      Vec<T> taken = both_halves(x, mask);
+      if (2 * q + 1 < rows) taken = halves(taken, both_halves(x + c_rs, mask));
+      tail[q] = fma<T>(tail[q], scale, taken);
+    }
+  }
+  METAFAST_UNROLL for (int r = 0; r < rows; ++r) {
+    METAFAST_UNROLL for (int v = 0; v < whole; ++v) store(out + r * c_rs + v * L, acc[r][v]);
+    store_half(out + r * c_rs + whole * L, mask, tail[r / 2], r % 2 == 1);
+  }
+}
+#endif
+
 template <class T, int rows, int vectors>
 void tile_of_any_width(const TileCall<T>& t) noexcept {
 #if defined(__AVX512F__)
@@ -69,20 +152,25 @@ void tile_of_any_width(const TileCall<T>& t) noexcept {
 #endif
 }
 
-template <class T, int rows, int vectors>
+template <class T, int rows, int vectors, bool halved>
 constexpr Tile<T> entry() {
-  if constexpr (rows <= max_tile_rows(vectors))
-    return tile_of_any_width<T, rows, vectors>;
+  constexpr bool there = !halved || halves_tile<T>(vectors, 1);
+  if constexpr (!there || rows > max_tile_rows(vectors, halved)) return nullptr;
+#if defined(__AVX512F__)
+  else if constexpr (halved)
+    return halved_tile<T, rows, vectors>;
+#endif
   else
-    return nullptr;
+    return tile_of_any_width<T, rows, vectors>;
 }
 
-template <class T>
+template <class T, bool h>
 struct Tiles {
-#define METAFAST_ROWS(v)                                                                         \
-  {entry<T, 1, v>(),  entry<T, 2, v>(),  entry<T, 3, v>(),  entry<T, 4, v>(), entry<T, 5, v>(),  \
-   entry<T, 6, v>(),  entry<T, 7, v>(),  entry<T, 8, v>(),  entry<T, 9, v>(), entry<T, 10, v>(), \
-   entry<T, 11, v>(), entry<T, 12, v>(), entry<T, 13, v>(), entry<T, 14, v>()}
+#define METAFAST_ROWS(v)                                                                   \
+  {entry<T, 1, v, h>(),  entry<T, 2, v, h>(),  entry<T, 3, v, h>(),  entry<T, 4, v, h>(),  \
+   entry<T, 5, v, h>(),  entry<T, 6, v, h>(),  entry<T, 7, v, h>(),  entry<T, 8, v, h>(),  \
+   entry<T, 9, v, h>(),  entry<T, 10, v, h>(), entry<T, 11, v, h>(), entry<T, 12, v, h>(), \
+   entry<T, 13, v, h>(), entry<T, 14, v, h>()}
   static constexpr Tile<T> of[kMaxTileVectors][14] = {METAFAST_ROWS(1), METAFAST_ROWS(2), METAFAST_ROWS(3),
                                                       METAFAST_ROWS(4)};
 #undef METAFAST_ROWS
@@ -91,11 +179,11 @@ struct Tiles {
 }  // namespace
 
 template <class T>
-Tile<T> find_tile(int64_t rows, int64_t vectors) noexcept {
-  return Tiles<T>::of[vectors - 1][rows - 1];
+Tile<T> find_tile(int64_t rows, int64_t vectors, bool halved) noexcept {
+  return (halved ? Tiles<T, true>::of : Tiles<T, false>::of)[vectors - 1][rows - 1];
 }
 
-template Tile<float> find_tile<float>(int64_t, int64_t) noexcept;
-template Tile<double> find_tile<double>(int64_t, int64_t) noexcept;
+template Tile<float> find_tile<float>(int64_t, int64_t, bool) noexcept;
+template Tile<double> find_tile<double>(int64_t, int64_t, bool) noexcept;
 
 }  // namespace metafast::kernels::METAFAST_ISA

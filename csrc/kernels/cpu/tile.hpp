@@ -35,10 +35,18 @@ using Tile = void (*)(const TileCall<T>&) noexcept;
 
 inline constexpr int kMaxTileVectors = 4;
 
-// Most rows of a tile of `vectors` columns: accumulators, one row of B and one broadcast fill the registers.
-constexpr int max_tile_rows(int vectors) {
-  const int rows = (kVecRegisters - 1 - vectors) / vectors;
-  return rows < 14 ? rows : 14;
+// Most rows of a tile of `vectors` columns: accumulators, one row of B and one broadcast fill the registers. Halved,
+// the last vector's accumulators serve two rows each, whose two broadcasts are put together; of one vector, and where
+// putting together is not one instruction, that gains nothing.
+constexpr int max_tile_rows(int vectors, bool halved = false) {
+  const int whole = halved ? vectors - 1 : vectors;
+  int rows = 14;
+  while (rows > 0 && rows * whole + (halved ? (rows + 1) / 2 + 2 : 0) + whole + 1 > kVecRegisters) --rows;
+  return rows;
+}
+template <class T>
+constexpr bool halves_tile(int64_t vectors, int64_t last) {
+  return kVecBytes == 64 && vectors > 1 && 2 * last <= kLanes<T>;
 }
 
 // Rows of the next tile where m remain: full tiles and then two even ones rather than a full one and a thin
@@ -47,21 +55,23 @@ constexpr int64_t next_tile_rows(int64_t m, int64_t most) {
   return m <= most ? m : (m < 2 * most ? (m + 1) / 2 : most);
 }
 
-// The tile of rows × vectors, 1 <= vectors <= kMaxTileVectors, 1 <= rows <= max_tile_rows(vectors).
+// The tile of rows × vectors, 1 <= vectors <= kMaxTileVectors, 1 <= rows <= max_tile_rows(vectors, halved); halved only
+// where halves_tile.
 template <class T>
-Tile<T> find_tile(int64_t rows, int64_t vectors) noexcept;
+Tile<T> find_tile(int64_t rows, int64_t vectors, bool halved = false) noexcept;
 
-extern template Tile<float> find_tile<float>(int64_t, int64_t) noexcept;
-extern template Tile<double> find_tile<double>(int64_t, int64_t) noexcept;
+extern template Tile<float> find_tile<float>(int64_t, int64_t, bool) noexcept;
+extern template Tile<double> find_tile<double>(int64_t, int64_t, bool) noexcept;
 
 // Runs tiles down the M rows of one strip of `vectors` vectors.
 template <class T>
 METAFAST_INLINE void run_strip(TileCall<T> call, int64_t m_rows, int64_t vectors) {
-  const int64_t most = max_tile_rows(static_cast<int>(vectors));
+  const bool halved = halves_tile<T>(vectors, call.last);
+  const int64_t most = max_tile_rows(static_cast<int>(vectors), halved);
   Tile<T> tile = nullptr;
   for (int64_t rows = 0; m_rows > 0;) {
     const int64_t next = next_tile_rows(m_rows, most);
-    if (next != rows) rows = next, tile = find_tile<T>(rows, vectors);
+    if (next != rows) rows = next, tile = find_tile<T>(rows, vectors, halved);
     tile(call);
     call.a += rows * call.a_rs, call.c += rows * call.c_rs, m_rows -= rows;
   }
