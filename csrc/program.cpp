@@ -13,6 +13,9 @@ using kernels::Isa;
 // A barrier between two threads costs some 0.2 µs: a part shorter than this is not worth one.
 constexpr double kShortestPart = 1000;  // nanoseconds
 
+// What is kept is to be found in a cache at each task: more than a worker's share of the last one is as quickly made.
+constexpr int64_t kMostKept = int64_t{4} << 20;
+
 constexpr std::array<std::string_view, kExternal> kSpaceNames = {
     "arena", "state_cur", "state_next", "adjoint_cur", "adjoint_next", "accumulator", "constant", "call"};
 
@@ -90,6 +93,7 @@ Program::Program(ProgramSpec spec)
   std::memcpy(constants, spec.constants.data(), spec.constants.size());
   for (int s = 0; s < kSections; ++s) add_section(s, spec.sections[s]);
   find_setup();
+  find_kept();
 }
 
 // What makes state slot 0 of externals and constants alone. Slot 0 stays as it is through a task: later steps write to
@@ -118,6 +122,22 @@ void Program::find_setup() {
       if (const int space = operands_[instruction->first_operand + k].space; space >= kExternal)
         setup_externals_.push_back(space - kExternal);
   }
+}
+
+void Program::find_kept() {
+  for (SectionCode& code : sections_)
+    for (size_t n = 0; n < code.instructions.size(); ++n) {
+      Instruction& instruction = code.instructions[n];
+      const kernels::Kernel& kernel = *code.info[n].kernel;
+      if (kernel.keeps == nullptr) continue;
+      const kernels::Keeping keeping = kernel.keeps(instruction.ints);
+      if (keeping.bytes == 0 || keeping.bytes > kMostKept) continue;
+      const int external = operands_[instruction.first_operand + keeping.operand].space - kExternal;
+      if (external < 0 || externals_[external].written) continue;
+      instruction.kept = static_cast<int>(kept_.size());
+      kept_.push_back({kernel.keep, external, kept_bytes_, keeping.bytes});
+      kept_bytes_ += aligned(keeping.bytes);
+    }
 }
 
 void Program::add_section(int s, const std::vector<InstructionSpec>& specs) {

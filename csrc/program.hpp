@@ -3,7 +3,8 @@
 //
 //   task t:  prologue(k=0) ; for k < K: inner(k) ; query(k=K) ; for k = K-1..0: meta(k) ; epilogue(k=0)
 //
-// State slot 0 is laid out once for all tasks of a worker, where what makes it is the same for all of them.
+// State slot 0 is laid out once for all tasks of a worker, where what makes it is the same for all of them. So is what a
+// kernel makes of an external first (a product packs its right factor), where nothing writes to that.
 //
 // An operand is a space and a byte offset in it; where a space lies is known when the program is replayed:
 //
@@ -100,6 +101,14 @@ struct Instruction {
   int first_operand;          // its pointers stand from here on in the table of pointers
   int most_parts;             // into how many parts it may be split with profit; 1: not at all
   bool sets_up = false;       // of the prologue: does the same for every task, if its externals are the same
+  int kept = -1;              // among Program::kept(), or none
+};
+
+// What an instruction makes of an external that need be made once only where that is the same for all tasks and steps.
+struct Kept {
+  kernels::Keep make;
+  int external;
+  int64_t offset, bytes;  // in a worker's memory for such things
 };
 
 // What dump, error messages and profiles need of an instruction, kept apart from what replay reads.
@@ -140,6 +149,8 @@ class Program {
   int64_t record_bytes() const { return (2 + lanes_) * size_of(dtype_); }
   int64_t constant_bytes() const { return constant_bytes_; }
   int64_t scratch_bytes() const { return scratch_bytes_; }
+  std::span<const Kept> kept() const { return kept_; }
+  int64_t kept_bytes() const { return kept_bytes_; }
   const SectionCode& section(int s) const { return sections_[s]; }
   std::span<const Operand> operands() const { return operands_; }  // of all instructions, in order of `slot`
   const std::byte* constants() const { return constants_.data(); }
@@ -162,6 +173,7 @@ class Program {
   void add_instruction(int s, const InstructionSpec& spec);
   void add_operand(int s, const OperandSpec& spec, const Access& access, size_t index);
   void find_setup();
+  void find_kept();
   int64_t bytes_of(int space) const;  // -1: unknown
 
   kernels::DType dtype_;
@@ -170,7 +182,7 @@ class Program {
   int n_external_;
   int lanes_;
   int64_t constant_bytes_;
-  int64_t scratch_bytes_ = 0;
+  int64_t scratch_bytes_ = 0, kept_bytes_ = 0;
   Buffer constants_;
   std::vector<int64_t> ints_;
   std::vector<double> floats_;
@@ -179,6 +191,7 @@ class Program {
   std::vector<bool> writes_;  // by slot, whether the operand is written
   std::vector<ExternalUse> externals_;
   std::vector<int> setup_externals_;
+  std::vector<Kept> kept_;
   std::array<SectionCode, kSections> sections_;
 };
 
