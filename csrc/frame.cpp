@@ -81,7 +81,7 @@ void Frame::forget_kept() const noexcept {
 // that would read it.
 std::byte* Frame::kept(const Instruction& instruction) const noexcept {
   const Kept& wanted = part_.program.kept()[instruction.kept];
-  const External& external = part_.externals[wanted.external];
+  const External& external = part_.externals[wanted.external()];
   if (external.task_stride != 0 || external.step_stride != 0 || part_.end - part_.first < 2) return nullptr;
   std::byte* const place = memory_ + part_.layout.kept + wanted.offset;
   std::byte& made = memory_[part_.layout.made + instruction.kept];

@@ -13,7 +13,7 @@ using kernels::Isa;
 // A barrier between two threads costs some 0.2 µs: a part shorter than this is not worth one.
 constexpr double kShortestPart = 1000;  // nanoseconds
 
-// What is kept is to be found in a cache at each task: more than a worker's share of the last one is as quickly made.
+// All that is kept is to be found in a cache at each task: what is beyond a worker's share of the last is as soon made.
 constexpr int64_t kMostKept = int64_t{4} << 20;
 
 constexpr std::array<std::string_view, kExternal> kSpaceNames = {
@@ -130,14 +130,29 @@ void Program::find_kept() {
       Instruction& instruction = code.instructions[n];
       const kernels::Kernel& kernel = *code.info[n].kernel;
       if (kernel.keeps == nullptr) continue;
-      const kernels::Keeping keeping = kernel.keeps(instruction.ints);
-      if (keeping.bytes == 0 || keeping.bytes > kMostKept) continue;
-      const int external = operands_[instruction.first_operand + keeping.operand].space - kExternal;
-      if (external < 0 || externals_[external].written) continue;
-      instruction.kept = static_cast<int>(kept_.size());
-      kept_.push_back({kernel.keep, external, kept_bytes_, keeping.bytes});
-      kept_bytes_ += aligned(keeping.bytes);
+      const kernels::Keeping what = kernel.keeps(instruction.ints);
+      const Operand& operand = operands_[instruction.first_operand + what.operand];
+      if (what.bytes == 0 || operand.space < kExternal || externals_[operand.space - kExternal].written)
+        continue;
+      instruction.kept = keep({kernel.keep, what, {operand.space, operand.offset}, kept_bytes_});
     }
+}
+
+// Its place among what is kept, where the same may be already; -1 where there is no room.
+int Program::keep(const Kept& wanted) {
+  const auto same = [&](const Kept& kept) {
+    return kept.make == wanted.make && kept.source.space == wanted.source.space &&
+           kept.source.offset == wanted.source.offset && kept.what.bytes == wanted.what.bytes &&
+           std::ranges::equal(kept.what.form, wanted.what.form);
+  };
+  const auto found = std::ranges::find_if(kept_, same);
+  if (found == kept_.end()) {
+    if (wanted.what.bytes > kMostKept - kept_bytes_) return -1;
+    kept_bytes_ += aligned(wanted.what.bytes);
+    kept_.push_back(wanted);
+    return static_cast<int>(kept_.size()) - 1;
+  }
+  return static_cast<int>(found - kept_.begin());
 }
 
 void Program::add_section(int s, const std::vector<InstructionSpec>& specs) {

@@ -107,8 +107,10 @@ struct Instruction {
 // What an instruction makes of an external that need be made once only where that is the same for all tasks and steps.
 struct Kept {
   kernels::Keep make;
-  int external;
-  int64_t offset, bytes;  // in a worker's memory for such things
+  kernels::Keeping what;
+  OperandSpec source;
+  int64_t offset;  // in a worker's memory for such things
+  int external() const { return source.space - kExternal; }
 };
 
 // What dump, error messages and profiles need of an instruction, kept apart from what replay reads.
@@ -174,6 +176,7 @@ class Program {
   void add_operand(int s, const OperandSpec& spec, const Access& access, size_t index);
   void find_setup();
   void find_kept();
+  int keep(const Kept& wanted);
   int64_t bytes_of(int space) const;  // -1: unknown
 
   kernels::DType dtype_;

@@ -165,6 +165,22 @@ def test_a_factor_that_tasks_share(sizes, own, threads, dtype):
         w += 1
 
 
+def test_what_is_kept_is_kept_once_and_has_a_bound():
+    def product(at, n, k):
+        b = (EXTERNAL + 1, at)
+        return ("gemm", [(EXTERNAL, 0), b, (ARENA, 0)], [1, 64, n, k, 0, k, 1, 0, 1, k, 0, n, 1, 0, 0, 0], [])
+
+    def kept(*products):
+        return _C.Program("f32", {"query": list(products)}, arena_bytes=1 << 20, n_external=2).kept_bytes()
+
+    small, other = product(0, 64, 100), product(4, 64, 100)
+    assert kept(small) == kept(*[small] * 3) == 4 * 64 * 100
+    assert kept(small, other) == 2 * kept(small)  # another place
+    assert kept(small, product(0, 100, 64)) == kept(small) + kept(product(0, 100, 64))  # another form
+    large = [product(4 * k, 1024, 512) for k in range(100)]
+    assert kept(*large) == 2 * kept(large[0]) == 4 << 20
+
+
 def test_a_factor_that_the_program_writes_is_not_kept():
     sizes, tasks = (6, 20, 30), 3
     x, w = np.ones((tasks, 6, 30)), np.ones((20, 30))

@@ -21,10 +21,11 @@ struct Args {
 };
 
 // Of which operand a call makes something that serves every call with the same numbers there, and how many bytes that
-// takes: 0 where there is no such operand.
+// takes: 0 where there is no such operand. Calls of one `form` make the same of the same operand.
 struct Keeping {
   int operand;
   int64_t bytes;
+  int64_t form[4];
 };
 
 // The largest program of one `pointwise` call; kernel_arity refuses larger ones.

@@ -301,7 +301,8 @@ void gemm_prepare(const int64_t* ints, const double*, std::byte* place) noexcept
 template <class T>
 Keeping gemm_keeps(const int64_t* ints) noexcept {
   const Sizes s = Sizes::of<T>(ints);
-  return {s.turned ? 0 : 1, s.kept_elements() * static_cast<int64_t>(sizeof(T))};
+  return {
+      s.turned ? 0 : 1, s.kept_elements() * static_cast<int64_t>(sizeof(T)), {s.b_rs, s.b_cs, s.N, s.width}};
 }
 
 template <class T>
