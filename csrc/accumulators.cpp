@@ -8,10 +8,19 @@ namespace metafast {
 namespace {
 
 template <class T>
-void add_elements(std::byte* into, const std::byte* from, int64_t bytes) {
-  T* const a = reinterpret_cast<T*>(into);
-  const T* const b = reinterpret_cast<const T*>(from);
-  for (int64_t n = 0; n < bytes / static_cast<int64_t>(sizeof(T)); ++n) a[n] += b[n];
+void add_elements(const std::byte* left, const std::byte* right, std::byte* into, int64_t bytes) {
+  const T *const a = reinterpret_cast<const T*>(left), *const b = reinterpret_cast<const T*>(right);
+  T* const c = reinterpret_cast<T*>(into);
+  for (int64_t n = 0; n < bytes / static_cast<int64_t>(sizeof(T)); ++n) c[n] = a[n] + b[n];
+}
+
+// into = left + right; it may be one of them.
+void add(const std::byte* left, const std::byte* right, std::byte* into, int64_t bytes,
+         kernels::DType dtype) {
+  if (dtype == kernels::DType::f32)
+    add_elements<float>(left, right, into, bytes);
+  else
+    add_elements<double>(left, right, into, bytes);
 }
 
 }  // namespace
@@ -49,19 +58,25 @@ void AccumulatorTree::finish(int group, std::byte* set) {
     if (other == nullptr) return;
     std::byte* const left = node % 2 ? other : set;
     std::byte* const right = node % 2 ? set : other;
-    add(left, right);
     set = left;
+    if (nodes == 2) {
+      right_ = right;
+      break;
+    }
+    add(left, right, left, bytes_, dtype_);
     const std::lock_guard lock(mutex_);
     free_[n_free_++] = right;
   }
-  root_ = set;
+  left_ = set;
 }
 
-void AccumulatorTree::add(std::byte* into, const std::byte* from) const {
-  if (dtype_ == kernels::DType::f32)
-    add_elements<float>(into, from, bytes_);
+void AccumulatorTree::write(int64_t offset, int64_t bytes, std::byte* into) const {
+  if (left_ == nullptr)
+    std::fill_n(into, bytes, std::byte{0});
+  else if (right_ == nullptr)
+    std::copy_n(left_ + offset, bytes, into);
   else
-    add_elements<double>(into, from, bytes_);
+    add(left_ + offset, right_ + offset, into, bytes, dtype_);
 }
 
 }  // namespace metafast

@@ -45,6 +45,8 @@ Layout::Layout(const Program& program, int64_t steps, int64_t every)
   scratch = place(program.scratch_bytes());
   helping = at;
   arena = place(sizes.arena);
+  kept = place(program.kept_bytes());
+  made = place(static_cast<int64_t>(program.kept().size()));
   adjoint = place(adjoints * aligned(sizes.adjoint));
   state = place(bytes_of(rolls ? turns : shared + every, state_stride));
   bytes = at;
@@ -74,6 +76,25 @@ Frame::Frame(const Part& part, std::byte* memory) noexcept
   bases_[kChunk] = scratch_;  // of whoever runs a part: chunks.cpp
   for (const Operand& operand : part.program.operands())
     if (!moves(operand.space)) table_[operand.slot] = bases_[operand.space] + operand.offset;
+}
+
+void Frame::forget_kept() const noexcept {
+  std::fill_n(memory_ + part_.layout.made, part_.program.kept().size(), std::byte{0});
+}
+
+// Where it lies, made if it is not there yet; null where tasks or steps differ in what it is made of, or one task is all
+// that would read it.
+std::byte* Frame::kept(const Instruction& instruction) const noexcept {
+  const Kept& wanted = part_.program.kept()[instruction.kept];
+  const External& external = part_.externals[wanted.external()];
+  if (external.task_stride != 0 || external.step_stride != 0 || part_.end - part_.first < 2) return nullptr;
+  std::byte* const place = memory_ + part_.layout.kept + wanted.offset;
+  std::byte& made = memory_[part_.layout.made + instruction.kept];
+  if (made == std::byte{0})
+    wanted.make({operands(instruction), instruction.ints, instruction.floats, scratch_, 0, 1,
+                 instruction.prepared, place});
+  made = std::byte{1};
+  return place;
 }
 
 std::byte* Frame::state_slot(int64_t k) const noexcept {

@@ -22,7 +22,7 @@ struct Layout {
   bool rolls;
   int64_t every, shared;  // slots that are not shared, less one
   int64_t turns;          // slots of a program that never comes back to a state
-  int64_t table, bases, call, scratch, arena, adjoint, state;
+  int64_t table, bases, call, scratch, arena, kept, made, adjoint, state;
   int64_t state_stride, adjoint_stride;
   int64_t helping, bytes;  // all that running parts of instructions takes; all
 };
@@ -52,11 +52,14 @@ class Frame {
     return table_ + instruction.first_operand;
   }
   int run(const Instruction& instruction) const noexcept {
-    return instruction.run(
-        {operands(instruction), instruction.ints, instruction.floats, scratch_, 0, 1, instruction.prepared});
+    return instruction.run({operands(instruction), instruction.ints, instruction.floats, scratch_, 0, 1,
+                            instruction.prepared, instruction.kept < 0 ? nullptr : kept(instruction)});
   }
+  // Before the first task of a call: another one's externals may have been kept here.
+  void forget_kept() const noexcept;
 
  private:
+  std::byte* kept(const Instruction& instruction) const noexcept;
   std::byte* state_slot(int64_t k) const noexcept;
 
   const Part& part_;

@@ -13,6 +13,9 @@ using kernels::Isa;
 // A barrier between two threads costs some 0.2 µs: a part shorter than this is not worth one.
 constexpr double kShortestPart = 1000;  // nanoseconds
 
+// All that is kept is to be found in a cache at each task: what is beyond a worker's share of the last is as soon made.
+constexpr int64_t kMostKept = int64_t{4} << 20;
+
 constexpr std::array<std::string_view, kExternal> kSpaceNames = {"arena",       "state_cur",    "state_next",
                                                                  "adjoint_cur", "adjoint_next", "accumulator",
                                                                  "constant",    "call",         "chunk"};
@@ -95,6 +98,7 @@ Program::Program(ProgramSpec spec)
   std::memcpy(constants, spec.constants.data(), spec.constants.size());
   for (int s = 0; s < kSections; ++s) add_section(s, spec.sections[s]);
   find_setup();
+  find_kept();
 }
 
 // What makes state slot 0 of externals and constants alone. Slot 0 stays as it is through a task: later steps write to
@@ -123,6 +127,37 @@ void Program::find_setup() {
       if (const int space = operands_[instruction->first_operand + k].space; space >= kExternal)
         setup_externals_.push_back(space - kExternal);
   }
+}
+
+void Program::find_kept() {
+  for (SectionCode& code : sections_)
+    for (size_t n = 0; n < code.instructions.size(); ++n) {
+      Instruction& instruction = code.instructions[n];
+      const kernels::Kernel& kernel = *code.info[n].kernel;
+      if (kernel.keeps == nullptr) continue;
+      const kernels::Keeping what = kernel.keeps(instruction.ints);
+      const Operand& operand = operands_[instruction.first_operand + what.operand];
+      if (what.bytes == 0 || operand.space < kExternal || externals_[operand.space - kExternal].written)
+        continue;
+      instruction.kept = keep({kernel.keep, what, {operand.space, operand.offset}, kept_bytes_});
+    }
+}
+
+// Its place among what is kept, where the same may be already; -1 where there is no room.
+int Program::keep(const Kept& wanted) {
+  const auto same = [&](const Kept& kept) {
+    return kept.make == wanted.make && kept.source.space == wanted.source.space &&
+           kept.source.offset == wanted.source.offset && kept.what.bytes == wanted.what.bytes &&
+           std::ranges::equal(kept.what.form, wanted.what.form);
+  };
+  const auto found = std::ranges::find_if(kept_, same);
+  if (found == kept_.end()) {
+    if (wanted.what.bytes > kMostKept - kept_bytes_) return -1;
+    kept_bytes_ += aligned(wanted.what.bytes);
+    kept_.push_back(wanted);
+    return static_cast<int>(kept_.size()) - 1;
+  }
+  return static_cast<int>(found - kept_.begin());
 }
 
 void Program::add_section(int s, const std::vector<InstructionSpec>& specs) {

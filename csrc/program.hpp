@@ -3,7 +3,8 @@
 //
 //   task t:  prologue(k=0) ; for k < K: inner(k) ; query(k=K) ; for k = K-1..0: meta(k) ; epilogue(k=0)
 //
-// State slot 0 is laid out once for all tasks of a worker, where what makes it is the same for all of them.
+// State slot 0 is laid out once for all tasks of a worker, where what makes it is the same for all of them. So is what a
+// kernel makes of an external first (a product packs its right factor), where nothing writes to that.
 //
 // An operand is a space and a byte offset in it; where a space lies is known when the program is replayed:
 //
@@ -112,6 +113,16 @@ struct Instruction {
   int first_operand;          // its pointers stand from here on in the table of pointers
   int most_parts;             // into how many parts it may be split with profit; 1: not at all
   bool sets_up = false;       // of the prologue: does the same for every task, if its externals are the same
+  int kept = -1;              // among Program::kept(), or none
+};
+
+// What an instruction makes of an external that need be made once only where that is the same for all tasks and steps.
+struct Kept {
+  kernels::Keep make;
+  kernels::Keeping what;
+  OperandSpec source;
+  int64_t offset;  // in a worker's memory for such things
+  int external() const { return source.space - kExternal; }
 };
 
 // What dump, error messages and profiles need of an instruction, kept apart from what replay reads.
@@ -152,6 +163,8 @@ class Program {
   int64_t record_bytes() const { return (2 + lanes_) * size_of(dtype_); }
   int64_t constant_bytes() const { return constant_bytes_; }
   int64_t scratch_bytes() const { return scratch_bytes_; }
+  std::span<const Kept> kept() const { return kept_; }
+  int64_t kept_bytes() const { return kept_bytes_; }
   const SectionCode& section(int s) const { return sections_[s]; }
   std::span<const Operand> operands() const { return operands_; }  // of all instructions, in order of `slot`
   const std::byte* constants() const { return constants_.data(); }
@@ -186,6 +199,8 @@ class Program {
   void add_operand(int s, const OperandSpec& spec, const Access& access, size_t index, int64_t chunks,
                    int64_t memory);
   void find_setup();
+  void find_kept();
+  int keep(const Kept& wanted);
   int64_t bytes_of(int space, int64_t memory) const;  // -1: unknown
 
   kernels::DType dtype_;
@@ -194,7 +209,7 @@ class Program {
   int n_external_;
   int lanes_;
   int64_t constant_bytes_;
-  int64_t scratch_bytes_ = 0;
+  int64_t scratch_bytes_ = 0, kept_bytes_ = 0;
   Buffer constants_;
   std::vector<int64_t> ints_;
   std::vector<double> floats_;
@@ -205,6 +220,7 @@ class Program {
   std::array<bool, kExternal> used_{};
   std::vector<ExternalUse> externals_;
   std::vector<int> setup_externals_;
+  std::vector<Kept> kept_;
   std::array<SectionCode, kSections> sections_;
 };
 

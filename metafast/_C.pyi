@@ -42,6 +42,9 @@ class Program:
         lanes: int = 1,
         isa: str = "best",
     ) -> None: ...
+    def kept_bytes(self) -> int:
+        """What a worker may hold of what kernels make of tensors that all tasks share."""
+
     def dump(self) -> str:
         """A listing, one line an instruction."""
 

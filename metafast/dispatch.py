@@ -219,7 +219,8 @@ def _explain_portion(plan: Any, problem: Problem, portion: Portion) -> list[str]
         lines += ["", f"section {name}: {len(section.graph.nodes)} nodes", str(section.graph)]
     lines += ["", "program:", lowered.listing(), ""]
     lines += [f"flops: {name} {f:.3g} a run" for name, f in lowered.flops().items()]
-    return [*lines, f"memory: arena {lowered.arena_bytes} B a worker, sums {lowered.sum_bytes} B a group"]
+    worker = f"arena {lowered.arena_bytes} B and kept of shared tensors {lowered.program.kept_bytes()} B a worker"
+    return [*lines, f"memory: {worker}, sums {lowered.sum_bytes} B a group"]
 
 
 def _flops(portion: Portion, steps: int) -> float:

@@ -101,7 +101,7 @@ class Plan:
 
     def spares_memory(self, made: Lowered, steps: int) -> bool:
         """Whether a program of one section needs no more memory than the fewest states that it does without: so no
-        budget of memory is to know of it."""
+        budget of memory is to know of it. What a worker keeps of tensors that tasks share is no state's."""
         fewest = slots(steps, interval(steps, 0))
         return made.arena_bytes <= fewest * sum(map(numel, self.steps.state.values())) * made.itemsize
 

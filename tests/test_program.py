@@ -135,6 +135,65 @@ def test_a_first_state_that_tasks_share(steps, threads, spoil):
     np.testing.assert_allclose(again, first * spoiled * x**steps, rtol=1e-14)
 
 
+def product_program(dtype, m, n, k, spoil=False):
+    """x·Wᵀ at each step, W an external; with `spoil` the query then doubles W."""
+    product = ("gemm", [(EXTERNAL, 0), (EXTERNAL + 1, 0), (EXTERNAL + 2, 0)],
+               [1, m, n, k, 0, k, 1, 0, 1, k, 0, n, 1, 0, 0, 0], [])  # fmt: skip
+    w = (EXTERNAL + 1, 0)
+    double = pointwise([w, w], [("add", 1, 0, 0)], dims=(n * k,))
+    return _C.Program(dtype, {"inner": [product], "query": [double] if spoil else []}, n_external=3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("own", ["", "task", "step"])
+@pytest.mark.parametrize("sizes", [(7, 5, 4), (75, 40, 200), (20, 130, 33)])
+def test_a_factor_that_tasks_share(sizes, own, threads, dtype):
+    """A worker packs it once in a call, where it is the same for all tasks and steps, and anew in the next call."""
+    (m, n, k), tasks, steps = sizes, 5, 2
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((tasks, steps, m, k)).astype(DTYPES[dtype])
+    w = rng.standard_normal({"": (1, 1), "task": (tasks, 1), "step": (1, steps)}[own] + (n, k)).astype(x.dtype)
+    out = np.zeros((tasks, steps, m, n), x.dtype)
+    strides = (w.strides[0] if own == "task" else 0, w.strides[1] if own == "step" else 0)
+    externals = external((x, *x.strides[:2]), (w, *strides), (out, *out.strides[:2]))
+    program = product_program(dtype, *sizes)
+    for _ in range(2):
+        done(_C.run(program, externals, tasks, steps, threads=threads))
+        expected = x.astype(np.float64) @ w.astype(np.float64).swapaxes(-1, -2)
+        np.testing.assert_allclose(out, expected, rtol=0, atol=1e-4 if dtype == "f32" else 1e-12)
+        w += 1
+
+
+def test_what_is_kept_is_kept_once_and_has_a_bound():
+    def product(at, n, k):
+        b = (EXTERNAL + 1, at)
+        return ("gemm", [(EXTERNAL, 0), b, (ARENA, 0)], [1, 64, n, k, 0, k, 1, 0, 1, k, 0, n, 1, 0, 0, 0], [])
+
+    def kept(*products):
+        return _C.Program("f32", {"query": list(products)}, arena_bytes=1 << 20, n_external=2).kept_bytes()
+
+    small, other = product(0, 64, 100), product(4, 64, 100)
+    assert kept(small) == kept(*[small] * 3) == 4 * 64 * 100
+    assert kept(small, other) == 2 * kept(small)  # another place
+    assert kept(small, product(0, 100, 64)) == kept(small) + kept(product(0, 100, 64))  # another form
+    large = [product(4 * k, 1024, 512) for k in range(100)]
+    assert kept(*large) == 2 * kept(large[0]) == 4 << 20
+
+
+def test_a_factor_that_the_program_writes_is_not_kept():
+    sizes, tasks = (6, 20, 30), 3
+    x, w = np.ones((tasks, 6, 30)), np.ones((20, 30))
+    out = np.zeros((tasks, 6, 20))
+    program = product_program("f64", *sizes, spoil=True)
+    table = [(x, x.strides[0], 0), (w, 0, 0), (out, out.strides[0], 0)]
+    with pytest.raises(ValueError, match="every task writes to the same place"):
+        _C.run(program, external(*table), tasks, 1)
+    for t in range(tasks):
+        done(_C.run(program, external(*[(a[t : t + 1] if a is not w else w, 0, 0) for a, *_ in table]), 1, 1))
+    np.testing.assert_array_equal(out[:, 0, 0], [30, 60, 120])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("threads", [1, 2, 4])
 def test_states_adjoints_and_weights(dtype, threads):
@@ -247,6 +306,21 @@ def test_sum_over_tasks_has_one_shape(tasks, threads):
     done(_C.run(program, external((values, 4, 0)), tasks, 0, result_ptr=first.ctypes.data))
     done(_C.run(program, external((values, 4, 0)), tasks, 0, result_ptr=result.ctypes.data, threads=threads))
     assert result[0] == first[0]
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 3, 8, 9])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("elements", [1, 100_003, 300_000])
+def test_large_sums(elements, threads, tasks):
+    """Threads share the last addition: each writes pieces of it."""
+    add = copy((EXTERNAL, 0), (ACCUMULATOR, 0), add=True, dims=(elements,))
+    program = _C.Program("f32", {"query": [add]}, accumulator_bytes=4 * elements, n_external=1)
+    values = np.random.default_rng(tasks).standard_normal((tasks, elements)).astype(np.float32)
+    result = np.full(elements + 1, np.nan, np.float32)
+    done(_C.run(program, external((values, 4 * elements, 0)), tasks, 0, result_ptr=result.ctypes.data, threads=threads))
+    groups = min(tasks, 8 if elements > 1 else 16)
+    np.testing.assert_array_equal(result[:-1], tree_sum(values, groups))
+    assert np.isnan(result[-1])
 
 
 @pytest.mark.parametrize("tasks", [33, 100])

@@ -196,6 +196,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("state_bytes") = 0, py::arg("adjoint_bytes") = 0, py::arg("accumulator_bytes") = 0,
            py::arg("constants") = py::bytes(), py::arg("n_external") = 0, py::arg("lanes") = 1,
            py::arg("isa") = "best")
+      .def("kept_bytes", &Program::kept_bytes)
       .def("dump", &Program::dump)
       .def("__repr__", [](const Program& p) { return "<" + p.summary() + ">"; });
 

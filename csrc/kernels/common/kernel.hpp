@@ -17,6 +17,15 @@ struct Args {
   std::byte* scratch;  // at least Kernel::scratch(i) bytes, aligned to 64, this call's alone
   int part, parts;     // this call computes share `part` of `parts` of the output (1 unless splittable)
   const std::byte* prepared;  // what Kernel::prepare wrote, where the kernel has one; else null
+  std::byte* kept = nullptr;  // what Kernel::keep made of an operand, or null
+};
+
+// Of which operand a call makes something that serves every call with the same numbers there, and how many bytes that
+// takes: 0 where there is no such operand. Calls of one `form` make the same of the same operand.
+struct Keeping {
+  int operand;
+  int64_t bytes;
+  int64_t form[4];
 };
 
 // The largest program of one `pointwise` call; kernel_arity refuses larger ones.
@@ -34,6 +43,8 @@ using Scratch = int64_t (*)(const int64_t* i) noexcept;  // bytes of scratch one
 // Decodes ints and immediates once for any number of calls into `place`, which is aligned to 64, stays where
 // it is and is only read from then on.
 using Prepare = void (*)(const int64_t* i, const double* f, std::byte* place) noexcept;
+using Keeps = Keeping (*)(const int64_t* i) noexcept;
+using Keep = void (*)(const Args&) noexcept;  // writes it to Args::kept
 
 // A splittable kernel may be called once for each part 0..parts-1, in any order and at the same time;
 // together the parts write what one whole call writes, bit for bit.
@@ -44,6 +55,8 @@ struct Kernel {
   bool splittable;
   Scratch prepared_bytes = nullptr;  // bytes prepare writes
   Prepare prepare = nullptr;         // null: calls read the ints themselves
+  Keeps keeps = nullptr;             // null: nothing can be kept
+  Keep keep = nullptr;
 };
 
 // Whether a correlation with 3×3 taps takes less time by Winograd's form: multiply-adds of the direct form against those

@@ -55,7 +55,7 @@ struct Sizes {
     s.vectors = strip_vectors(s.M, vectors);
     s.width = s.vectors * kLanes<T>;
     const bool big = s.M > 64 && s.K * s.N * static_cast<int64_t>(sizeof(T)) > 131072;
-    s.pack = ((s.b_cs != 1 && s.N > 1) || big) && !s.dots;
+    s.pack = ((s.b_cs != 1 && s.N > 1) || (big && !strip_fits<T>(s))) && !s.dots;
     s.rows = whole_rows<T>(s) ? max_tile_rows(static_cast<int>(s.vectors)) : s.M;
     return s;
   }
@@ -80,6 +80,18 @@ struct Sizes {
     constexpr int64_t L = kLanes<T>;
     if (K <= 1 || L <= 2) return false;
     return M <= 2 ? K >= L : N * (K + 4 * L) <= L * K || (M <= kFewRows && K >= kLongRows * M);
+  }
+
+  // Whether a first-level cache, of at least 64 sets of 8 lines, holds a strip of B where it lies: rows whose distance
+  // is a large power of two of lines, or a multiple of one, meet in few of its sets.
+  template <class T>
+  static bool strip_fits(const Sizes& s) {
+    constexpr int64_t kLine = 64, kSets = 64, kWays = 8;
+    int64_t sets = kSets;
+    for (int64_t lines = s.b_rs * static_cast<int64_t>(sizeof(T)) / kLine; sets > 1 && lines % 2 == 0;
+         lines /= 2)
+      sets /= 2;
+    return s.depth() * s.vectors <= min64(kSets, sets * s.vectors) * kWays;
   }
 
   // Whether C is written row after row: where it lies far away and B near, caches see what comes next.
@@ -109,8 +121,10 @@ struct Sizes {
   }
 
   int64_t depth() const { return min64(K, kDepth); }
-  int64_t strips_elements() const { return pack ? round_up(N, width) * depth() : 0; }  // of one product
-  int64_t packed_elements() const { return (1 + pair) * strips_elements(); }
+  int64_t strip_elements() const { return pack ? width * depth() : 0; }
+  int64_t packed_elements() const { return (1 + pair) * strip_elements(); }
+  // B in strips, those of the first `depth` rows first.
+  int64_t kept_elements() const { return pack && batch == 1 && !pair ? round_up(N, width) * K : 0; }
   int64_t staged_elements() const { return stage ? M * N : 0; }
 };
 
@@ -126,20 +140,20 @@ struct Product {
   T scale;
 };
 
+// A strip of B, from row k and column n on.
 template <class T>
-void pack_strips(const Product<T>& p, const T* b, const Sizes& s, int64_t k, int64_t depth, T* packed) {
-  const int64_t width = s.width;
-  for (int64_t n = 0; n < p.N; n += width, packed += width * depth)
-    pack_rows<T>(b + k * s.b_rs + n * s.b_cs, s.b_rs, s.b_cs, depth, min64(width, p.N - n), width,
-                 [packed, width](int64_t row) { return packed + row * width; });
+void pack_strip(const T* b, const Sizes& s, int64_t k, int64_t depth, int64_t n, int64_t columns, T* packed) {
+  pack_rows<T>(b + k * s.b_rs + n * s.b_cs, s.b_rs, s.b_cs, depth, columns, s.width,
+               [packed, &s](int64_t row) { return packed + row * s.width; });
 }
 
-// c (+)= the product, where n lies together in c.
+// c (+)= the product, where n lies together in c. A strip is packed just before all rows of A meet it.
 template <class T>
-void multiply(const Product<T>& p, const Sizes& s, T* c, int64_t c_rs, bool add, T* packed) {
+void multiply(const Product<T>& p, const Sizes& s, T* c, int64_t c_rs, bool add, const T* kept, T* packed) {
   constexpr int L = kLanes<T>;
   const int64_t starts[] = {0, s.pair ? p.more_a - p.a : 0};
-  T* const more = packed + s.strips_elements();
+  T* const more = packed + s.strip_elements();
+  const int64_t whole = round_up(p.N, s.width);  // columns of what is kept
   TileCall<T> call{};
   call.a_rs = s.a_rs, call.a_cs = s.a_cs;
   call.segment = starts, call.segments = 1 + s.pair;
@@ -148,8 +162,6 @@ void multiply(const Product<T>& p, const Sizes& s, T* c, int64_t c_rs, bool add,
   for (int64_t k = 0; k < s.K; k += kDepth) {
     const int64_t depth = min64(kDepth, s.K - k);
     const bool last_depth = k + depth == s.K;
-    if (s.pack) pack_strips(p, p.b, s, k, depth, packed);
-    if (s.pack && s.pair) pack_strips(p, p.more_b, s, k, depth, more);
     if (s.pair) call.b_gap = (s.pack ? more - packed : p.more_b - p.b) - depth * call.b_rs;
     call.length = depth, call.add = add || k > 0;
     call.from = k > 0 ? 0 : p.from;
@@ -157,7 +169,15 @@ void multiply(const Product<T>& p, const Sizes& s, T* c, int64_t c_rs, bool add,
       call.a = p.a + m * s.a_rs + k * s.a_cs;
       for (int64_t n = 0; n < p.N; n += s.width) {
         const int64_t columns = min64(s.width, p.N - n), vectors = (columns + L - 1) / L;
-        call.b = s.pack ? packed + n * depth : p.b + k * s.b_rs + n * s.b_cs;
+        if (kept) {
+          call.b = kept + k * whole + n * depth;
+        } else if (s.pack) {
+          pack_strip(p.b, s, k, depth, n, columns, packed);
+          if (s.pair) pack_strip(p.more_b, s, k, depth, n, columns, more);
+          call.b = packed;
+        } else {
+          call.b = p.b + k * s.b_rs + n * s.b_cs;
+        }
         call.c = c + m * c_rs + n;
         call.bias = last_depth && p.bias && !s.turned ? p.bias + n : nullptr;
         call.last = columns - (vectors - 1) * L;
@@ -189,11 +209,11 @@ void without_depth(const Product<T>& p, const Sizes& s) {
 }
 
 template <class T>
-void multiply_staged(Product<T> p, const Sizes& s, T* staged, T* packed) {
+void multiply_staged(Product<T> p, const Sizes& s, T* staged, const T* kept, T* packed) {
   const int64_t from = p.from;
   const T scale = p.scale;
   p.from = 0, p.scale = 1;
-  multiply(p, s, staged, p.N, false, packed);
+  multiply(p, s, staged, p.N, false, kept, packed);
   for (int64_t m = 0; m < p.M; ++m)
     for (int64_t n = 0; n < p.N; ++n) {
       T& c = p.c[m * s.c_rs + n * s.c_cs];
@@ -202,15 +222,15 @@ void multiply_staged(Product<T> p, const Sizes& s, T* staged, T* packed) {
 }
 
 template <class T>
-void run_product(const Product<T>& p, const Sizes& s, T* scratch) {
+void run_product(const Product<T>& p, const Sizes& s, const T* kept, T* scratch) {
   if (s.K == 0) return without_depth(p, s);
   T* packed = scratch + s.staged_elements();
   if (s.dots)
     multiply_by_dots(p, s);
   else if (s.stage)
-    multiply_staged(p, s, scratch, packed);
+    multiply_staged(p, s, scratch, kept, packed);
   else
-    multiply(p, s, p.c, s.c_rs, s.add, packed);
+    multiply(p, s, p.c, s.c_rs, s.add, kept, packed);
   if (p.bias && s.turned)
     for (int64_t m = 0; m < p.M; ++m)
       for (int64_t n = 0; n < p.N; ++n) p.c[m * s.c_rs + n * s.c_cs] += p.bias[m];
@@ -279,6 +299,25 @@ void gemm_prepare(const int64_t* ints, const double*, std::byte* place) noexcept
 }
 
 template <class T>
+Keeping gemm_keeps(const int64_t* ints) noexcept {
+  const Sizes s = Sizes::of<T>(ints);
+  return {
+      s.turned ? 0 : 1, s.kept_elements() * static_cast<int64_t>(sizeof(T)), {s.b_rs, s.b_cs, s.N, s.width}};
+}
+
+template <class T>
+void gemm_keep(const Args& args) noexcept {
+  const Sizes& s = *reinterpret_cast<const Sizes*>(args.prepared);
+  const T* const b = static_cast<const T*>(args.ptr[!s.turned]);
+  T* packed = reinterpret_cast<T*>(args.kept);
+  for (int64_t k = 0; k < s.K; k += kDepth) {
+    const int64_t depth = min64(kDepth, s.K - k);
+    for (int64_t n = 0; n < s.N; n += s.width, packed += s.width * depth)
+      pack_strip(b, s, k, depth, n, min64(s.width, s.N - n), packed);
+  }
+}
+
+template <class T>
 int gemm(const Args& args) noexcept {
   const Sizes& s = *reinterpret_cast<const Sizes*>(args.prepared);
   if (s.M == 0 || s.N == 0) return kOk;
@@ -295,7 +334,7 @@ int gemm(const Args& args) noexcept {
                  bias, up.from, up.scale};
     if (s.pair) p.more_a = more_a + n * s.a_bs, p.more_b = more_b + n * s.b_bs;
     if (!split_batch) take_part(p, s, args.part, args.parts);
-    run_product(p, s, reinterpret_cast<T*>(args.scratch));
+    run_product(p, s, reinterpret_cast<const T*>(args.kept), reinterpret_cast<T*>(args.scratch));
   }
   return kOk;
 }
@@ -308,5 +347,9 @@ template int64_t gemm_prepared_bytes<float>(const int64_t*) noexcept;
 template int64_t gemm_prepared_bytes<double>(const int64_t*) noexcept;
 template void gemm_prepare<float>(const int64_t*, const double*, std::byte*) noexcept;
 template void gemm_prepare<double>(const int64_t*, const double*, std::byte*) noexcept;
+template Keeping gemm_keeps<float>(const int64_t*) noexcept;
+template Keeping gemm_keeps<double>(const int64_t*) noexcept;
+template void gemm_keep<float>(const Args&) noexcept;
+template void gemm_keep<double>(const Args&) noexcept;
 
 }  // namespace metafast::kernels::METAFAST_ISA

@@ -25,6 +25,11 @@ template <class T>
 int64_t gemm_prepared_bytes(const int64_t* ints) noexcept;
 template <class T>
 void gemm_prepare(const int64_t* ints, const double* floats, std::byte* place) noexcept;
+// B (A where turned) in strips, where a call would pack it.
+template <class T>
+Keeping gemm_keeps(const int64_t* ints) noexcept;
+template <class T>
+void gemm_keep(const Args&) noexcept;
 
 extern template int gemm<float>(const Args&) noexcept;
 extern template int gemm<double>(const Args&) noexcept;
