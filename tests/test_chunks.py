@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,12 @@ from zoo import ENTRIES, LR, Entry, Task
 from zoo import named as entry_named
 
 import metafast
-from metafast.lower.arrays import ARENA, CHUNK, EXTERNAL, Instruction
+from metafast.lower.arrays import ARENA, CHUNK, EXTERNAL, Array, Buffer, Instruction
+from metafast.lower.chunk import chunk
 from metafast.native import captured, make_plan
 from metafast.passes import without
 
 _C = pytest.importorskip("metafast._C", reason="the native backend is not built", exc_type=ImportError)
-
 
 
 @pytest.fixture
@@ -42,6 +43,9 @@ def program_of(task: Task, order: int = 2, steps: int = 2) -> Any:
 def runs(task: Task, order: int = 2) -> Iterator[Instruction]:
     for code in program_of(task, order).code.values():
         yield from (ins for ins in code if ins.members)
+
+
+BatchNorm = partial(nn.BatchNorm2d, track_running_stats=False)
 
 
 class Net(nn.Module):
@@ -134,6 +138,19 @@ def test_bits_do_not_depend_on_threads(threads: int) -> None:
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+@pytest.mark.usefixtures("of_any_size")
+def test_what_two_convolutions_make_together() -> None:
+    """The second adds to what the first has made: made again by the first alone, it is another array."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 1), BatchNorm(4), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(4, 4, 3), BatchNorm(4), nn.Tanh()]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(16, 3)).double()
+    labels = torch.arange(4).remainder(3).expand(2, 4).contiguous()
+    support, query = ((torch.randn(2, 4, 3, 8, 8, dtype=torch.float64), labels) for _ in range(2))
+    task = Task(model, support, query, loss=F.cross_entropy)
+    got = metafast_gradients(inner_loop(task, "native", steps=2), task, "fused")[1]
+    assert_same(got, named(answer(task, 2, 2)))
+
+
 # ---- what is joined ---------------------------------------------------------------------------------------------
 
 
@@ -159,6 +176,23 @@ def test_more_channels_are_not_convolved_again() -> None:
 
 def test_small_images_are_left_alone() -> None:
     assert not list(runs(net_task(1, torch.float32, images=5), order=1))
+
+
+def copied(source: Array, out: Array, mode: int = 0) -> Instruction:
+    """out = source, or with mode 1 out += source, row by row."""
+    (rows, columns), walk = source.shape, [source.shape[1], 1]
+    return Instruction("pointwise", [source, out], [1], [2, 1, 1, 0, 1, rows, columns, *walk, *walk, 0, mode, 1])
+
+
+@pytest.mark.usefixtures("of_any_size")
+def test_what_is_added_to_is_in_memory() -> None:
+    """Of two runs the second adds to what the first has made: in the memory of its own chunks it would find nothing."""
+    x, y, z, w, u = (Array(Buffer(256), (4, 16), (16, 1), 4) for _ in range(5))
+    between = Instruction("gemm", [z, z, w], [2], [])
+    code = [copied(x, y), copied(y, z), between, copied(w, y, mode=1), copied(y, u)]
+    first, _, second = chunk(code, {x.buffer, u.buffer})
+    assert [len(run.members) for run in (first, second)] == [2, 2]
+    assert all(run.members[0].operands[1].buffer is y.buffer for run in (first, second))
 
 
 # ---- the native half --------------------------------------------------------------------------------------------
