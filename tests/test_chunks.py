@@ -259,6 +259,7 @@ ILL_FORMED = {
     "beyond a chunk": (chunked(negated(X, (CHUNK, 60, 0))), r"member 0 \(pointwise\).*the space has 64"),
     "a chunk's memory moves": (chunked(negated(X, (CHUNK, 0, 64))), "the space has 64"),
     "outside of chunks": (negated(X[:2], (CHUNK, 0)), "may not be used in this section"),
+    "a stride of one instruction": (negated(X, (EXTERNAL + 1, 0)), "only members of `chunks` have one"),
     "beyond the arena": (chunked(negated(X, (ARENA, 0, 32))), "bytes 0 to 72 are written"),
     "one over the other": (chunked(negated(X, (EXTERNAL + 1, 0, 4))), "chunks of 8 bytes are written 4 apart"),
     "backwards": (chunked(negated((EXTERNAL, 16, -8), Y)), "a stride of at least 0"),
