@@ -16,7 +16,7 @@ from zoo import ENTRIES, LR, Entry, Task
 from zoo import named as entry_named
 
 import metafast
-from metafast.lower.arrays import ARENA, CHUNK, EXTERNAL, Array, Buffer, Instruction
+from metafast.lower.arrays import ARENA, CHUNK, EXTERNAL, STATE_NEXT, Array, Buffer, Instruction
 from metafast.lower.chunk import chunk
 from metafast.native import captured, make_plan
 from metafast.passes import without
@@ -193,6 +193,18 @@ def test_what_is_added_to_is_in_memory() -> None:
     first, _, second = chunk(code, {x.buffer, u.buffer})
     assert [len(run.members) for run in (first, second)] == [2, 2]
     assert all(run.members[0].operands[1].buffer is y.buffer for run in (first, second))
+
+
+@pytest.mark.usefixtures("of_any_size")
+def test_a_pass_over_many_parameters_stays_behind_what_makes_one_of_them() -> None:
+    """`bundle` makes it begin where the first of them lies."""
+    x, y, z = (Array(Buffer(256), (4, 16), (16, 1), 4) for _ in range(3))
+    second = Array(Buffer(64, STATE_NEXT, 64), (16,), (1,), 4)
+    both, out = Array(Buffer(128, STATE_NEXT, 0), (32,), (1,), 4), Array(Buffer(128), (32,), (1,), 4)
+    added = Instruction("reduce", [y, second], [1], [])
+    over = Instruction("pointwise", [both, out], [1], [1, 1, 1, 0, 1, 32, 1, 1, 0, 0, 1])
+    run, *others = chunk([copied(x, y), added, over, copied(y, z)], {x.buffer, z.buffer, out.buffer})
+    assert len(run.members) == 2 and others == [added, over]
 
 
 # ---- the native half --------------------------------------------------------------------------------------------

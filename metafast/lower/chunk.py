@@ -165,8 +165,16 @@ def _touched(ins: Instruction) -> tuple[set[Place], set[Place]]:
 
 def _meet(a: Instruction, b: Instruction) -> bool:
     """Whether their order matters."""
-    (touched, written), (others, theirs) = _touched(a), _touched(b)
-    return bool(touched & theirs or written & others)
+    pairs = [(k, n) for k in range(len(a.operands)) for n in range(len(b.operands)) if k in a.writes or n in b.writes]
+    return any(_overlap(a.operands[k].buffer, b.operands[n].buffer) for k, n in pairs)
+
+
+def _overlap(a: Buffer, b: Buffer) -> bool:
+    """One pass over many parameters is over all of their places, not only the first one's."""
+    a, b = whole_of(a), whole_of(b)
+    if a.space is None or b.space is None or a.offset is None or b.offset is None:
+        return a is b
+    return a.space == b.space and a.offset < b.offset + b.nbytes and b.offset < a.offset + a.nbytes
 
 
 # ---- runs of them ---------------------------------------------------------------------------------------------
