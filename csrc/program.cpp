@@ -270,6 +270,7 @@ void Program::add_operand(int s, const OperandSpec& spec, const Access& access, 
   if (spec.offset > kMostBytes || spec.offset < -kMostBytes) fail("an offset within 2^47 bytes expected");
   if (spec.offset % access.element != 0)
     fail("a multiple of the element's " + std::to_string(access.element) + " bytes expected");
+  if (memory < 0 && spec.stride != 0) fail("no stride expected: only members of `chunks` have one");
   const int64_t extent = std::max<int64_t>(access.end - access.first, 0) * access.element;
   if (spec.stride % access.element != 0 || spec.stride < 0 ||
       spec.stride > kMostBytes / std::max<int64_t>(chunks, 1))

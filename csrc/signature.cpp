@@ -172,6 +172,7 @@ int64_t filters(int64_t channels, int64_t columns) {
 }
 
 void winograd_form(Call& c) {
+  if (c.element() != 4) reject("float32 expected: Winograd's form has too few digits for float64");
   for (size_t n : {5, 6}) c.within(n, 3, 3, "size of a filter of Winograd's form");
   for (size_t n : {7, 8, 11, 12}) c.within(n, 1, 1, "stride or dilation of Winograd's form");
 }
@@ -219,7 +220,6 @@ void conv_dw(Call& c) { conv(c, in, out, in); }
 
 void winograd_filters(Call& c) {
   const auto& i = c.i;
-  if (c.element() != 4) reject("float32 expected: Winograd's form has too few digits for float64");
   c.sizes(0, 7);
   winograd_form(c);
   c.flag(22, "adjoint (for conv_dx)");

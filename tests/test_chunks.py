@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,12 @@ from zoo import ENTRIES, LR, Entry, Task
 from zoo import named as entry_named
 
 import metafast
-from metafast.lower.arrays import ARENA, CHUNK, EXTERNAL, Instruction
+from metafast.lower.arrays import ARENA, CHUNK, EXTERNAL, STATE_NEXT, Array, Buffer, Instruction
+from metafast.lower.chunk import chunk
 from metafast.native import captured, make_plan
 from metafast.passes import without
 
 _C = pytest.importorskip("metafast._C", reason="the native backend is not built", exc_type=ImportError)
-
 
 
 @pytest.fixture
@@ -42,6 +43,9 @@ def program_of(task: Task, order: int = 2, steps: int = 2) -> Any:
 def runs(task: Task, order: int = 2) -> Iterator[Instruction]:
     for code in program_of(task, order).code.values():
         yield from (ins for ins in code if ins.members)
+
+
+BatchNorm = partial(nn.BatchNorm2d, track_running_stats=False)
 
 
 class Net(nn.Module):
@@ -134,6 +138,19 @@ def test_bits_do_not_depend_on_threads(threads: int) -> None:
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+@pytest.mark.usefixtures("of_any_size")
+def test_what_two_convolutions_make_together() -> None:
+    """The second adds to what the first has made: made again by the first alone, it is another array."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 1), BatchNorm(4), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(4, 4, 3), BatchNorm(4), nn.Tanh()]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(16, 3)).double()
+    labels = torch.arange(4).remainder(3).expand(2, 4).contiguous()
+    support, query = ((torch.randn(2, 4, 3, 8, 8, dtype=torch.float64), labels) for _ in range(2))
+    task = Task(model, support, query, loss=F.cross_entropy)
+    got = metafast_gradients(inner_loop(task, "native", steps=2), task, "fused")[1]
+    assert_same(got, named(answer(task, 2, 2)))
+
+
 # ---- what is joined ---------------------------------------------------------------------------------------------
 
 
@@ -159,6 +176,35 @@ def test_more_channels_are_not_convolved_again() -> None:
 
 def test_small_images_are_left_alone() -> None:
     assert not list(runs(net_task(1, torch.float32, images=5), order=1))
+
+
+def copied(source: Array, out: Array, mode: int = 0) -> Instruction:
+    """out = source, or with mode 1 out += source, row by row."""
+    (rows, columns), walk = source.shape, [source.shape[1], 1]
+    return Instruction("pointwise", [source, out], [1], [2, 1, 1, 0, 1, rows, columns, *walk, *walk, 0, mode, 1])
+
+
+@pytest.mark.usefixtures("of_any_size")
+def test_what_is_added_to_is_in_memory() -> None:
+    """Of two runs the second adds to what the first has made: in the memory of its own chunks it would find nothing."""
+    x, y, z, w, u = (Array(Buffer(256), (4, 16), (16, 1), 4) for _ in range(5))
+    between = Instruction("gemm", [z, z, w], [2], [])
+    code = [copied(x, y), copied(y, z), between, copied(w, y, mode=1), copied(y, u)]
+    first, _, second = chunk(code, {x.buffer, u.buffer})
+    assert [len(run.members) for run in (first, second)] == [2, 2]
+    assert all(run.members[0].operands[1].buffer is y.buffer for run in (first, second))
+
+
+@pytest.mark.usefixtures("of_any_size")
+def test_a_pass_over_many_parameters_stays_behind_what_makes_one_of_them() -> None:
+    """`bundle` makes it begin where the first of them lies."""
+    x, y, z = (Array(Buffer(256), (4, 16), (16, 1), 4) for _ in range(3))
+    second = Array(Buffer(64, STATE_NEXT, 64), (16,), (1,), 4)
+    both, out = Array(Buffer(128, STATE_NEXT, 0), (32,), (1,), 4), Array(Buffer(128), (32,), (1,), 4)
+    added = Instruction("reduce", [y, second], [1], [])
+    over = Instruction("pointwise", [both, out], [1], [1, 1, 1, 0, 1, 32, 1, 1, 0, 0, 1])
+    run, *others = chunk([copied(x, y), added, over, copied(y, z)], {x.buffer, z.buffer, out.buffer})
+    assert len(run.members) == 2 and others == [added, over]
 
 
 # ---- the native half --------------------------------------------------------------------------------------------
@@ -225,6 +271,7 @@ ILL_FORMED = {
     "beyond a chunk": (chunked(negated(X, (CHUNK, 60, 0))), r"member 0 \(pointwise\).*the space has 64"),
     "a chunk's memory moves": (chunked(negated(X, (CHUNK, 0, 64))), "the space has 64"),
     "outside of chunks": (negated(X[:2], (CHUNK, 0)), "may not be used in this section"),
+    "a stride of one instruction": (negated(X, (EXTERNAL + 1, 0)), "only members of `chunks` have one"),
     "beyond the arena": (chunked(negated(X, (ARENA, 0, 32))), "bytes 0 to 72 are written"),
     "one over the other": (chunked(negated(X, (EXTERNAL + 1, 0, 4))), "chunks of 8 bytes are written 4 apart"),
     "backwards": (chunked(negated((EXTERNAL, 16, -8), Y)), "a stride of at least 0"),

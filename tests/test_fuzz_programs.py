@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
-from kernel_cases import Call
-from test_kernels import CASES, built
+from kernel_cases import OIHW, Call, Case, Draw, Geometry, given, weight
+from test_kernels import CASES, anything, built
+from test_program import CHUNK
 from test_program import EXTERNAL as X
 
 from metafast import _C
@@ -33,6 +36,54 @@ def spec_of(call: Call) -> dict[str, Any]:
     )
 
 
+def by_transformed_filters() -> Iterator[Case]:
+    """What takes filters of Winograd's form, or makes them: float64 has none."""
+    g = Geometry(2, 5, 4, 17, 16)
+
+    def make(draw: Draw, kernel: str, adjoint: bool) -> Call:
+        x, y, w = draw.dense(g.N, g.H, g.W, g.C), draw.dense(g.N, *g.out, g.O), weight(draw, g.O, g.C, 3, 3, OIHW)
+        room = draw.flat(_C.winograd_filter_elements(*((g.O, g.C) if adjoint else (g.C, g.O))))
+        source, out = (y, x) if adjoint else (x, y)
+        if kernel == "winograd_filters":
+            return Call(kernel, [given(w), anything(room)], [*g.ints(w, 0, 1, 0), int(adjoint)])
+        return Call(kernel, [given(source), given(room), anything(out)], g.ints(w, 0, 2, 0))
+
+    for kernel, adjoint in [("conv_fwd", False), ("conv_dx", True), ("winograd_filters", False)]:
+        yield Case(f"{kernel} of transformed filters", partial(make, kernel=kernel, adjoint=adjoint))
+
+
+ALL = [*by_transformed_filters(), *CASES]
+
+
+def in_chunks(spec: dict[str, Any], count: int, dice: random.Random) -> dict[str, Any]:
+    """The same `count` times, as chunks; some operands lie in a chunk's memory."""
+    kernel, places, ints, floats = spec["sections"]["query"][0]
+    ends = [*(offset for _, offset in places[1:]), spec["arena_bytes"]]
+    member = [
+        kernel,
+        [
+            (CHUNK, offset, 0) if dice.random() < 0.3 else (ARENA, count * offset, end - offset)
+            for (_, offset), end in zip(places, ends, strict=True)
+        ],
+        ints,
+        floats,
+    ]
+    row = ["chunks", [], [count, spec["arena_bytes"]], [], [member]]
+    return spec | {"sections": {"query": [row]}, "arena_bytes": count * spec["arena_bytes"]}
+
+
+def specification(case: Case, dtype: str, dice: random.Random) -> dict[str, Any]:
+    """A program of the case; of every third, one that does it chunk by chunk."""
+    spec = copy.deepcopy(spec_of(built(case, dtype)))
+    return in_chunks(spec, dice.choice([1, 2, 3]), dice) if dice.random() < 1 / 3 else spec
+
+
+def one_of(spec: dict[str, Any], dice: random.Random) -> list[Any]:
+    """The instruction, or its member."""
+    instruction: list[Any] = spec["sections"]["query"][0]
+    return instruction[4][0] if len(instruction) > 4 and dice.random() < 0.8 else instruction
+
+
 def damaged(number: int, dice: random.Random) -> int:
     kind = dice.randrange(3)
     return (
@@ -46,17 +97,21 @@ def damaged(number: int, dice: random.Random) -> int:
 
 def damage(spec: dict[str, Any], dice: random.Random) -> str:
     """Changes one field; its name."""
-    kernel, places, ints, floats = instruction = spec["sections"]["query"][0]
+    instruction = one_of(spec, dice)
+    kernel, places, ints, floats = instruction[:4]
     field = dice.choice(["ints"] * 6 + ["places"] * 3 + ["floats", "sizes", "kernel", "section", "junk"])
     if field == "ints" and ints:
         at = dice.randrange(len(ints))
         ints[at] = damaged(ints[at], dice)
     elif field == "places" and places:
         at = dice.randrange(len(places))
-        space, offset = places[at]
-        places[at] = (
-            (space, damaged(offset, dice)) if dice.random() < 0.5 else (dice.choice([*range(-1, 11), 2**31]), offset)
-        )
+        place = list(places[at])
+        n = dice.randrange(1, len(place))
+        if dice.random() < 0.5:
+            place[n] = damaged(place[n], dice)
+        else:
+            place[0] = dice.choice([*range(-1, 11), 2**31])
+        places[at] = tuple(place)
     elif field == "floats":
         instruction[3] = floats[1:] if floats else [1.0]
     elif field == "sizes":
@@ -65,9 +120,13 @@ def damage(spec: dict[str, Any], dice: random.Random) -> str:
     elif field == "kernel":
         instruction[0] = dice.choice([*_C.kernel_names(), kernel[:-1], ""])
     elif field == "section":
-        spec["sections"] = {dice.choice(["prologue", "inner", "meta", "epilogue", "", 7, None]): [instruction]}
+        spec["sections"] = {
+            dice.choice(["prologue", "inner", "meta", "epilogue", "", 7, None]): spec["sections"]["query"]
+        }
     else:
-        instruction[dice.randrange(4)] = dice.choice([None, 3, "x", [None], [(1, 2, 3)], ["a"], object()])
+        instruction[dice.randrange(len(instruction))] = dice.choice(
+            [None, 3, "x", [None], [(1, 2, 3)], ["a"], object()]
+        )
     return field
 
 
@@ -75,7 +134,7 @@ def test_constructor_refuses_or_accepts_but_never_crashes() -> None:
     dice, seen = random.Random(0), {True: 0, False: 0}
     for n in range(6000):
         dtype = dice.choice(["f32", "f64"])
-        spec = copy.deepcopy(spec_of(built(CASES[n // 20 % len(CASES)], dtype)))
+        spec = specification(ALL[n // 20 % len(ALL)], dtype, dice)
         field = damage(spec, dice)
         try:
             accepted = bool(_C.Program(dtype, **spec).dump())
@@ -92,11 +151,11 @@ def test_what_is_accepted_stays_within_its_memory() -> None:
     dice, ran = random.Random(1), 0
     for n in range(3000):
         dtype = dice.choice(["f32", "f64"])
-        call = built(CASES[n // 10 % len(CASES)], dtype)
-        spec = copy.deepcopy(spec_of(call))
+        call = built(ALL[n // 10 % len(ALL)], dtype)
+        spec = specification(ALL[n // 10 % len(ALL)], dtype, dice)
         if call.kernel in READS_PLACES or not call.ints or spec["arena_bytes"] > 2**20:
             continue
-        ints = spec["sections"]["query"][0][2]
+        ints = one_of(spec, dice)[2]
         at = dice.randrange(len(ints))
         ints[at] = dice.choice([0, 1, 2, 3, 5, -ints[at], ints[at] + 1, ints[at] - 1, 2 * ints[at]])
         try:
@@ -150,6 +209,21 @@ def test_runs_no_memory_holds_are_refused() -> None:
     )
     with pytest.raises(ValueError, match="external 0: strides beyond all memory"):
         _C.run(reader, np.array([[64, 2**60, 0]], np.int64), 8, 0)
+
+
+def test_a_list_that_holds_itself_is_refused() -> None:
+    row: list[Any] = ["chunks", [], [1, 0], [], []]
+    row[4].append(row)
+    with pytest.raises(ValueError, match='section "query", instruction 0: '):
+        _C.Program("f32", {"query": [row]})
+
+
+def test_float64_has_no_transformed_filters() -> None:
+    """Its kernels know none: they would read weights by strides that nothing has checked."""
+    for case in by_transformed_filters():
+        with pytest.raises(ValueError, match="float32 expected"):
+            _C.Program("f64", **spec_of(built(case, "f64")))
+        assert _C.Program("f32", **spec_of(built(case, "f32")))
 
 
 @pytest.mark.parametrize(

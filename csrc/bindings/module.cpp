@@ -38,7 +38,11 @@ int parse_section(const std::string& name) {
                         "\"");
 }
 
-InstructionSpec parse_instruction(const py::handle& row) {
+// Members of members are parsed, so that the program can say why it takes none; a list may hold itself, so no deeper.
+constexpr int kDeepest = 2;
+
+InstructionSpec parse_instruction(const py::handle& row, int depth = 0) {
+  if (depth > kDeepest) throw py::cast_error();
   if (!py::isinstance<py::sequence>(row) || py::len(row) < 4 || py::len(row) > 5) throw py::cast_error();
   const py::tuple fields(py::reinterpret_borrow<py::object>(row));
   InstructionSpec spec{fields[0].cast<std::string>(),
@@ -51,9 +55,9 @@ InstructionSpec parse_instruction(const py::handle& row) {
     const int64_t stride = operand.size() == 3 ? operand[2] : 0;
     spec.operands.push_back({static_cast<int>(operand[0]), operand[1], stride});
   }
-  if (fields.size() == 5)
-    for (const py::handle& member : fields[4].cast<py::list>())
-      spec.members.push_back(parse_instruction(member));
+  if (fields.size() < 5) return spec;
+  if (!py::isinstance<py::sequence>(fields[4])) throw py::cast_error();
+  for (const py::handle& member : fields[4]) spec.members.push_back(parse_instruction(member, depth + 1));
   return spec;
 }
 
@@ -76,7 +80,7 @@ std::vector<InstructionSpec> parse_instructions(const std::string& section, cons
       throw py::value_error(
           place + ", instruction " + std::to_string(specs.size()) +
           ": (kernel: str, operands: list[(int, int)], ints: list[int], floats: list[float]) "
-          "expected, got " +
+          "and, of chunks, members expected, got " +
           shown(row));
     }
   }

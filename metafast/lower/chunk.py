@@ -182,8 +182,16 @@ def _touched(ins: Instruction) -> tuple[set[Place], set[Place]]:
 
 def _meet(a: Instruction, b: Instruction) -> bool:
     """Whether their order matters."""
-    (touched, written), (others, theirs) = _touched(a), _touched(b)
-    return bool(touched & theirs or written & others)
+    pairs = [(k, n) for k in range(len(a.operands)) for n in range(len(b.operands)) if k in a.writes or n in b.writes]
+    return any(_overlap(a.operands[k].buffer, b.operands[n].buffer) for k, n in pairs)
+
+
+def _overlap(a: Buffer, b: Buffer) -> bool:
+    """One pass over many parameters is over all of their places, not only the first one's."""
+    a, b = whole_of(a), whole_of(b)
+    if a.space is None or b.space is None or a.offset is None or b.offset is None:
+        return a is b
+    return a.space == b.space and a.offset < b.offset + b.nbytes and b.offset < a.offset + a.nbytes
 
 
 # ---- runs of them ---------------------------------------------------------------------------------------------
@@ -268,15 +276,15 @@ def _is_made_soon(ins: Instruction) -> bool:
 
 
 def _readers(code: Sequence[Instruction], maker: int, ins: Instruction) -> list[int]:
-    """The other runs that read what it makes; none where others do, or where what it is made of is gone by then."""
-    touched, (made,) = _touched(ins)
-    sources = touched - {made}
+    """The other runs that read what it makes; none where others do, or where others have a hand in making it, or where
+    what it is made of is gone by then."""
+    needed, (made,) = _touched(ins)
     written = set().union(*(_touched(other)[1] for other in code[maker].members if other is not ins))
     found: list[int] = []
     for k in range(maker + 1, len(code)):
         touched, theirs = _touched(code[k])
         if made in touched:
-            if not code[k].members or made in theirs or written & sources or not _can_make(code[k], ins):
+            if not code[k].members or (written | theirs) & needed or not _can_make(code[k], ins):
                 return []
             found.append(k)
         written |= theirs
@@ -327,7 +335,7 @@ class _Joining:
         a, role = walk.ins.operands[n], walk.roles[n]
         if role == TOTAL:
             return self._part(walk, a, strides)
-        if role == ALONG and self._is_local(a, walk.spans[n], n in walk.ins.writes):
+        if role == ALONG and self._is_local(a, walk.spans[n], n in walk.ins.writes and not _adds(walk.ins)):
             buffer = self.local.setdefault(a.buffer, Buffer(a.buffer.nbytes // self.count))
             first, _ = self.life.get(buffer, (k, k))
             self.life[buffer] = (first, k)
@@ -336,13 +344,13 @@ class _Joining:
         strides.append(walk.spans[n] * a.itemsize // self.count)
         return a
 
-    def _is_local(self, a: Array, span: int, written: bool) -> bool:
-        """Whether nobody else reads it: its first use here then writes all of it."""
+    def _is_local(self, a: Array, span: int, made: bool) -> bool:
+        """Whether it is needed nowhere else, and its first use here writes all of it, whatever it held."""
         b = a.buffer
         if b in self.local:
             return True
         free = b.space is None and b.offset is None and b.within is None and b not in self.outside
-        return free and written and span * a.itemsize == b.nbytes and a.offset == 0
+        return free and made and span * a.itemsize == b.nbytes and a.offset == 0
 
     def _part(self, walk: _Walk, total: Array, strides: list[int]) -> Array:
         """What a chunk adds up; all of them are added afterwards."""
