@@ -79,7 +79,8 @@ bool Engine::work_once(int worker, bool& idle) noexcept {
     if (part < 0) continue;
     set_idle(idle, false);
     run_part(shared_[w], part, worker);
-    set_idle(idle, true);  // first: whoever shares it asks who would help with the next as soon as this is finished
+    set_idle(idle,
+             true);  // first: whoever shares it asks who would help with the next as soon as this is finished
     shared_[w].parts.finish();
     return true;
   }
