@@ -364,6 +364,8 @@ def test_what_may_lie_over_an_input(parts: int, dtype: str, isa: str) -> None:
     written_over |= {"log_softmax": (1, 0), "cumsum": (1, 0)}
     for case in middle_cases():
         call = built(case, dtype)
+        if call.kernel not in written_over:
+            continue
         out, over = written_over[call.kernel]
         if call.kernel.startswith("project") and call.ints[3]:
             continue  # it adds

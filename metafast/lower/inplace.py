@@ -7,7 +7,7 @@ that is walked alike, a product over what it is added to.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from metafast.lower.arrays import Array, Buffer, Instruction
 
@@ -54,11 +54,15 @@ def over_current(code: Sequence[Instruction], current: int, following: int) -> b
 
 def _overlays(ins: Instruction) -> Iterator[tuple[int, int]]:
     """Pairs of an operand that is written and one that is read, at the same offset, which the kernel lets be one."""
-    for w, r in _PAIRS.get(ins.kernel, lambda _: ())(ins):
+    for w, r in _PAIRS.get(ins.kernel, _none)(ins):
         read = ins.operands[r]
         alone = not any(a.buffer is read.buffer for n, a in enumerate(ins.operands) if n != r)
         if alone and _start(ins.operands[w]) == _start(read):
             yield w, r
+
+
+def _none(_: Instruction) -> Iterator[tuple[int, int]]:
+    return iter(())
 
 
 def _pointwise(ins: Instruction) -> Iterator[tuple[int, int]]:
@@ -84,7 +88,18 @@ def _first(ins: Instruction) -> Iterator[tuple[int, int]]:
     yield ins.writes[0], 0
 
 
-_PAIRS = {
+def _chunks(ins: Instruction) -> Iterator[tuple[int, int]]:
+    """Those of its members, where both go along the chunks."""
+    first = 0
+    for member in ins.members:
+        for w, r in _PAIRS.get(member.kernel, _none)(member):
+            if ins.strides[first + w] == ins.strides[first + r] > 0:
+                yield first + w, first + r
+        first += len(member.operands)
+
+
+_PAIRS: dict[str, Callable[[Instruction], Iterator[tuple[int, int]]]] = {
+    "chunks": _chunks,
     "pointwise": _pointwise,
     "gemm": _gemm,
     **dict.fromkeys(("standardize", "project", "project_tangent", "log_softmax", "cumsum"), _first),
