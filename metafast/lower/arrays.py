@@ -167,3 +167,29 @@ class Instruction:
     note: str = ""
     members: list[Instruction] = field(default_factory=list)
     strides: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Pointwise:
+    """What the ints of a pointwise instruction say: csrc/kernels/common/kernels.hpp has their order."""
+
+    inputs: int
+    dims: list[int]
+    strides: list[list[int]]  # of each operand, inputs first
+    registers: list[int]  # of each output, as are the modes
+    modes: list[int]
+
+    @staticmethod
+    def of(ins: Instruction) -> Pointwise:
+        rank, n_in, n_out = ins.ints[:3]
+        at = 5 + rank
+        strides = [ins.ints[at + k * rank :][:rank] for k in range(n_in + n_out)]
+        at += (n_in + n_out) * rank
+        return Pointwise(n_in, ins.ints[5 : 5 + rank], strides, ins.ints[at:][:n_out], ins.ints[at + n_out :][:n_out])
+
+
+def added_up(parts: Array, out: Array, mode: int, note: str, flops: float = 0.0) -> Instruction:
+    """out (+)= the sum of dense parts, (how many, elements of out)."""
+    many, elements = parts.shape[0], numel(out.shape)
+    ints = [1, 1, elements, many, 1, elements, 1, mode, 0]
+    return Instruction("reduce", [parts, out], [1], ints, [1.0], flops, note)

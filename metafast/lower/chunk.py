@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from metafast.lower.arrays import CHUNK, Array, Buffer, Instruction, is_dense
+from metafast.lower.arrays import CHUNK, Array, Buffer, Instruction, Pointwise, added_up, is_dense
 from metafast.lower.memory import fit, whole_of
 from metafast.ops import numel
 from metafast.passes import enabled
@@ -144,10 +144,9 @@ def _in_pieces(ins: Instruction) -> bool:
 
 def _walk_pointwise(ins: Instruction) -> _Walk | None:
     """Along its outermost dim, where each operand has a stretch of its own for each step, or is read whole."""
-    rank, n_in, n_out = ins.ints[:3]
-    dims = ins.ints[5 : 5 + rank]
-    strides = [ins.ints[5 + rank * (k + 1) : 5 + rank * (k + 2)] for k in range(n_in + n_out)]
-    if rank < 2 or dims[0] < 2 or not all(s[0] for s in strides[n_in:]):
+    form = Pointwise.of(ins)
+    dims, strides = form.dims, form.strides
+    if len(dims) < 2 or dims[0] < 2 or not all(s[0] for s in strides[form.inputs :]):
         return None  # what adds up over the outermost dim is no part for each step
     for s in strides:
         reach = sum((n - 1) * abs(step) for n, step in zip(dims[1:], s[1:], strict=True))
@@ -160,9 +159,7 @@ def _walk_pointwise(ins: Instruction) -> _Walk | None:
 def _adds(ins: Instruction) -> bool:
     """Whether it adds to what an operand holds."""
     if ins.kernel == "pointwise":
-        rank, n_in, n_out = ins.ints[:3]
-        modes = ins.ints[5 + rank * (1 + n_in + n_out) + n_out :][:n_out]
-        return any(mode % 2 for mode in modes)
+        return any(mode % 2 for mode in Pointwise.of(ins).modes)
     return ins.kernel in MODES and ins.ints[MODES[ins.kernel]] != 0
 
 
@@ -356,8 +353,7 @@ class _Joining:
         """What a chunk adds up; all of them are added afterwards."""
         many = numel(total.shape)
         parts = Array(Buffer(self.count * many * total.itemsize), (self.count, many), (many, 1), total.itemsize)
-        ints = [1, 1, many, self.count, 1, many, 1, walk.ins.ints[MODES[walk.ins.kernel]], 0]
-        self.totals.append(Instruction("reduce", [parts, total], [1], ints, [1.0], 0.0, walk.ins.note))
+        self.totals.append(added_up(parts, total, walk.ins.ints[MODES[walk.ins.kernel]], walk.ins.note))
         strides.append(many * total.itemsize)
         return replace(total, buffer=parts.buffer, offset=0)
 

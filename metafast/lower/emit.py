@@ -21,6 +21,7 @@ from metafast.lower.arrays import (
     Array,
     Buffer,
     Instruction,
+    added_up,
     broadcast_to,
     collapse,
     dense_strides,
@@ -203,7 +204,7 @@ class Emitter:
                 ints,
                 list(floats),
                 TABLE[node.op].flops(node),
-                f"{node.op}  {node.origin}".rstrip(),
+                _named(node),
             )
         )
 
@@ -271,8 +272,7 @@ class Emitter:
     def _total(self, node: Node, parts: Array) -> None:
         """The sum of the sums of the parts."""
         out, mode = self._result(node, self._direct(node, node.outputs[0]), None)
-        kept, many = numel(out.shape), parts.shape[0]
-        self.emit(node, "reduce", [parts, out], 1, [1, 1, kept, many, 1, kept, 1, mode, 0], [1.0])
+        self.code.append(added_up(parts, out, mode, _named(node), TABLE[node.op].flops(node)))
 
     @staticmethod
     def _note(unit: Unit) -> str:
@@ -550,11 +550,9 @@ class Emitter:
         pieces = PIECES if enabled("parts") and ints[0] * ints[13] * ints[14] >= LEAST_PIECE and ints[0] > 1 else 1
         if pieces == 1 or not is_dense(out):
             return self.emit(node, "conv_dw", [*operands, out], 1, [*ints, mode, 1, 0])
-        many = numel(out.shape)
-        parts = self.fresh((pieces, many))
+        parts = self.fresh((pieces, numel(out.shape)))
         self.emit(node, "conv_dw", [*operands, parts], 1, [*ints, 0, 1, pieces])
-        self.emit(node, "reduce", [parts, out], 1, [1, 1, many, pieces, 1, many, 1, mode, 0], [1.0])
-        self.code[-1].flops = 0.0
+        self.code.append(added_up(parts, out, mode, _named(node)))
 
     def _reduce(self, node: Node, into: tuple[Array, bool] | None) -> None:
         x = self.array(node.inputs[0])
@@ -711,6 +709,10 @@ class Emitter:
             end = at + p.shape[dim]
             self.copy(p, sliced(out, {"dim": dim, "start": at, "stop": end, "step": 1}))
             at = end
+
+
+def _named(node: Node) -> str:
+    return f"{node.op}  {node.origin}".rstrip()
 
 
 def _same_place(a: Array, b: Array) -> bool:

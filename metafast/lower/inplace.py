@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from metafast.lower.arrays import Array, Buffer, Instruction
+from metafast.lower.arrays import Array, Buffer, Instruction, Pointwise
 
 __all__ = ["heirs", "over_current"]
 
@@ -66,16 +66,13 @@ def _none(_: Instruction) -> Iterator[tuple[int, int]]:
 
 
 def _pointwise(ins: Instruction) -> Iterator[tuple[int, int]]:
-    rank, n_in, n_out = ins.ints[:3]
-    at = 5 + rank
-    strides = [ins.ints[at + n * rank :][:rank] for n in range(n_in + n_out)]
-    at += (n_in + n_out) * rank
-    registers, modes = ins.ints[at:][:n_out], ins.ints[at + n_out :][:n_out]
-    for out in range(n_out):
-        for r in range(n_in):
-            alike = strides[r] == strides[n_in + out] and ins.operands[r].itemsize == ins.operands[n_in + out].itemsize
-            if modes[out] == 0 and alike and r not in registers[out + 1 :]:
-                yield n_in + out, r
+    form = Pointwise.of(ins)
+    for out, mode in enumerate(form.modes):
+        w = form.inputs + out
+        for r in range(form.inputs):
+            alike = form.strides[r] == form.strides[w] and ins.operands[r].itemsize == ins.operands[w].itemsize
+            if mode == 0 and alike and r not in form.registers[out + 1 :]:
+                yield w, r
 
 
 def _gemm(ins: Instruction) -> Iterator[tuple[int, int]]:
