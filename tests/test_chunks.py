@@ -29,7 +29,7 @@ def of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every array counts as large, every convolution as soon made, and weights as small beside images."""
     monkeypatch.setattr("metafast.lower.fuse.LARGE", 1)
     monkeypatch.setattr("metafast.lower.fuse.SMALL", 1)
-    monkeypatch.setattr("metafast.lower.emit.LEAST_PART", 1)
+    monkeypatch.setattr("metafast.lower.writer.LEAST_PART", 1)
     for name, value in {"LEAST": 64, "AIM": 1, "LIGHT": 0, "SOON": 10**9}.items():
         monkeypatch.setattr(f"metafast.lower.chunk.{name}", value)
 

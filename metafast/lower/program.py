@@ -27,11 +27,12 @@ from metafast.lower.arrays import (
 )
 from metafast.lower.bundle import bundle
 from metafast.lower.chunk import chunk
-from metafast.lower.emit import HELD, Constants, Emitter
+from metafast.lower.emit import HELD, Emitter
 from metafast.lower.inplace import over_current
 from metafast.lower.interleave import Interleaving, interleaved_state, per_task
 from metafast.lower.memory import aligned, place
 from metafast.lower.spell import spell
+from metafast.lower.writer import Constants
 from metafast.ops import numel
 from metafast.passes import enabled
 from metafast.sweep import SECTIONS, Section, Store
