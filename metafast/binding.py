@@ -19,6 +19,7 @@ from metafast.lower import External
 from metafast.lower.arrays import EXTERNAL, Instruction, dense_strides
 from metafast.ops import numel
 from metafast.problem import Problem
+from metafast.settings import settings
 from metafast.sweep import SECTIONS
 
 if TYPE_CHECKING:
@@ -151,6 +152,19 @@ class Call:
         if not form.steps:
             self.made |= {key: self.made[key][:, :0] for key in form.by_step if key in self.made}
         return failed
+
+    def ready(self, weights: Tensor) -> Any:
+        """What makes this call again over the tensors of another problem of its form; None where one had to be copied, or
+        a gradient is no sum."""
+        form, problem = self.form, self.problem
+        if self._copied or form.sums != problem.wrt:
+            return None
+        number = {key: n for n, key in enumerate([*problem.leaves, *("buffer/" + name for name in problem.buffers)])}
+        picks = [number[name] if name in number else self.plan.externs[name] for name in form.names]
+        threads = torch.get_num_threads()
+        held = [("answer", settings, None, settings()), ("answer", torch.get_num_threads, None, threads)]
+        divisor = form.tasks if problem.reduction == "mean" else 1
+        return _C.Ready(form.binding, picks, self._weights(weights), divisor, threads, _C.Places(held, []))
 
     def profile(self, weights: Tensor) -> list[list[tuple[str, int, str, int, float]]]:
         """Replay on one thread: by program section, index, kernel, calls and seconds of every instruction."""

@@ -6,13 +6,13 @@
 #include <utility>
 
 namespace metafast {
-namespace {
 
-// What looking raised is taken for a change, unless it is to end the program.
 void forget_error() {
   if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_Exception)) throw py::error_already_set();
   PyErr_Clear();
 }
+
+namespace {
 
 // Whether a new reference is to that object; where it could not be had, it is not.
 bool is(PyObject* reference, const py::object& value) {
@@ -32,7 +32,8 @@ bool equals(PyObject* reference, const py::object& value) {
 }  // namespace
 
 Places::Kind Places::parse_kind(const std::string& name) {
-  constexpr std::string_view kNames[] = {"item", "attribute", "type", "cell", "empty cell", "order"};
+  constexpr std::string_view kNames[] = {"item",       "attribute", "type",  "cell",
+                                         "empty cell", "order",     "answer"};
   for (int n = 0; n < static_cast<int>(std::size(kNames)); ++n)
     if (name == kNames[n]) return static_cast<Kind>(n);
   throw py::value_error("Places: one of the kinds in _C.pyi expected, got \"" + name + "\"");
@@ -74,6 +75,8 @@ bool Places::holds(const Place& place) {
       return PyCell_GET(owner) == nullptr;
     case kOrder:
       return in_order(owner, place.value.ptr());
+    case kAnswer:
+      return equals(PyObject_CallNoArgs(owner), place.value);
   }
   return false;
 }
@@ -151,19 +154,23 @@ PyObject* Slots::held(const Slot& slot) {
 
 py::object Slots::read() const {
   py::list tensors(slots_.size());
+  if (!read_into(tensors.ptr(), 0)) return py::none();
+  return tensors;
+}
+
+bool Slots::read_into(PyObject* list, py::ssize_t at) const {
   std::vector<PyObject*> apart;
   apart.reserve(slots_.size());
   for (const Slot& slot : slots_) {
     PyObject* const found = held(slot);
-    if (found == nullptr) return py::none();
-    PyList_SET_ITEM(tensors.ptr(), static_cast<py::ssize_t>(apart.size()), Py_NewRef(found));
+    if (found == nullptr) return false;
+    PyList_SET_ITEM(list, at++, Py_NewRef(found));
     apart.push_back(found);
   }
   for (const Tie& tie : ties_)
-    if (held(tie.other) != apart[tie.slot]) return py::none();
+    if (held(tie.other) != apart[tie.slot]) return false;
   std::sort(apart.begin(), apart.end());
-  if (std::adjacent_find(apart.begin(), apart.end()) != apart.end()) return py::none();
-  return tensors;
+  return std::adjacent_find(apart.begin(), apart.end()) == apart.end();
 }
 
 int Slots::traverse(visitproc visit, void* arg) const {
@@ -234,9 +241,12 @@ bool Facts::same(const Tensor& known, PyObject* tensor) {
 }
 
 bool Facts::hold(const py::list& tensors) const {
-  if (tensors.size() != tensors_.size()) return false;
-  for (size_t n = 0; n < tensors_.size(); ++n)
-    if (!same(tensors_[n], PyList_GET_ITEM(tensors.ptr(), static_cast<py::ssize_t>(n)))) return false;
+  return tensors.size() == tensors_.size() && hold_in(tensors.ptr(), 0);
+}
+
+bool Facts::hold_in(PyObject* list, py::ssize_t at) const {
+  for (const Tensor& known : tensors_)
+    if (!same(known, PyList_GET_ITEM(list, at++))) return false;
   return true;
 }
 
