@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
-from metafast import _C
+from metafast import _C, settings
 from metafast.batchnorm import fold
 from metafast.budget import held
 from metafast.division import Portion
@@ -19,7 +19,6 @@ from metafast.lower import External
 from metafast.lower.arrays import EXTERNAL, Instruction, dense_strides
 from metafast.ops import numel
 from metafast.problem import Problem
-from metafast.settings import settings
 from metafast.sweep import SECTIONS
 
 if TYPE_CHECKING:
@@ -162,9 +161,8 @@ class Call:
         number = {key: n for n, key in enumerate([*problem.leaves, *("buffer/" + name for name in problem.buffers)])}
         picks = [number[name] if name in number else self.plan.externs[name] for name in form.names]
         threads = torch.get_num_threads()
-        held = [("answer", settings, None, settings()), ("answer", torch.get_num_threads, None, threads)]
         divisor = form.tasks if problem.reduction == "mean" else 1
-        return _C.Ready(form.binding, picks, self._weights(weights), divisor, threads, _C.Places(held, []))
+        return _C.Ready(form.binding, picks, self._weights(weights), divisor, threads, _C.Places(settings.places(), []))
 
     def profile(self, weights: Tensor) -> list[list[tuple[str, int, str, int, float]]]:
         """Replay on one thread: by program section, index, kernel, calls and seconds of every instruction."""

@@ -204,6 +204,9 @@ class InnerLoop(nn.Module):
         **Raises** as the call does, and `TransformError` under torch.func transforms and forward-mode autograd.
         **Cost**: that of the call, less autograd around it.
         """
+        outline = self._outline
+        if outline is not None and (made := outline.gradient_again(self, support, query)) is not None:
+            return made
         if tracing():
             way_out = "differentiate the loss of inner(support, query) in reverse mode instead"
             place = "InnerLoop.meta_gradient under a transform or forward-mode autograd"

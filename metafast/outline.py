@@ -24,6 +24,7 @@ from .errors import InputError, InputTypeError, LabelError, message
 from .externs import find_externs
 from .problem import Loss, Objective, Problem
 from .reach import Reach
+from .reference import swapping
 from .structure import Structure
 from .transforms import tracing, transformed
 
@@ -114,7 +115,20 @@ class Outline:
         """The problem that a call poses, where it is like that of the last: what was looked into then is not looked into
         again. This is on every call's way, a tenth of a small net's.
         """
-        return None if self._last is None else self._last.over(inner, support, query, gradient)
+        last = self._last
+        tensors = None if last is None else last.read(inner, support, query, gradient)
+        return None if last is None or tensors is None else last.over(tensors)
+
+    def gradient_again(self, inner: InnerLoop, support: Any, query: Any) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """What `meta_gradient` returns, where the call is like the last and that one was made ready: a problem would be
+        made of it for nothing."""
+        last = self._last
+        if last is None or (ready := last.settled.get("ready")) is None or (names := last.settled.get("names")) is None:
+            return None
+        with swapping:  # another thread may have other tensors on the model just now
+            tensors = last.read(inner, support, query, True)
+        made = None if tensors is None else ready.run(tensors)
+        return None if made is None else (made[0], dict(zip(names, made[1], strict=True)))
 
     def problem(self, inner: InnerLoop, support: Any, query: Any, *, gradient: bool) -> Problem | None:
         """The problem that a call poses, validated; None where the outline no longer describes the model."""
@@ -213,16 +227,14 @@ class Outline:
 
     def named(self, problem: Problem, gradients: Sequence[Tensor]) -> dict[str, Tensor]:
         """Gradients by the names that `meta_gradient` promises; a tensor that is several leaves appears once."""
-        plain = problem.settled.get("names")
-        if plain is None:  # those of parameters stay apart; a hyper-parameter or found tensor may be one of the others
-            plain = problem.settled["names"] = [self._names[key] for key in problem.wrt if key in self._names]
-        if len(plain) == len(gradients):
-            return dict(zip(plain, gradients, strict=True))
+        if all(key in self._names for key in problem.wrt):  # a hyper-parameter or found tensor may be one of these
+            names = problem.settled["names"] = [self._names[key] for key in problem.wrt]
+            return dict(zip(names, gradients, strict=True))
         leaves = problem.leaves
         named: dict[str, Tensor] = {}
-        names = {id(leaves[key]): name for key, name in self._names.items()}
+        known = {id(leaves[key]): name for key, name in self._names.items()}
         for key, grad in zip(problem.wrt, gradients, strict=True):
-            name = self._names.get(key) or names.setdefault(id(leaves[key]), self._name(key, leaves[key]))
+            name = self._names.get(key) or known.setdefault(id(leaves[key]), self._name(key, leaves[key]))
             named[name] = named[name] + grad if name in named else grad
         return named
 
@@ -313,19 +325,26 @@ class _Last:
         except (ImportError, RuntimeError):  # no compiled module; a nested tensor has no shape
             return None
 
-    def over(self, inner: InnerLoop, support: Any, query: Any, gradient: bool) -> Problem | None:
-        """The problem over the tensors of this call, if it is like the last."""
+    @property
+    def settled(self) -> dict[Any, Any]:
+        """That of all problems of this form."""
+        return self._problem.settled
+
+    def over(self, tensors: list[Tensor]) -> Problem:
+        """The problem over the tensors of a call like the last."""
+        buffers = dict(zip(self._buffers, tensors[len(self._keys) :], strict=True)) if self._buffers else {}
+        return self._problem.over(dict(zip(self._keys, tensors, strict=False)), buffers, tensors)
+
+    def read(self, inner: InnerLoop, support: Any, query: Any, gradient: bool) -> list[Tensor] | None:
+        """The tensors of this call, if it is like the last."""
         if gradient is not self._gradient:
             return None
         if not self._pairs:
             if (apart := self._apart(support, query)) is None:
                 return None
             support, query = apart
-        tensors = self._repeat.read(inner.__dict__, support, query)
-        if tensors is None:
-            return None
-        buffers = dict(zip(self._buffers, tensors[len(self._keys) :], strict=True)) if self._buffers else {}
-        return self._problem.over(dict(zip(self._keys, tensors, strict=False)), buffers, tensors)
+        found: list[Tensor] | None = self._repeat.read(inner.__dict__, support, query)
+        return found
 
     def _apart(self, *batches: Any) -> list[tuple[Any, ...]] | None:
         """The tensors of batches that are no pairs, where they are nested as the last ones."""

@@ -226,22 +226,22 @@ bool Facts::same_view(const Tensor& known, PyObject* tensor) {
   View now;
   return view(tensor, &now) && now.type == known.dtype && now.device == known.device &&
          std::equal(known.shape.begin(), known.shape.end(), now.shape, now.shape + now.dims) &&
-         requires_grad(tensor) == known.wants && !made_in_inference_mode(tensor);
+         requires_grad(tensor) == known.wants;
 }
 
 bool Facts::same(const Tensor& known, PyObject* tensor) {
-  static PyObject* const is_inference = interned("is_inference");
   if (reinterpret_cast<PyObject*>(Py_TYPE(tensor)) != known.type.ptr()) return false;
   if (known.viewed) return same_view(known, tensor);
   for (int n = 0; n < kSingle; ++n)
     if (!is(PyObject_GetAttr(tensor, single_names()[n]), known.single[n])) return false;
   for (int n = 0; n < kEqual; ++n)
     if (!equals(PyObject_GetAttr(tensor, equal_names()[n]), known.equal[n])) return false;
-  return is(PyObject_CallMethodNoArgs(tensor, is_inference), py::bool_(false));
+  return true;
 }
 
 bool Facts::hold(const py::list& tensors) const {
-  return tensors.size() == tensors_.size() && hold_in(tensors.ptr(), 0);
+  if (tensors.size() != tensors_.size() || !hold_in(tensors.ptr(), 0)) return false;
+  return std::ranges::none_of(tensors, [](const py::handle& t) { return made_in_inference_mode(t.ptr()); });
 }
 
 bool Facts::hold_in(PyObject* list, py::ssize_t at) const {

@@ -60,11 +60,16 @@ bool Repeat::read_into(PyObject* list, const py::handle& support, const py::hand
   const auto next = [&at](size_t count) { return std::exchange(at, at + static_cast<py::ssize_t>(count)); };
   if (!parameters_->read_into(list, next(parameters_->size()))) return false;
   if (!read_hyper(list, next(hyper_.size()))) return false;
+  const py::ssize_t batches = at;
   if (!items_into(list, next(support_), support, support_)) return false;
   if (!items_into(list, next(query_), query, query_)) return false;
+  const py::ssize_t end = at;
   for (const py::object& tensor : externs_)
     PyList_SET_ITEM(list, next(1), checked(PyObject_CallNoArgs(tensor.ptr())).release().ptr());
-  return facts_->hold_in(list, 0) && buffers_->read_into(list, at) && buffer_facts_->hold_in(list, at);
+  if (!facts_->hold_in(list, 0)) return false;
+  for (py::ssize_t n = batches; n < end; ++n)  // of such a tensor of a batch a copy would be taken
+    if (made_in_inference_mode(PyList_GET_ITEM(list, n))) return false;
+  return buffers_->read_into(list, at) && buffer_facts_->hold_in(list, at);
 }
 
 py::object Repeat::read(const py::dict& options, const py::handle& support, const py::handle& query) const {
