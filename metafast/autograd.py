@@ -324,13 +324,13 @@ def _require_same(before: dict[str, tuple[Any, ...]], now: dict[str, tuple[Any, 
 
 def _is_one(seed: Tensor | None) -> bool:
     """Whether the loss was what was differentiated; asking a GPU would take longer than to multiply."""
-    return seed is not None and seed.device.type == "cpu" and seed.item() == 1.0
+    return seed is not None and seed.is_cpu and seed.item() == 1.0
 
 
 def _require_single(cotangents: Sequence[Tensor | None]) -> None:
     """Values of the several cotangents that PyTorch's own vmap runs a backward of once cannot be read. A call that is
     ready could scale with them, but what it says of a second differentiation would be lost on the way."""
-    if any(c is not None and torch._C._functorch.is_legacy_batchedtensor(c) for c in cotangents):
+    if any([c is not None and torch._C._functorch.is_legacy_batchedtensor(c) for c in cotangents]):
         place = "backward of InnerLoop under is_grads_batched=True (or vectorize=True)"
         way_out = "call torch.autograd.grad once for each, or use torch.func.jacrev"
         raise TransformError(message(place, "several cotangents in one", "one at a time", way_out))

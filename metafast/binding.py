@@ -153,8 +153,8 @@ class Call:
         return failed
 
     def ready(self, weights: Tensor) -> Any:
-        """What makes this call again over the tensors of another problem of its form; None where one had to be copied, or
-        a gradient is no sum."""
+        """What makes this call again over the tensors of another problem of its form; None where one had to be copied,
+        or a gradient is no sum."""
         form, problem = self.form, self.problem
         if self._copied or form.sums != problem.wrt:
             return None

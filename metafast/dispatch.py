@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from metafast import collector
@@ -274,6 +273,3 @@ def _reach(problem: Problem) -> Reach:
     if problem.reach is not None:
         return problem.reach
     return Reach(problem.model, problem.inner_objective, problem.query_objective, problem.update)
-
-
-

@@ -279,8 +279,6 @@ class InnerLoop(nn.Module):
 
     def _with_gradient(self, outline: Outline, problem: Problem) -> tuple[Tensor, Sequence[Tensor]]:
         """The loss and the gradients in the order of `wrt`, zeros where nothing depends on a leaf."""
-        if (made := problem.again()) is not None:
-            return made
         backend = dispatch.choose(problem, self.backend)
         outcome = backend.meta_gradient(problem, outline.weights(problem), fold=True)
         self._checked(outcome, problem)

@@ -112,8 +112,8 @@ class Outline:
         return self._changes == self.update.changes and self.structure.current()
 
     def again(self, inner: InnerLoop, support: Any, query: Any, *, gradient: bool) -> Problem | None:
-        """The problem that a call poses, where it is like that of the last: what was looked into then is not looked into
-        again. This is on every call's way, a tenth of a small net's.
+        """The problem that a call poses, where it is like that of the last: what was looked into then is not looked
+        into again. This is on every call's way, a tenth of a small net's.
         """
         last = self._last
         tensors = None if last is None else last.read(inner, support, query, gradient)
@@ -123,12 +123,16 @@ class Outline:
         """What `meta_gradient` returns, where the call is like the last and that one was made ready: a problem would be
         made of it for nothing."""
         last = self._last
-        if last is None or (ready := last.settled.get("ready")) is None or (names := last.settled.get("names")) is None:
+        if last is None or (ready := last.settled.get("ready")) is None:
             return None
         with swapping:  # another thread may have other tensors on the model just now
             tensors = last.read(inner, support, query, True)
-        made = None if tensors is None else ready.run(tensors)
-        return None if made is None else (made[0], dict(zip(names, made[1], strict=True)))
+        if tensors is None or (made := ready.run(tensors)) is None:
+            return None
+        loss, gradients = made
+        if (names := last.settled.get("names")) is None:
+            return loss, self.named(last.over(tensors), gradients)
+        return loss, dict(zip(names, gradients, strict=True))
 
     def problem(self, inner: InnerLoop, support: Any, query: Any, *, gradient: bool) -> Problem | None:
         """The problem that a call poses, validated; None where the outline no longer describes the model."""
@@ -227,11 +231,12 @@ class Outline:
 
     def named(self, problem: Problem, gradients: Sequence[Tensor]) -> dict[str, Tensor]:
         """Gradients by the names that `meta_gradient` promises; a tensor that is several leaves appears once."""
-        if all(key in self._names for key in problem.wrt):  # a hyper-parameter or found tensor may be one of these
+        leaves, names = problem.leaves, problem.settled.get("names")
+        if names is None and all(key in self._names for key in problem.wrt):
             names = problem.settled["names"] = [self._names[key] for key in problem.wrt]
+        if names is not None:
             return dict(zip(names, gradients, strict=True))
-        leaves = problem.leaves
-        named: dict[str, Tensor] = {}
+        named: dict[str, Tensor] = {}  # a hyper-parameter or found tensor may be one of the others as well
         known = {id(leaves[key]): name for key, name in self._names.items()}
         for key, grad in zip(problem.wrt, gradients, strict=True):
             name = self._names.get(key) or known.setdefault(id(leaves[key]), self._name(key, leaves[key]))
@@ -295,7 +300,11 @@ class _Last:
 
         assert problem.reach is not None
         structure, rule = outline.structure, outline.update
-        self._problem, self._keys, self._buffers = problem.over({}, {}, []), tuple(problem.leaves), tuple(problem.buffers)
+        self._problem, self._keys, self._buffers = (
+            problem.over({}, {}, []),
+            tuple(problem.leaves),
+            tuple(problem.buffers),
+        )
         self._gradient, self._specs = gradient, given.specs
         self._pairs = all(spec is tasks.PAIR for spec in given.specs)
         counts = [len(flat) for _, _, flat in given.batches]

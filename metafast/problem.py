@@ -80,8 +80,9 @@ class Problem:
         return made
 
     def again(self) -> tuple[Tensor, Sequence[Tensor]] | None:
-        """The reduced loss and the gradients in the order of `wrt`, where a problem of the same form was made `ready` by
-        its backend and nothing stands against it; None where the call is to be looked into."""
+        """The reduced loss and the gradients in the order of `wrt`, where a backend has noted what makes them for all
+        problems of this form, and nothing stands against it; None where the call is to be looked into. Running
+        statistics and random generators have no part in such a call."""
         ready = None if self.tensors is None else self.settled.get("ready")
         return None if ready is None else ready.run(self.tensors)
 

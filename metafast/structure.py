@@ -26,8 +26,8 @@ class Structure:
     itself first; `places` to one name for each dictionary entry that holds it. A module registered twice gives an entry
     two names, and who swaps an entry twice restores what he swapped in. Values are read from the modules at each call,
     so a swapped tensor (`functional_call`, `.to()`) is seen; `current` and `read` tell whether modules, parameters or
-    buffers were added, removed, replaced or tied since. `fixed` and `slots`, of parameters and of buffers, are what they
-    look at, for who looks himself.
+    buffers were added, removed, replaced or tied since. `fixed` and `slots`, of parameters and of buffers, are what
+    they look at, for who looks himself.
     """
 
     def __init__(self, module: nn.Module) -> None:
