@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["LossObjective", "Outline", "require_labels"]
 
 NO_QUERY = object()  # in place of a query batch: adapt alone
+MOST_LASTS = 4  # calls of other shapes, or for something else, that take turns
 
 _SHORT = (torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32, torch.uint64)
 
@@ -105,34 +106,38 @@ class Outline:
         self._reach: Reach | None = None
         self._externs: dict[Any, list[weakref.ref[Tensor]]] = {}
         self._weights: dict[Any, Tensor] = {}
-        self._last: _Last | None = None  # never of an earlier reach
+        self._lasts: tuple[_Last, ...] = ()  # the latest first, none of an earlier reach
 
     def current(self) -> bool:
         """Whether it still describes the model and the update rule."""
         return self._changes == self.update.changes and self.structure.current()
 
     def again(self, inner: InnerLoop, support: Any, query: Any, *, gradient: bool) -> Problem | None:
-        """The problem that a call poses, where it is like that of the last: what was looked into then is not looked
-        into again. This is on every call's way, a tenth of a small net's.
+        """The problem that a call poses, where it is like one of the last: what was looked into then is not looked into
+        again. This is on every call's way, a tenth of a small net's.
         """
-        last = self._last
-        tensors = None if last is None else last.read(inner, support, query, gradient)
-        return None if last is None or tensors is None else last.over(tensors)
+        for last in self._lasts:
+            if (tensors := last.read(inner, support, query, gradient)) is not None:
+                return last.over(tensors)
+        return None
 
     def gradient_again(self, inner: InnerLoop, support: Any, query: Any) -> tuple[Tensor, dict[str, Tensor]] | None:
-        """What `meta_gradient` returns, where the call is like the last and that one was made ready: a problem would be
-        made of it for nothing."""
-        last = self._last
-        if last is None or (ready := last.settled.get("ready")) is None:
-            return None
-        with swapping:  # another thread may have other tensors on the model just now
-            tensors = last.read(inner, support, query, True)
-        if tensors is None or (made := ready.run(tensors)) is None:
-            return None
-        loss, gradients = made
-        if (names := last.settled.get("names")) is None:
-            return loss, self.named(last.over(tensors), gradients)
-        return loss, dict(zip(names, gradients, strict=True))
+        """What `meta_gradient` returns, where the call is like one of the last and that one was made ready: a problem
+        would be made of it for nothing."""
+        for last in self._lasts:
+            if (ready := last.settled.get("ready")) is None:
+                continue
+            with swapping:  # another thread may have other tensors on the model just now
+                tensors = last.read(inner, support, query, True)
+            if tensors is None:
+                continue
+            if (made := ready.run(tensors)) is None:
+                return None
+            loss, gradients = made
+            if (names := last.settled.get("names")) is None:
+                return loss, self.named(last.over(tensors), gradients)
+            return loss, dict(zip(names, gradients, strict=True))
+        return None
 
     def problem(self, inner: InnerLoop, support: Any, query: Any, *, gradient: bool) -> Problem | None:
         """The problem that a call poses, validated; None where the outline no longer describes the model."""
@@ -141,7 +146,8 @@ class Outline:
             return None
         given = Given(self, *found, support, query)
         problem = self._validated(inner, given, gradient)
-        self._last = _Last.of(self, inner, problem, given, gradient)
+        if (made := _Last.of(self, inner, problem, given, gradient)) is not None:
+            self._lasts = (made, *self._lasts[: MOST_LASTS - 1])
         return problem
 
     def _validated(self, inner: InnerLoop, given: Given, gradient: bool) -> Problem:
@@ -198,7 +204,7 @@ class Outline:
     def reach(self) -> Reach:
         """What the losses and the rule can read besides their arguments, looked for again when some of it changed."""
         if self._reach is None or not self._reach.same():
-            before, self._last = self._reach, None
+            before, self._lasts = self._reach, ()
             self._reach = Reach(self.structure.module, *self.objectives, self.update)
             if before is not None and not self._reach.finds(before):
                 self._externs.clear()
@@ -291,7 +297,7 @@ _OPTIONS = ("steps", "order", "return_outputs", "reduction", "memory_budget", "b
 
 
 class _Last:
-    """The problem of the last call without its tensors, and what must hold for the next to be like it."""
+    """The problem of one of the last calls without its tensors, and what must hold for the next to be like it."""
 
     def __init__(
         self, outline: Outline, inner: InnerLoop, problem: Problem, given: Given, gradient: bool, externs: list[Tensor]

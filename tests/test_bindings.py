@@ -234,8 +234,8 @@ def ready_call() -> tuple[metafast.InnerLoop, tuple[Tensor, Tensor]]:
 
 
 def noted(inner: metafast.InnerLoop) -> Any:
-    assert inner._outline is not None and inner._outline._last is not None
-    return inner._outline._last.settled.get("ready")
+    assert inner._outline is not None
+    return inner._outline._lasts[0].settled.get("ready")
 
 
 def test_a_call_that_is_ready_gives_what_any_call_gives() -> None:
@@ -293,6 +293,18 @@ def test_ready_calls_see_threads_settings_and_options() -> None:
     inner.backend = "torch"
     torch.testing.assert_close(inner.meta_gradient(batch, batch)[0], 4 * expected[0])
     assert noted(inner) is None
+
+
+def test_calls_that_take_turns_are_each_known() -> None:
+    inner, (x, y) = ready_call()
+    expected = inner.meta_gradient((x, y), (x, y))
+    for few in (4, 3, 2) * 3:
+        loss, _ = inner.meta_gradient((x[:, :few], y[:, :few]), (x, y))
+        anew = metafast.InnerLoop(inner.model, F.mse_loss, update=metafast.SGD(lr=0.1), steps=2, backend="native")
+        assert torch.equal(loss, anew.meta_gradient((x[:, :few], y[:, :few]), (x, y))[0])
+        inner.adapt((x, y))
+    assert inner._outline is not None and len(inner._outline._lasts) == 4
+    assert torch.equal(inner.meta_gradient((x, y), (x, y))[0], expected[0])
 
 
 def test_an_inner_loop_is_gone_with_its_last_reference() -> None:

@@ -240,13 +240,13 @@ bool Facts::same(const Tensor& known, PyObject* tensor) {
 }
 
 bool Facts::hold(const py::list& tensors) const {
-  if (tensors.size() != tensors_.size() || !hold_in(tensors.ptr(), 0)) return false;
+  if (tensors.size() != tensors_.size() || !hold_in(tensors.ptr(), 0, 0, tensors_.size())) return false;
   return std::ranges::none_of(tensors, [](const py::handle& t) { return made_in_inference_mode(t.ptr()); });
 }
 
-bool Facts::hold_in(PyObject* list, py::ssize_t at) const {
-  for (const Tensor& known : tensors_)
-    if (!same(known, PyList_GET_ITEM(list, at++))) return false;
+bool Facts::hold_in(PyObject* list, py::ssize_t at, size_t first, size_t count) const {
+  for (size_t n = first; n < first + count; ++n)
+    if (!same(tensors_[n], PyList_GET_ITEM(list, at++))) return false;
   return true;
 }
 

@@ -77,8 +77,8 @@ class Facts {
   // Whether these have the same, and none was made in inference mode.
   bool hold(const py::list& tensors) const;
   size_t size() const { return tensors_.size(); }
-  // Whether those of `list` from `at` on, as many as these, have the same, however they were made.
-  bool hold_in(PyObject* list, py::ssize_t at) const;
+  // Whether `count` of `list` from `at` on have the same as those from `first` on, however they were made.
+  bool hold_in(PyObject* list, py::ssize_t at, size_t first, size_t count) const;
   // These by key, one for each, where they hold; else None.
   py::object named(const py::tuple& keys, const py::list& tensors) const;
 

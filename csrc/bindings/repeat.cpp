@@ -41,41 +41,44 @@ Repeat::Repeat(const py::list& places, const py::list& options, Held<Slots> para
     throw py::value_error("Repeat: facts of every tensor expected");
 }
 
-bool Repeat::all_hold(const py::dict& options) const {
-  for (const auto& [name, value] : options_)
-    if (PyDict_GetItemWithError(options.ptr(), name.ptr()) != value.ptr()) return forget_error(), false;
-  for (const Held<Places>& places : places_)
-    if (!places->hold()) return false;
-  return true;
-}
-
 bool Repeat::read_hyper(PyObject* list, py::ssize_t at) const {
   const auto count = static_cast<py::ssize_t>(hyper_.size());
   if (numbers_ && numbers_->hold()) return items_into(list, at, hyper_, count);
   return items_into(list, at, find_hyper_(py::handle(PyList_GET_ITEM(list, like_))), count);
 }
 
-bool Repeat::read_into(PyObject* list, const py::handle& support, const py::handle& query) const {
-  py::ssize_t at = 0;
-  const auto next = [&at](size_t count) { return std::exchange(at, at + static_cast<py::ssize_t>(count)); };
-  if (!parameters_->read_into(list, next(parameters_->size()))) return false;
-  if (!read_hyper(list, next(hyper_.size()))) return false;
-  const py::ssize_t batches = at;
-  if (!items_into(list, next(support_), support, support_)) return false;
-  if (!items_into(list, next(query_), query, query_)) return false;
-  const py::ssize_t end = at;
-  for (const py::object& tensor : externs_)
-    PyList_SET_ITEM(list, next(1), checked(PyObject_CallNoArgs(tensor.ptr())).release().ptr());
-  if (!facts_->hold_in(list, 0)) return false;
-  for (py::ssize_t n = batches; n < end; ++n)  // of such a tensor of a batch a copy would be taken
+// In which calls differ that take turns; so first of all.
+bool Repeat::read_batches(PyObject* list, const py::handle& support, const py::handle& query) const {
+  const size_t first = parameters_->size() + hyper_.size();
+  const auto at = static_cast<py::ssize_t>(first), end = at + support_ + query_;
+  if (!items_into(list, at, support, support_) || !items_into(list, at + support_, query, query_))
+    return false;
+  if (!facts_->hold_in(list, at, first, static_cast<size_t>(end - at))) return false;
+  for (py::ssize_t n = at; n < end; ++n)  // of such a tensor of a batch a copy would be taken
     if (made_in_inference_mode(PyList_GET_ITEM(list, n))) return false;
-  return buffers_->read_into(list, at) && buffer_facts_->hold_in(list, at);
+  return true;
+}
+
+bool Repeat::read_others(PyObject* list) const {
+  const auto hyper = static_cast<py::ssize_t>(parameters_->size());
+  const size_t before = parameters_->size() + hyper_.size(), behind = facts_->size() - externs_.size();
+  if (!parameters_->read_into(list, 0) || !read_hyper(list, hyper)) return false;
+  auto at = static_cast<py::ssize_t>(behind);
+  for (const py::object& tensor : externs_)
+    PyList_SET_ITEM(list, at++, checked(PyObject_CallNoArgs(tensor.ptr())).release().ptr());
+  return facts_->hold_in(list, 0, 0, before) &&
+         facts_->hold_in(list, static_cast<py::ssize_t>(behind), behind, externs_.size()) &&
+         buffers_->read_into(list, at) && buffer_facts_->hold_in(list, at, 0, buffer_facts_->size());
 }
 
 py::object Repeat::read(const py::dict& options, const py::handle& support, const py::handle& query) const {
-  if (!all_hold(options)) return py::none();
+  for (const auto& [name, value] : options_)
+    if (PyDict_GetItemWithError(options.ptr(), name.ptr()) != value.ptr()) return forget_error(), py::none();
   py::list tensors(facts_->size() + buffers_->size());
-  if (!read_into(tensors.ptr(), support, query)) return py::none();
+  if (!read_batches(tensors.ptr(), support, query)) return py::none();
+  for (const Held<Places>& places : places_)
+    if (!places->hold()) return py::none();
+  if (!read_others(tensors.ptr())) return py::none();
   return tensors;
 }
 

@@ -34,9 +34,9 @@ class Repeat {
   int traverse(visitproc visit, void* argument) const;
 
  private:
-  bool all_hold(const py::dict& options) const;
   bool read_hyper(PyObject* list, py::ssize_t at) const;
-  bool read_into(PyObject* list, const py::handle& support, const py::handle& query) const;
+  bool read_batches(PyObject* list, const py::handle& support, const py::handle& query) const;
+  bool read_others(PyObject* list) const;
 
   std::vector<Held<Places>> places_;
   std::vector<std::pair<py::object, py::object>> options_;  // name, value
