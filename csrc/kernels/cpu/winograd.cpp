@@ -489,11 +489,10 @@ int winograd_dw(const ConvInts& i, const Args& a) noexcept {
   Carver scratch(a.scratch);
   const DwPlan p(i, scratch);
   const Source source{static_cast<const float*>(a.ptr[0]), i.H, i.W, i.C, -i.ph, -i.pw};
-  each_piece(i, i.C, kLanesF, a, [&](int64_t piece, Range channels, Range images) {
-    const int64_t end = images.end * p.tiling.down.tiles();
+  each_piece(i, p.tiling.rows(), i.C, kLanesF, a, [&](int64_t piece, Range channels, Range rows) {
     bool add = false;
-    for (int64_t r = images.begin * p.tiling.down.tiles(); r < end; r += p.tiling.block_rows, add = true) {
-      const Block b(p.tiling, r, min64(r + p.tiling.block_rows, end));
+    for (int64_t r = rows.begin; r < rows.end; r += p.tiling.block_rows, add = true) {
+      const Block b(p.tiling, r, min64(r + p.tiling.block_rows, rows.end));
       input_block(source, b, p.inputs, p.window, channels);
       gradient_block(i, p, b, static_cast<const float*>(a.ptr[1]));
       add_points(i, p, b, channels, add);
