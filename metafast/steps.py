@@ -44,7 +44,7 @@ class Steps:
         they are little beside the states, which have to be written and read as well."""
         elements = self._pair(back)[2] if steps else 0
         nbytes = (steps + 1) * elements * lanes * self.dtype.itemsize
-        return 0 < nbytes and (nbytes <= MOST_KEPT_BYTES or LITTLE * elements <= sum(map(numel, self.state.values())))
+        return nbytes > 0 and (nbytes <= MOST_KEPT_BYTES or LITTLE * elements <= sum(map(numel, self.state.values())))
 
     def prepared(self, back: bool, lanes: int, keeps: bool) -> Prepared:
         """Those sections, lowered for so many tasks at once. Raises NotInterleaved where that can't be."""

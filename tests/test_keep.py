@@ -67,6 +67,11 @@ def test_only_as_much_as_the_cache_holds() -> None:
     assert plan.keeps("fused", (steps + 1) // 4 - 1, 4) and not plan.keeps("fused", steps, 4)
 
 
+@pytest.mark.shows("keep")
+def test_for_any_number_of_steps_where_states_are_much_larger() -> None:
+    assert plan_of(width=200).keeps("fused", 10**6, 1)
+
+
 def test_nothing_to_keep() -> None:
     assert not plan_of().keeps("fused", 0, 1)
     assert not plan_of().keeps("forward", 3, 1)
