@@ -12,10 +12,13 @@ from metafast.division import Division, divided
 from metafast.graph import form
 from metafast.keep import keep
 from metafast.lower import Prepared
+from metafast.ops import numel
 from metafast.passes import enabled, left_out
 from metafast.sweep import Loop, Section, Sweep
 
 MOST_KEPT_BYTES = 1 << 18  # half of a second-level cache
+LITTLE = 4  # what a step keeps is little beside a state that has so many times its elements
+MOST_LITTLE_BYTES = 1 << 22  # a worker's share of the last cache: memory in K is that of states, and no more than this
 
 
 class Steps:
@@ -38,9 +41,12 @@ class Steps:
         return kept if keeps else plain
 
     def keeps(self, back: bool, steps: int, lanes: int) -> bool:
-        """Whether steps keep products for their way back: if those of all steps lie in the second-level cache."""
+        """Whether steps keep products for their way back: if those of all steps lie in the second-level cache, or if
+        they are little beside the states, which have to be written and read as well, and lie in the last one."""
         elements = self._pair(back)[2] if steps else 0
-        return 0 < (steps + 1) * elements * lanes * self.dtype.itemsize <= MOST_KEPT_BYTES
+        little = LITTLE * elements <= sum(map(numel, self.state.values()))
+        nbytes = (steps + 1) * elements * lanes * self.dtype.itemsize
+        return 0 < nbytes <= (MOST_LITTLE_BYTES if little else MOST_KEPT_BYTES)
 
     def prepared(self, back: bool, lanes: int, keeps: bool) -> Prepared:
         """Those sections, lowered for so many tasks at once. Raises NotInterleaved where that can't be."""

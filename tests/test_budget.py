@@ -137,6 +137,7 @@ def test_tasks_side_by_side(name: str, way: str, monkeypatch: pytest.MonkeyPatch
 def test_products(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products that a step keeps lie with the state behind it, be that one held or made again."""
     monkeypatch.setattr("metafast.steps.MOST_KEPT_BYTES", kept)
+    monkeypatch.setattr("metafast.steps.LITTLE", 1 << 40)
 
     def make() -> tuple[metafast.InnerLoop, Task]:
         task = entry_named("residual").make()

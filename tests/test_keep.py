@@ -67,6 +67,13 @@ def test_only_as_much_as_the_cache_holds() -> None:
     assert plan.keeps("fused", (steps + 1) // 4 - 1, 4) and not plan.keeps("fused", steps, 4)
 
 
+@pytest.mark.shows("keep")
+def test_more_where_states_are_much_larger_but_not_without_bound() -> None:
+    plan = plan_of(width=200)
+    assert plan.keeps("fused", 100, 1)
+    assert not plan.keeps("fused", 10**6, 1)
+
+
 def test_nothing_to_keep() -> None:
     assert not plan_of().keeps("fused", 0, 1)
     assert not plan_of().keeps("forward", 3, 1)
