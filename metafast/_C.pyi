@@ -4,7 +4,7 @@ Addresses are plain integers (`tensor.data_ptr()`); what they point to is borrow
 for the sections and spaces of a program, csrc/kernels/common/kernels.hpp for the kernels and their ints and floats.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -94,7 +94,7 @@ class Places:
 
     `places` are (kind, owner, name, value): "item", `owner[name]`; "attribute", `getattr(owner, name)`; "type",
     `type(owner)`; "cell", `owner.cell_contents`; "empty cell", that there is none; "order", the tuple of the keys of a
-    dict (`name` is None in the last four).
+    dict; "answer", `owner()`, which is to be equal (`name` is None in the last five).
     `sizes` are (container, length).
     """
 
@@ -121,6 +121,56 @@ class Facts:
 
     def named(self, keys: tuple[str, ...], tensors: list[Any]) -> dict[str, Any] | None:
         """These by key, where they hold. Raises ValueError where there is not a key for each."""
+
+class Repeat:
+    """Whether a call is like the one before it, and what tensors it reads.
+
+    **Arguments:**
+    - `places`: all of which are to hold.
+    - `options`: (name, value) of each entry that the dict given to `read` is to have.
+    - `parameters`, `buffers`: the `Slots` that hold them.
+    - `numbers`, `hyper`, `find_hyper`, `like`: as long as `numbers` hold, the hyper-parameters are the tensors `hyper`;
+      else, or where it is None, `find_hyper` returns a tuple of them for parameter number `like`.
+    - `externs`: weak references to tensors found elsewhere.
+    - `facts`: of parameters, hyper-parameters, batches and externs in this order; `buffer_facts`: of buffers.
+    - `batches`: how many tensors support and query have.
+    """
+
+    def __init__(
+        self,
+        places: list[Places],
+        options: list[tuple[str, Any]],
+        parameters: Slots,
+        buffers: Slots,
+        numbers: Places | None,
+        hyper: tuple[Any, ...],
+        find_hyper: Callable[[Any], tuple[Any, ...]],
+        like: int,
+        externs: list[Any],
+        facts: Facts,
+        buffer_facts: Facts,
+        batches: tuple[int, int],
+    ) -> None: ...
+    def read(self, options: dict[str, Any], support: Any, query: Any) -> list[Any] | None:
+        """The tensors of `facts`, then the buffers; None where anything is other than it was: places, options, ties,
+        facts, or a tensor of a batch was made in inference mode. `support` and `query` are tuples of tensors; anything
+        else is other than it was. Raises what `find_hyper` does."""
+
+class Ready:
+    """A call of which nothing is wanted but its total and its sums, made again and again.
+
+    **Arguments:** `binding`, of programs that make room for losses alone, or for what nobody wants; `picks`, for each
+    tensor of its `given` a number among the tensors of a call, or the tensor itself; `weights`, `divisor`, `threads`,
+    as `Binding.run` has them; `places`, which are to hold.
+    """
+
+    def __init__(
+        self, binding: Binding, picks: list[Any], weights: Any, divisor: int, threads: int, places: Places
+    ) -> None: ...
+    def run(self, tensors: list[Any]) -> tuple[Any, tuple[Any, ...]] | None:
+        """The total and the sums, in their order, as new tensors. None, and nothing has happened, where the places do
+        not hold, a tensor cannot be read where it lies, the replay failed or a loss is not finite: `Binding.run` says
+        which. Raises as `run` does."""
 
 def run(
     program: Program,

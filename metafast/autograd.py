@@ -35,7 +35,7 @@ from .reach import Reach
 from .transforms import outside_compile, tracing, transformed
 
 __all__ = ["AdaptCall", "Call", "FusedCall", "Once", "launch"]
-__all__ += ["apply", "filled", "find_call", "once", "saved_by", "scaled"]
+__all__ += ["apply", "find_call", "once", "saved_by", "scaled"]
 
 
 Check = Callable[[Outcome, Problem], None]
@@ -164,6 +164,8 @@ class FusedCall(Call):
         self._outputs_like: list[Tensor] = []
 
     def forward(self, problem: Problem) -> list[Tensor]:
+        if self.ready and (made := problem.again()) is not None:
+            return [made[0], *made[1]]
         backend = self.backend(problem)
         if self.ready:
             outcome = backend.meta_gradient(problem, self.weights(problem), fold=True)
@@ -177,13 +179,7 @@ class FusedCall(Call):
             self._outputs_like = outputs
             self.differentiable = 1 + len(outputs)
             results += outputs
-        return results + (self.gradients(outcome) if self.ready else [])
-
-    def gradients(self, outcome: Outcome) -> list[Tensor]:
-        """The gradients of an outcome in the order of `wrt`, zeros where nothing depends on a leaf."""
-        assert outcome.gradients is not None
-        grads = outcome.gradients
-        return [filled(grads[key], self.problem.leaves[key]) for key in self.problem.wrt]
+        return results + (outcome.filled(self.problem) if self.ready else [])
 
     def replay(self, problem: Problem, cotangents: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
         seed, *outputs = cotangents
@@ -328,13 +324,13 @@ def _require_same(before: dict[str, tuple[Any, ...]], now: dict[str, tuple[Any, 
 
 def _is_one(seed: Tensor | None) -> bool:
     """Whether the loss was what was differentiated; asking a GPU would take longer than to multiply."""
-    return seed is not None and seed.device.type == "cpu" and seed.item() == 1.0
+    return seed is not None and seed.is_cpu and seed.item() == 1.0
 
 
 def _require_single(cotangents: Sequence[Tensor | None]) -> None:
     """Values of the several cotangents that PyTorch's own vmap runs a backward of once cannot be read. A call that is
     ready could scale with them, but what it says of a second differentiation would be lost on the way."""
-    if any(c is not None and torch._C._functorch.is_legacy_batchedtensor(c) for c in cotangents):
+    if any([c is not None and torch._C._functorch.is_legacy_batchedtensor(c) for c in cotangents]):
         place = "backward of InnerLoop under is_grads_batched=True (or vectorize=True)"
         way_out = "call torch.autograd.grad once for each, or use torch.func.jacrev"
         raise TransformError(message(place, "several cotangents in one", "one at a time", way_out))
@@ -387,11 +383,6 @@ def saved_by(ctx: Any) -> tuple[Tensor, ...]:
             f"the forward pass, expected it unchanged; call backward first, or change a clone ({error})"
         ) from error
     return saved
-
-
-def filled(grad: Tensor | None, leaf: Tensor) -> Tensor:
-    """The gradient, zeros where nothing depends on the leaf."""
-    return torch.zeros_like(leaf) if grad is None else grad
 
 
 # Registered

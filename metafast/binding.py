@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
-from metafast import _C
+from metafast import _C, settings
 from metafast.batchnorm import fold
 from metafast.budget import held
 from metafast.division import Portion
@@ -151,6 +151,18 @@ class Call:
         if not form.steps:
             self.made |= {key: self.made[key][:, :0] for key in form.by_step if key in self.made}
         return failed
+
+    def ready(self, weights: Tensor) -> Any:
+        """What makes this call again over the tensors of another problem of its form; None where one had to be copied,
+        or a gradient is no sum."""
+        form, problem = self.form, self.problem
+        if self._copied or form.sums != problem.wrt:
+            return None
+        number = {key: n for n, key in enumerate([*problem.leaves, *("buffer/" + name for name in problem.buffers)])}
+        picks = [number[name] if name in number else self.plan.externs[name] for name in form.names]
+        threads = torch.get_num_threads()
+        divisor = form.tasks if problem.reduction == "mean" else 1
+        return _C.Ready(form.binding, picks, self._weights(weights), divisor, threads, _C.Places(settings.places(), []))
 
     def profile(self, weights: Tensor) -> list[list[tuple[str, int, str, int, float]]]:
         """Replay on one thread: by program section, index, kernel, calls and seconds of every instruction."""

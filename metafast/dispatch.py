@@ -7,15 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
-from torch.overrides import _get_current_function_mode_stack
 
-from metafast import collector, passes
+from metafast import collector
 from metafast.errors import BackendError, FallbackWarning, MetafastError, calling, message, warn
 from metafast.problem import Backend, Problem
 from metafast.reach import CHANGES, Reach
 from metafast.reference import Reference
+from metafast.settings import settings
 from metafast.tasks import nesting
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ def choose(problem: Problem, backend: str) -> Backend:
 
 
 def _choice(problem: Problem, backend: str) -> Choice:
-    key = (backend, _settings())
+    key = (backend, settings())
     found: Choice | None = problem.settled.get(key)
     if found is None:
         try:
@@ -250,7 +249,7 @@ def plan_key(problem: Problem) -> tuple[Any, ...]:
         nesting(problem.support_spec),
         nesting(problem.query_spec),
         tuple([(name, b.shape, b.dtype) for name, b in problem.buffers.items()]),
-        _settings(),
+        settings(),
         reach.code,
         reach.key,
     )
@@ -274,14 +273,3 @@ def _reach(problem: Problem) -> Reach:
     if problem.reach is not None:
         return problem.reach
     return Reach(problem.model, problem.inner_objective, problem.query_objective, problem.update)
-
-
-def _settings() -> tuple[Any, ...]:
-    modes = tuple(map(type, _get_current_function_mode_stack())) if torch._C._len_torch_function_stack() else ()
-    return (
-        torch.is_autocast_enabled("cpu"),
-        torch.get_default_dtype(),
-        torch.are_deterministic_algorithms_enabled(),
-        modes,
-        passes.left_out(),
-    )

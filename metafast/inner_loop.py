@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -204,14 +204,16 @@ class InnerLoop(nn.Module):
         **Raises** as the call does, and `TransformError` under torch.func transforms and forward-mode autograd.
         **Cost**: that of the call, less autograd around it.
         """
+        outline = self._outline
+        if outline is not None and (made := outline.gradient_again(self, support, query)) is not None:
+            return made
         if tracing():
             way_out = "differentiate the loss of inner(support, query) in reverse mode instead"
             place = "InnerLoop.meta_gradient under a transform or forward-mode autograd"
             raise TransformError(message(place, "a gradient that is a plain value", "one to differentiate", way_out))
         problem, outline = self._problem(support, query, gradient=True)
-        outcome = self._guarded(functools.partial(self._with_gradient, outline), problem, problem)
-        assert outcome.gradients is not None
-        return outcome.reduced(problem.reduction), outline.named(problem, outcome.gradients)
+        loss, gradients = self._guarded(functools.partial(self._with_gradient, outline), problem, problem)
+        return loss, outline.named(problem, gradients)
 
     @outside_compile
     def adapt(self, support: Any) -> FastWeights:
@@ -255,25 +257,32 @@ class InnerLoop(nn.Module):
 
     def _problem(self, support: Any, query: Any, *, gradient: bool) -> tuple[Problem, Outline]:
         """The problem that a call with these batches poses, validated, and the outline it was made from."""
+        with swapping:  # another thread may have other tensors on the model just now
+            outline = self._outline
+            problem = None if outline is None else outline.again(self, support, query, gradient=gradient)
+            if outline is None or problem is None:
+                problem, outline = self._looked_into(support, query, gradient)
+            return problem, outline
+
+    def _looked_into(self, support: Any, query: Any, gradient: bool) -> tuple[Problem, Outline]:
         if traced():
             place = "InnerLoop under make_fx, torch.export, jit.trace, linearize or fake tensors"
             way_out = "call it outside of what is traced"
             raise TransformError(message(place, "a call to trace", "tensors with values", way_out))
-        with swapping:  # another thread may have other tensors on the model just now
-            outline, problem = self._outline, None
-            if outline is not None and outline.current():
-                problem = outline.again(self, support, query, gradient=gradient)
-                problem = problem or outline.problem(self, support, query, gradient=gradient)
-            if outline is None or problem is None:
-                outline = self.__dict__["_outline"] = Outline(self)
-                problem = cast(Problem, outline.problem(self, support, query, gradient=gradient))
-            return problem, outline
+        outline, problem = self._outline, None
+        if outline is not None and outline.current():
+            problem = outline.problem(self, support, query, gradient=gradient)
+        if outline is None or problem is None:
+            outline = self.__dict__["_outline"] = Outline(self)
+            problem = cast(Problem, outline.problem(self, support, query, gradient=gradient))
+        return problem, outline
 
-    def _with_gradient(self, outline: Outline, problem: Problem) -> Outcome:
+    def _with_gradient(self, outline: Outline, problem: Problem) -> tuple[Tensor, Sequence[Tensor]]:
+        """The loss and the gradients in the order of `wrt`, zeros where nothing depends on a leaf."""
         backend = dispatch.choose(problem, self.backend)
         outcome = backend.meta_gradient(problem, outline.weights(problem), fold=True)
         self._checked(outcome, problem)
-        return outcome
+        return outcome.reduced(problem.reduction), outcome.filled(problem)
 
     def _guarded(self, function: Callable[[Any], Any], argument: Any, problem: Problem) -> Any:
         """Run a call; with `nonfinite="raise"` an error leaves the buffers as they were."""

@@ -365,6 +365,9 @@ class Native:
         call = self._run(problem, "outputs" if extra else "fused", weights=weights, extra=extra)
         outcome = self._outcome(problem, call, fold)
         outcome.gradients = call.gradients(problem.wrt)
+        usual = problem.tensors is not None and weights is problem.settled.get("weights") and not extra
+        if usual and "ready" not in problem.settled:
+            problem.settled["ready"] = self._ready(call, weights)
         return outcome
 
     def adapt(self, problem: Problem, *, fold: bool) -> Outcome:
@@ -422,6 +425,12 @@ class Native:
             if failed:
                 call.fail(*failed)
         return call
+
+    def _ready(self, call: Call, weights: Tensor) -> Any:
+        """What makes such a call again; None where more belongs to it than losses and sums of gradients."""
+        if self.plan.support_stats or self.plan.query_stats or call.problem.reduction == "none":
+            return None
+        return call.ready(weights)
 
     def _output_cotangents(self, problem: Problem, given: Sequence[Tensor | None]) -> dict[str, Tensor]:
         assert self.plan.loop.query is not None

@@ -7,14 +7,16 @@ where they are known to lie, and checks that nothing was added, removed or repla
 from __future__ import annotations
 
 import fnmatch
+import functools
 import operator
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.parameter import is_lazy
 
 from . import tasks
@@ -22,15 +24,18 @@ from .errors import InputError, InputTypeError, LabelError, message
 from .externs import find_externs
 from .problem import Loss, Objective, Problem
 from .reach import Reach
+from .reference import swapping
 from .structure import Structure
 from .transforms import tracing, transformed
 
 if TYPE_CHECKING:
     from .inner_loop import InnerLoop
+    from .updates import UpdateRule
 
 __all__ = ["LossObjective", "Outline", "require_labels"]
 
 NO_QUERY = object()  # in place of a query batch: adapt alone
+MOST_LASTS = 4  # calls of other shapes, or for something else, that take turns
 
 _SHORT = (torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32, torch.uint64)
 
@@ -101,34 +106,38 @@ class Outline:
         self._reach: Reach | None = None
         self._externs: dict[Any, list[weakref.ref[Tensor]]] = {}
         self._weights: dict[Any, Tensor] = {}
-        self._last: _Last | None = None
+        self._lasts: tuple[_Last, ...] = ()  # the latest first, none of an earlier reach
 
     def current(self) -> bool:
         """Whether it still describes the model and the update rule."""
         return self._changes == self.update.changes and self.structure.current()
 
     def again(self, inner: InnerLoop, support: Any, query: Any, *, gradient: bool) -> Problem | None:
-        """The problem that a call poses, where it is like that of the last and the outline is current: what was looked
-        into then is not looked into again. This is on every call's way, a tenth of a small net's.
+        """The problem that a call poses, where it is like one of the last: what was looked into then is not looked into
+        again. This is on every call's way, a tenth of a small net's.
         """
-        last, found = self._last, self.structure.read()
-        if last is None or found is None:
-            return None
-        parameters, buffers = found
-        tensors = [*parameters, *last.hyper(parameters[self._first])]
-        for place, batch, spec in (("support", support, last.specs[0]), ("query", query, last.specs[1])):
-            if spec is tasks.PAIR and type(batch) is tuple and len(batch) == 2:
-                tensors += batch  # whether each is a tensor like the last one's is seen below
-            elif batch is not NO_QUERY:
-                flat, nest = tasks.flatten(batch, place)
-                if nest != spec:
-                    return None
-                tensors += flat
-            elif spec is not None:
+        for last in self._lasts:
+            if (tensors := last.read(inner, support, query, gradient)) is not None:
+                return last.over(tensors)
+        return None
+
+    def gradient_again(self, inner: InnerLoop, support: Any, query: Any) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """What `meta_gradient` returns, where the call is like one of the last and that one was made ready: a problem
+        would be made of it for nothing."""
+        for last in self._lasts:
+            if (ready := last.settled.get("ready")) is None:
+                continue
+            with swapping:  # another thread may have other tensors on the model just now
+                tensors = last.read(inner, support, query, True)
+            if tensors is None:
+                continue
+            if (made := ready.run(tensors)) is None:
                 return None
-        if last.options != _options(inner, gradient) or last.reach is not self._reach or not last.reach.same():
-            return None
-        return last.over(tensors, buffers)
+            loss, gradients = made
+            if (names := last.settled.get("names")) is None:
+                return loss, self.named(last.over(tensors), gradients)
+            return loss, dict(zip(names, gradients, strict=True))
+        return None
 
     def problem(self, inner: InnerLoop, support: Any, query: Any, *, gradient: bool) -> Problem | None:
         """The problem that a call poses, validated; None where the outline no longer describes the model."""
@@ -137,7 +146,8 @@ class Outline:
             return None
         given = Given(self, *found, support, query)
         problem = self._validated(inner, given, gradient)
-        self._last = _Last.of(problem, given, _options(inner, gradient))
+        if (made := _Last.of(self, inner, problem, given, gradient)) is not None:
+            self._lasts = (made, *self._lasts[: MOST_LASTS - 1])
         return problem
 
     def _validated(self, inner: InnerLoop, given: Given, gradient: bool) -> Problem:
@@ -194,7 +204,8 @@ class Outline:
     def reach(self) -> Reach:
         """What the losses and the rule can read besides their arguments, looked for again when some of it changed."""
         if self._reach is None or not self._reach.same():
-            before, self._reach = self._reach, Reach(self.structure.module, *self.objectives, self.update)
+            before, self._lasts = self._reach, ()
+            self._reach = Reach(self.structure.module, *self.objectives, self.update)
             if before is not None and not self._reach.finds(before):
                 self._externs.clear()
         return self._reach
@@ -224,18 +235,17 @@ class Outline:
             found = problem.settled["weights"] = self._weights[key]
         return found
 
-    def named(self, problem: Problem, gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    def named(self, problem: Problem, gradients: Sequence[Tensor]) -> dict[str, Tensor]:
         """Gradients by the names that `meta_gradient` promises; a tensor that is several leaves appears once."""
-        leaves = problem.leaves
-        named: dict[str, Tensor] = {}
-        names: dict[int, str] = {}
-        for key, grad in gradients.items():
-            if grad is None:
-                grad = torch.zeros_like(leaves[key])
-            name = self._names.get(key)
-            if name is None:  # a hyper-parameter or found tensor may be one of the others as well
-                names = names or {id(leaves[k]): n for k, n in self._names.items()}
-                name = names.setdefault(id(leaves[key]), self._name(key, leaves[key]))
+        leaves, names = problem.leaves, problem.settled.get("names")
+        if names is None and all(key in self._names for key in problem.wrt):
+            names = problem.settled["names"] = [self._names[key] for key in problem.wrt]
+        if names is not None:
+            return dict(zip(names, gradients, strict=True))
+        named: dict[str, Tensor] = {}  # a hyper-parameter or found tensor may be one of the others as well
+        known = {id(leaves[key]): name for key, name in self._names.items()}
+        for key, grad in zip(problem.wrt, gradients, strict=True):
+            name = self._names.get(key) or known.setdefault(id(leaves[key]), self._name(key, leaves[key]))
             named[name] = named[name] + grad if name in named else grad
         return named
 
@@ -283,52 +293,99 @@ class Given:
         return leaves
 
 
-def _options(inner: InnerLoop, gradient: bool) -> tuple[Any, ...]:
-    return (inner.steps, inner.order, inner.return_outputs, inner.reduction, inner.memory_budget, gradient)
+_OPTIONS = ("steps", "order", "return_outputs", "reduction", "memory_budget", "backend")
 
 
 class _Last:
-    """The problem of the last call without its tensors, and what must hold for the next to be like it."""
+    """The problem of one of the last calls without its tensors, and what must hold for the next to be like it."""
 
-    def __init__(self, problem: Problem, given: Given, options: tuple[Any, ...], externs: list[Tensor]) -> None:
+    def __init__(
+        self, outline: Outline, inner: InnerLoop, problem: Problem, given: Given, gradient: bool, externs: list[Tensor]
+    ) -> None:
         from . import _C
 
         assert problem.reach is not None
-        self._problem, self._keys, self._buffers = problem.over({}, {}), tuple(problem.leaves), tuple(problem.buffers)
-        self.options, self.specs, self.reach = options, given.specs, problem.reach
-        self._externs = [weakref.ref(tensor) for tensor in externs]
-        self._facts, self._of_buffers = _C.Facts([*given.tensors, *externs]), _C.Facts(given.buffers)
-        rule, numbers = problem.update, problem.update.numbers()
-        held = [("attribute", rule, name, value) for name, value in (numbers or {}).items()]
-        self._numbers = None if numbers is None else _C.Places(held, [])
-        self._hyper = tuple(given.hyper.values())
+        structure, rule = outline.structure, outline.update
+        self._problem, self._keys, self._buffers = (
+            problem.over({}, {}, []),
+            tuple(problem.leaves),
+            tuple(problem.buffers),
+        )
+        self._gradient, self._specs = gradient, given.specs
+        self._pairs = all(spec is tasks.PAIR for spec in given.specs)
+        counts = [len(flat) for _, _, flat in given.batches]
+        numbers = rule.numbers()
+        self._repeat = _C.Repeat(
+            [structure.fixed, *problem.reach.watched(), _C.Places(_untouched(rule), [])],
+            [(name, inner.__dict__[name]) for name in _OPTIONS],
+            *structure.slots,
+            None if numbers is None else _C.Places([("attribute", rule, n, v) for n, v in numbers.items()], []),
+            tuple(given.hyper.values()),
+            functools.partial(_hyper, rule),
+            outline._first,
+            [weakref.ref(tensor) for tensor in externs],
+            _C.Facts([*given.tensors, *externs]),
+            _C.Facts(given.buffers),
+            (counts[0], sum(counts[1:])),
+        )
 
     @classmethod
-    def of(cls, problem: Problem, given: Given, options: tuple[Any, ...]) -> _Last | None:
+    def of(cls, outline: Outline, inner: InnerLoop, problem: Problem, given: Given, gradient: bool) -> _Last | None:
         """None where the call is to be looked into each time: under a transform, or where a leaf is a copy."""
         leaves = list(problem.leaves.values())
         if tracing() or not all(map(operator.is_, leaves, given.tensors)):
             return None
         try:
-            return cls(problem, given, options, leaves[len(given.tensors) :])
+            return cls(outline, inner, problem, given, gradient, leaves[len(given.tensors) :])
         except (ImportError, RuntimeError):  # no compiled module; a nested tensor has no shape
             return None
 
-    def hyper(self, like: Tensor) -> Iterable[Tensor]:
-        """The hyper-parameters. Of the same numbers they are those of the last call, for a parameter like its."""
-        if self._numbers is not None and self._numbers.hold():
-            return self._hyper
-        return self._problem.update.hyper(like).values()
+    @property
+    def settled(self) -> dict[Any, Any]:
+        """That of all problems of this form."""
+        return self._problem.settled
 
-    def over(self, leaves: list[Any], buffers: list[Tensor]) -> Problem | None:
-        """The problem over the tensors of this call, if they are like those of the last."""
-        if self._externs:
-            leaves += [ref() for ref in self._externs]
-        named = None if tracing() else self._facts.named(self._keys, leaves)
-        if named is None:
+    def over(self, tensors: list[Tensor]) -> Problem:
+        """The problem over the tensors of a call like the last."""
+        buffers = dict(zip(self._buffers, tensors[len(self._keys) :], strict=True)) if self._buffers else {}
+        return self._problem.over(dict(zip(self._keys, tensors, strict=False)), buffers, tensors)
+
+    def read(self, inner: InnerLoop, support: Any, query: Any, gradient: bool) -> list[Tensor] | None:
+        """The tensors of this call, if it is like the last."""
+        if gradient is not self._gradient:
             return None
-        held = self._of_buffers.named(self._buffers, buffers) if buffers or self._buffers else {}
-        return None if held is None else self._problem.over(named, held)
+        if not self._pairs:
+            if (apart := self._apart(support, query)) is None:
+                return None
+            support, query = apart
+        found: list[Tensor] | None = self._repeat.read(inner.__dict__, support, query)
+        return found
+
+    def _apart(self, *batches: Any) -> list[tuple[Any, ...]] | None:
+        """The tensors of batches that are no pairs, where they are nested as the last ones."""
+        made: list[tuple[Any, ...]] = []
+        for place, batch, spec in zip(("support", "query"), batches, self._specs, strict=True):
+            flat, nest = ([], None) if batch is NO_QUERY else tasks.flatten(batch, place)
+            if nest != spec:
+                return None
+            made.append(tuple(flat))
+        return made
+
+
+def _hyper(rule: UpdateRule, like: Tensor) -> tuple[Tensor, ...]:
+    """The hyper-parameters of a rule whose numbers are others, or that has others than numbers."""
+    return tuple(rule.hyper(like).values())
+
+
+def _untouched(rule: UpdateRule) -> list[tuple[str, Any, Any, Any]]:
+    """Places that hold as long as the rule has the hyper-parameters it had, and no transform or trace is under way."""
+    return [
+        ("item", rule.__dict__, "_changes", rule.changes),
+        ("answer", torch._C._is_tracing, None, False),
+        ("answer", torch._C._len_torch_dispatch_stack, None, 0),
+        ("answer", transformed, None, False),
+        ("item", forward_ad.__dict__, "_current_level", -1),
+    ]
 
 
 def _objectives(inner: InnerLoop) -> tuple[tuple[Objective, Objective], tuple[bool, bool]]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from .reach import Reach
     from .updates import UpdateRule
 
-__all__ = ["Backend", "Loss", "Objective", "Outcome", "Problem", "hyper_tree"]
+__all__ = ["Backend", "Loss", "Objective", "Outcome", "Problem", "filled", "hyper_tree"]
 
 #: `objective(model, batch of one task) -> scalar loss`, or `(scalar loss, outputs)`.
 Objective = Callable[[nn.Module, Any], Any]
@@ -44,7 +45,8 @@ class Problem:
     model's own tensors; a deferred replay is given a copy from before the first pass instead. `reach` knows what else
     model, objectives and update rule can read. `settled` is where whoever has worked out what holds for all problems of
     this form notes it, under a key of his own; `traces` what a capture of its losses has written down on the way there;
-    `replace` starts both afresh.
+    `replace` starts both afresh. `tensors` are leaves and buffers in a row, where the call is known to be like one
+    before it.
     """
 
     model: nn.Module
@@ -67,14 +69,22 @@ class Problem:
     reach: Reach | None = None
     settled: dict[Any, Any] = field(init=False, default_factory=dict, compare=False, repr=False)
     traces: dict[str, Trace] = field(init=False, default_factory=dict, compare=False, repr=False)
+    tensors: list[Tensor] | None = field(init=False, default=None, compare=False, repr=False)
 
-    def over(self, leaves: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Problem:
-        """The same problem over other leaves and buffers of the same form: what was settled for one holds for both, but
-        not what was traced."""
+    def over(self, leaves: Mapping[str, Tensor], buffers: Mapping[str, Tensor], tensors: list[Tensor]) -> Problem:
+        """The same problem over other leaves and buffers of the same form, which `tensors` lists: what was settled for
+        one holds for both, but not what was traced."""
         made, fields = object.__new__(Problem), self.__dict__.copy()
-        fields["leaves"], fields["buffers"], fields["traces"] = leaves, buffers, {}
+        fields["leaves"], fields["buffers"], fields["traces"], fields["tensors"] = leaves, buffers, {}, tensors
         object.__setattr__(made, "__dict__", fields)
         return made
+
+    def again(self) -> tuple[Tensor, Sequence[Tensor]] | None:
+        """The reduced loss and the gradients in the order of `wrt`, where a backend has noted what makes them for all
+        problems of this form, and nothing stands against it; None where the call is to be looked into. Running
+        statistics and random generators have no part in such a call."""
+        ready = None if self.tensors is None else self.settled.get("ready")
+        return None if ready is None else ready.run(self.tensors)
 
     def with_leaves(self, tensors: Sequence[Tensor]) -> Problem:
         """The same problem over other values of its leaves, in their order."""
@@ -137,6 +147,16 @@ class Outcome:
         if reduction == "none":
             return losses
         return losses.mean() if reduction == "mean" else losses.sum()
+
+    def filled(self, problem: Problem) -> list[Tensor]:
+        """The gradients in the order of `wrt`, zeros where nothing depends on a leaf."""
+        assert self.gradients is not None
+        return [filled(self.gradients[key], problem.leaves[key]) for key in problem.wrt]
+
+
+def filled(grad: Tensor | None, leaf: Tensor) -> Tensor:
+    """The gradient, zeros where nothing depends on the leaf."""
+    return torch.zeros_like(leaf) if grad is None else grad
 
 
 class Backend(Protocol):

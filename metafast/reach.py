@@ -84,13 +84,20 @@ class Reach:
     def same(self) -> bool:
         """Whether every place holds the very object that it held. False where the compiled module is missing: then
         nobody keeps a plan."""
+        return self._places is not None and self._places.hold() and self._others_same()
+
+    def _others_same(self) -> bool:
         return (
-            self._places is not None
-            and self._places.hold()
-            and (not self._lists or all([_same_items(items, before) for items, before in self._lists]))
+            (not self._lists or all([_same_items(items, before) for items, before in self._lists]))
             and (not self._tensors or all([_tensor_facts(tensor) == facts for tensor, facts in self._tensors]))
             and (not self._computed or all([read() == before for read, before in self._computed]))
         )
+
+    def watched(self) -> list[Any]:
+        """Compiled `Places` that hold as long as it is the same."""
+        if not (self._lists or self._tensors or self._computed):
+            return [self._places]
+        return [self._places, _compiled([("answer", self._others_same, None, True)])]
 
     def finds(self, before: Reach) -> bool:
         """Whether it finds what an earlier one found, the same tensors among it."""
@@ -442,10 +449,15 @@ class _Walk:
 def _watched(walk: _Walk) -> Any:
     """What looks at the places again; None where the compiled module is missing."""
     try:
-        from metafast import _C
+        return _compiled(walk.places, walk.sizes)
     except ImportError:
         return None
-    return _C.Places(walk.places, walk.sizes)
+
+
+def _compiled(places: list[tuple[str, Any, Any, Any]], sizes: Iterable[tuple[Any, int]] = ()) -> Any:
+    from metafast import _C
+
+    return _C.Places(places, list(sizes))
 
 
 def _constant(value: Any) -> tuple[Any, ...] | None:

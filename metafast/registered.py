@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .autograd import Call, Function, Once, apply, filled, find_call, once, saved_by, scaled
+from .autograd import Call, Function, Once, apply, find_call, once, saved_by, scaled
 from .errors import TransformError, message
 from .externs import find_externs
-from .problem import Problem
+from .problem import Problem, filled
 from .reference import swapping
 from .transforms import outside_compile
 

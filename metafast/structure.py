@@ -26,7 +26,8 @@ class Structure:
     itself first; `places` to one name for each dictionary entry that holds it. A module registered twice gives an entry
     two names, and who swaps an entry twice restores what he swapped in. Values are read from the modules at each call,
     so a swapped tensor (`functional_call`, `.to()`) is seen; `current` and `read` tell whether modules, parameters or
-    buffers were added, removed, replaced or tied since.
+    buffers were added, removed, replaced or tied since. `fixed` and `slots`, of parameters and of buffers, are what
+    they look at, for who looks himself.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -38,8 +39,8 @@ class Structure:
         self.parameter_names, self._parameters, tied = self._find(module, "_parameters")
         self.buffer_names, self._buffers, tied_buffers = self._find(module, "_buffers")
         if Places is not None:
-            self._fixed = Places(*_fixed(modules))
-            self._read = Slots(self._parameters, tied).read, Slots(self._buffers, tied_buffers).read
+            self.fixed = Places(*_fixed(modules))
+            self.slots = Slots(self._parameters, tied), Slots(self._buffers, tied_buffers)
 
     def _find(
         self, module: nn.Module, kind: str
@@ -68,14 +69,14 @@ class Structure:
 
     def current(self) -> bool:
         """Whether the modules found at construction still are where they were, and all names are there, in order."""
-        return Places is not None and self._fixed.hold()
+        return Places is not None and self.fixed.hold()
 
     def read(self) -> tuple[list[Tensor], list[Tensor]] | None:
         """Parameters and buffers as they are now. None where the ties found at construction no longer hold, or a name
         has lost its tensor."""
         if Slots is None:
             return self.parameters(), self.buffers()
-        parameters, buffers = self._read[0](), self._read[1]()
+        parameters, buffers = self.slots[0].read(), self.slots[1].read()
         return None if parameters is None or buffers is None else (parameters, buffers)
 
     def parameters(self) -> list[Tensor]:

@@ -358,23 +358,33 @@ GEOMETRIES = [
 ]
 
 
+def rows_that_pieces_share(g: Geometry, taken: str) -> list[tuple[int, slice]]:
+    """Image and its rows: all of them, or those of a row of tiles in Winograd's form (of 4, then of 3)."""
+    high, tiles = g.out[0], -(-g.out[0] // 4)
+    narrow = min(tiles, 4 * tiles - high)
+    ends = list(itertools.accumulate([4] * (tiles - narrow) + [3] * narrow)) if taken == "winograd" else [high]
+    return [(n, slice(a, b)) for n in range(g.N) for a, b in itertools.pairwise([0, *ends])]
+
+
 def conv_dw_in_pieces(g: Geometry, pieces: int, mode: int, winograd: int = 1) -> Case:
-    """Of shares of the images, one behind the other."""
+    """Of shares of the images, or of their rows, one behind the other."""
 
     def make(draw: Draw) -> Call:
         x, y = draw.dense(g.N, g.H, g.W, g.C), draw.dense(g.N, *g.out, g.O)
         w = weight(draw, g.O, g.C, g.KH, g.KW, OIHW)
         taken = "winograd" if winograd and g.winograd and draw.dtype == torch.float32 else "direct"
         error = TABLE["conv2d_dw"].errors[taken]
+        X, rows = x.double(), rows_that_pieces_share(g, taken)
+        even = torch.full_like(X, float(X.abs().max())) if error.of == "operands" else X.abs()
         values, bounds = [], []
         for piece in range(pieces):
-            some = slice(g.N * piece // pieces, g.N * (piece + 1) // pieces)
-            X, Y = x[some].double(), y[some].double()
-            even = torch.full_like(X, float(X.abs().max()) if len(X) else 0.0) if error.of == "operands" else X.abs()
-            terms = max(1, len(X)) * math.prod(g.out)
-            values.append(adjoint(lambda t, X=X: g.forward(X, t), w, Y))
-            of_terms = adjoint(lambda t, even=even: g.forward(even, t), w, Y.abs())
-            bounds.append(error.bound(terms, draw.u, of_terms))
+            Y, terms = torch.zeros_like(y, dtype=torch.float64), 0
+            for n, some in rows[len(rows) * piece // pieces : len(rows) * (piece + 1) // pieces]:
+                Y[n, some] = y[n, some].double()
+                terms += Y[n, some, ..., 0].numel()
+            values.append(adjoint(lambda t: g.forward(X, t), w, Y))
+            of_terms = adjoint(lambda t: g.forward(even, t), w, Y.abs())
+            bounds.append(error.bound(max(1, terms), draw.u, of_terms))
         out = wanted(draw.dense(pieces, *w.shape), torch.stack(values), torch.stack(bounds), add=bool(mode))
         return Call("conv_dw", [given(x), given(y), out], g.ints(w, mode, winograd, pieces))
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import operator
 import pickle
 import subprocess
 import sys
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -163,6 +165,159 @@ def test_tensors_are_read_as_they_lie(kind: str, repeated: bool) -> None:
     got, grads = inner.meta_gradient(batch, batch)
     torch.testing.assert_close(got, loss, rtol=1e-12, atol=0)
     torch.testing.assert_close(grads, wanted, rtol=1e-10, atol=1e-13)
+
+
+def test_places_ask_and_compare() -> None:
+    said = [torch.float32]
+    places = _C.Places([("answer", lambda: said[0], None, torch.float32)], [])
+    assert places.hold()
+    said[0] = torch.float64
+    assert not places.hold()
+    said.clear()
+    assert not places.hold()  # what it raises is a change
+
+
+def repeat(w: Tensor, given: Tensor, **options: Any) -> tuple[dict[str, Tensor], Any]:
+    """A parameter, a hyper-parameter, a batch of one tensor and no query."""
+    store = {"w": w}
+    facts = _C.Facts([w, torch.ones(()), given])
+    numbers = options.pop("numbers", None)
+    slots, none = _C.Slots([(store, "w")], []), _C.Slots([], [])
+    arguments = (numbers, (torch.ones(()),), lambda like: (like.new_tensor(3.0),), 0, [], facts, _C.Facts([]), (1, 0))
+    return store, _C.Repeat([], list(options.items()), slots, none, *arguments)
+
+
+def test_a_call_like_the_last_is_read() -> None:
+    x = torch.zeros(2, 3)
+    store, last = repeat(torch.zeros(4), x, steps=3)
+    store["w"] = torch.ones(4)
+    w, rate, batch = last.read({"steps": 3, "more": 1}, (x,), ())
+    assert w is store["w"] and batch is x and rate == 3  # no numbers: they are looked for
+    other = torch.ones(2, 3)
+    assert last.read({"steps": 3}, (other,), ())[2] is other
+    for support, query in ([x], ()), ((x, x), ()), ((x,), (x,)), ((x[:1],), ()), ((None,), ()), (x, ()):
+        assert last.read({"steps": 3}, support, query) is None
+    for made in (in_inference_mode(), x.double(), torch.zeros(2, 3, requires_grad=True)):
+        assert last.read({"steps": 3}, (made,), ()) is None
+    for wrong in ({"steps": 4}, {}):
+        assert last.read(wrong, (x,), ()) is None
+    del store["w"]
+    assert last.read({"steps": 3}, (x,), ()) is None
+
+
+def test_numbers_that_hold_are_the_same_tensors() -> None:
+    rule = {"lr": 0.1}
+    x = torch.zeros(2)
+    _, last = repeat(torch.zeros(4), x, numbers=_C.Places([("item", rule, "lr", rule["lr"])], []))
+    assert last.read({}, (x,), ())[1] == 1
+    rule["lr"] = 0.2
+    assert last.read({}, (x,), ())[1] == 3
+
+
+def test_repeat_refuses_what_makes_no_sense() -> None:
+    slots, none, facts = _C.Slots([({}, "w")], []), _C.Slots([], []), _C.Facts([torch.zeros(1)])
+    for like, batches, own in (0, (1, 0), facts), (1, (0, 0), facts), (0, (-1, 1), facts), (0, (0, 0), _C.Facts([])):
+        with pytest.raises(ValueError, match="facts of every tensor"):
+            _C.Repeat([], [], slots, none, None, (), lambda like: (), like, [], own, _C.Facts([]), batches)
+    with pytest.raises(TypeError, match="weak references"):
+        arguments = (None, (), lambda like: (), 0, [torch.zeros(1)], facts, _C.Facts([]), (0, 0))
+        _C.Repeat([], [], slots, none, *arguments)
+
+
+def ready_call() -> tuple[metafast.InnerLoop, tuple[Tensor, Tensor]]:
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 5, 3), torch.randn(4, 5, 2)
+    inner = metafast.InnerLoop(nn.Linear(3, 2), F.mse_loss, update=metafast.SGD(lr=0.1), steps=2, backend="native")
+    for _ in range(2):  # the second is like the first
+        inner.meta_gradient((x, y), (x, y))
+    return inner, (x, y)
+
+
+def noted(inner: metafast.InnerLoop) -> Any:
+    assert inner._outline is not None
+    return inner._outline._lasts[0].settled.get("ready")
+
+
+def test_a_call_that_is_ready_gives_what_any_call_gives() -> None:
+    inner, batch = ready_call()
+    assert noted(inner) is not None
+    loss, gradients = inner.meta_gradient(batch, batch)
+    inner(batch, batch).backward()
+    plain = {name: p.grad for name, p in inner.model.named_parameters()}
+    anew = metafast.InnerLoop(inner.model, F.mse_loss, update=metafast.SGD(lr=0.1), steps=2, backend="native")
+    wanted, expected = anew.meta_gradient(batch, batch)
+    assert torch.equal(loss, wanted) and list(gradients) == list(expected)
+    for name, grad in expected.items():
+        assert torch.equal(gradients[name], grad) and torch.equal(plain[name], grad)  # type: ignore[arg-type]
+
+
+def test_what_stands_against_a_ready_call_is_seen() -> None:
+    """Strides, signs and values that are not finite: each is as if nobody had been ready."""
+    inner, (x, y) = ready_call()
+    expected = inner.meta_gradient((x, y), (x, y))[1]
+    for kind in ("transposed", "negated"):
+        same = x.transpose(1, 2).contiguous().transpose(1, 2) if kind == "transposed" else torch._neg_view(-x)
+        torch.testing.assert_close(inner.meta_gradient((same, y), (x, y))[1], expected)
+        assert noted(inner) is not None
+    with pytest.warns(metafast.NonFiniteWarning, match="task 1"):
+        inner.meta_gradient((x, y.index_fill(0, torch.tensor([1]), float("inf"))), (x, y))
+    inner.nonfinite = "raise"
+    with pytest.raises(metafast.NonFiniteError, match="task 1"):
+        inner.meta_gradient((x, y.index_fill(0, torch.tensor([1]), float("inf"))), (x, y))
+    torch.testing.assert_close(inner.meta_gradient((x, y), (x, y))[1], expected)
+
+
+def test_ready_calls_see_threads_settings_and_options() -> None:
+    inner, batch = ready_call()
+    expected = inner.meta_gradient(batch, batch)
+    ready, tensors = noted(inner), inner._problem(batch, batch, gradient=True)[0].tensors
+    assert ready.run(tensors) is not None
+    with pytest.raises(ValueError, match="as many tensors"):
+        ready.run([])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        assert ready.run(tensors) is None
+        assert torch.equal(inner.meta_gradient(batch, batch)[0], expected[0])
+    finally:
+        torch.set_num_threads(threads)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ready.run(tensors) is None
+    with metafast.passes.without("clusters"):
+        assert ready.run(tensors) is None
+    with torch.inference_mode():
+        assert ready.run(tensors) is None
+        assert not inner.meta_gradient(batch, batch)[0].is_inference()
+    inner.reduction = "sum"
+    torch.testing.assert_close(inner.meta_gradient(batch, batch)[0], 4 * expected[0])
+    inner.backend = "torch"
+    torch.testing.assert_close(inner.meta_gradient(batch, batch)[0], 4 * expected[0])
+    assert noted(inner) is None
+
+
+def test_calls_that_take_turns_are_each_known() -> None:
+    inner, (x, y) = ready_call()
+    expected = inner.meta_gradient((x, y), (x, y))
+    for few in (4, 3, 2) * 3:
+        loss, _ = inner.meta_gradient((x[:, :few], y[:, :few]), (x, y))
+        anew = metafast.InnerLoop(inner.model, F.mse_loss, update=metafast.SGD(lr=0.1), steps=2, backend="native")
+        assert torch.equal(loss, anew.meta_gradient((x[:, :few], y[:, :few]), (x, y))[0])
+        inner.adapt((x, y))
+    assert inner._outline is not None and len(inner._outline._lasts) == 4
+    assert torch.equal(inner.meta_gradient((x, y), (x, y))[0], expected[0])
+
+
+def test_an_inner_loop_is_gone_with_its_last_reference() -> None:
+    """What is noted of the last call holds nothing that holds it: no collector is needed."""
+    inner, _ = ready_call()
+    model = weakref.ref(inner.model)
+    gc.collect()
+    gc.disable()
+    try:
+        del inner
+        assert model() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

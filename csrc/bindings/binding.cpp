@@ -72,6 +72,10 @@ double sum(const void* values, int64_t count, kernels::DType dtype) {
 
 std::string_view section_name(int s) { return s < 0 ? std::string_view() : kSectionNames[s]; }
 
+std::span<PyObject* const> items(const py::list& list) {
+  return {PySequence_Fast_ITEMS(list.ptr()), list.size()};
+}
+
 void put(const py::dict& into, const py::object& key, Block& block) {
   if (PyDict_SetItem(into.ptr(), key.ptr(), std::move(block).to_tensor().ptr()) != 0)
     throw py::error_already_set();
@@ -159,15 +163,14 @@ std::optional<int64_t> Binding::Given::where(const py::handle& tensor) const {
   return readable(tensor, dtype) ? std::optional(address(tensor)) : std::nullopt;
 }
 
-Binding::Bound Binding::bind(const py::list& tensors, const py::object& weights) const {
+Binding::Bound Binding::bind(std::span<PyObject* const> tensors, const py::object& weights) const {
   if (tensors.size() != given_.size())
     throw py::value_error("Binding: " + std::to_string(given_.size()) + " tensors expected, got " +
                           std::to_string(tensors.size()));
   Bound bound;
   bound.addresses.resize(static_cast<size_t>(tensors_));
   for (size_t n = 0; n < given_.size(); ++n) {
-    const py::handle tensor = PyList_GET_ITEM(tensors.ptr(), static_cast<py::ssize_t>(n));
-    const std::optional<int64_t> found = given_[n].where(tensor);
+    const std::optional<int64_t> found = given_[n].where(tensors[n]);
     if (!found) {
       bound.refused = static_cast<int>(n);
       return bound;
@@ -241,7 +244,7 @@ py::object Binding::total(double value) const {
 
 py::object Binding::run(const py::list& tensors, const py::object& weights, int64_t divisor, int threads,
                         bool losses) const {
-  Bound bound = bind(tensors, weights);
+  Bound bound = bind(items(tensors), weights);
   if (bound.refused >= 0) return py::int_(bound.refused);
   const Outcome outcome = run_call(call(bound, threads));
   if (outcome.status) return py::make_tuple(to_tuple(outcome), py::dict(), py::dict(), false, py::none());
@@ -250,8 +253,19 @@ py::object Binding::run(const py::list& tensors, const py::object& weights, int6
                         total(found.total / static_cast<double>(divisor)));
 }
 
+py::object Binding::run_again(std::span<PyObject* const> tensors, const py::object& weights, int64_t divisor,
+                              int threads) const {
+  Bound bound = bind(tensors, weights);
+  if (bound.refused >= 0 || run_call(call(bound, threads)).status) return py::none();
+  const Losses found = look(bound);
+  if (!found.finite) return py::none();
+  py::tuple gradients(wanted_.size());
+  for (size_t n = 0; n < wanted_.size(); ++n) gradients[n] = std::move(bound.results[n]).to_tensor();
+  return py::make_tuple(total(found.total / static_cast<double>(divisor)), std::move(gradients));
+}
+
 py::object Binding::profile(const py::list& tensors, const py::object& weights) const {
-  const Bound bound = bind(tensors, weights);
+  const Bound bound = bind(items(tensors), weights);
   if (bound.refused >= 0) return py::int_(bound.refused);
   std::vector<Times> times;
   const Call on_one_thread = call(bound, 1);

@@ -1,6 +1,7 @@
 // What one call does between Python's tensors and the replay: read addresses, make room, run, look at the losses.
 #pragma once
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "program.hpp"
@@ -18,6 +19,10 @@ class Binding {
 
   py::object run(const py::list& tensors, const py::object& weights, int64_t divisor, int threads,
                  bool losses) const;
+  // The total and a tuple of the sums; None where a tensor cannot be read where it lies, the replay failed, or a loss is
+  // not finite.
+  py::object run_again(std::span<PyObject* const> tensors, const py::object& weights, int64_t divisor,
+                       int threads) const;
   py::object profile(const py::list& tensors, const py::object& weights) const;
 
  private:
@@ -55,7 +60,7 @@ class Binding {
     double total;
   };
 
-  Bound bind(const py::list& tensors, const py::object& weights) const;
+  Bound bind(std::span<PyObject* const> tensors, const py::object& weights) const;
   Call call(const Bound& bound, int threads) const;
   Losses look(const Bound& bound) const;
   py::dict rooms(Bound& bound, bool losses) const;

@@ -10,6 +10,7 @@
 #include "places.hpp"
 #include "program.hpp"
 #include "python.hpp"
+#include "repeat.hpp"
 #include "replay.hpp"
 #include "run_kernel.hpp"
 
@@ -173,7 +174,7 @@ std::vector<std::string> pointwise_opcodes() {
   return names;
 }
 
-// Lets the garbage collector look into it.
+// Lets the garbage collector look into it, and empty it where it can be.
 template <class Holder>
 void collect(PyHeapTypeObject* heap_type) {
   PyTypeObject* const type = &heap_type->ht_type;
@@ -185,7 +186,8 @@ void collect(PyHeapTypeObject* heap_type) {
                : 0;
   };
   type->tp_clear = [](PyObject* self) {
-    if (py::detail::is_holder_constructed(self)) py::handle(self).cast<Holder&>().clear();
+    if constexpr (requires(Holder& holder) { holder.clear(); })
+      if (py::detail::is_holder_constructed(self)) py::handle(self).cast<Holder&>().clear();
     return 0;
   };
 }
@@ -223,6 +225,30 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<const py::list&>(), py::arg("tensors"))
       .def("hold", &Facts::hold, py::arg("tensors"))
       .def("named", &Facts::named, py::arg("keys"), py::arg("tensors"));
+
+  py::class_<Repeat>(m, "Repeat", py::custom_type_setup(&collect<Repeat>))
+      .def(py::init([](const py::list& places, const py::list& options, py::object parameters,
+                       py::object buffers, py::object numbers, py::tuple hyper, py::object find_hyper,
+                       py::ssize_t like, const py::list& externs, py::object facts, py::object buffer_facts,
+                       std::pair<py::ssize_t, py::ssize_t> batches) {
+             return std::make_unique<Repeat>(
+                 places, options, Held<Slots>(std::move(parameters)), Held<Slots>(std::move(buffers)),
+                 Held<Places>(std::move(numbers)), std::move(hyper), std::move(find_hyper), like, externs,
+                 Held<Facts>(std::move(facts)), Held<Facts>(std::move(buffer_facts)), batches);
+           }),
+           py::arg("places"), py::arg("options"), py::arg("parameters"), py::arg("buffers"),
+           py::arg("numbers"), py::arg("hyper"), py::arg("find_hyper"), py::arg("like"), py::arg("externs"),
+           py::arg("facts"), py::arg("buffer_facts"), py::arg("batches"))
+      .def("read", &Repeat::read, py::arg("options"), py::arg("support"), py::arg("query"));
+  py::class_<Ready>(m, "Ready", py::custom_type_setup(&collect<Ready>))
+      .def(py::init([](py::object binding, const py::list& picks, py::object weights, int64_t divisor,
+                       int threads, py::object places) {
+             return std::make_unique<Ready>(Held<Binding>(std::move(binding)), picks, std::move(weights),
+                                            divisor, threads, Held<Places>(std::move(places)));
+           }),
+           py::arg("binding"), py::arg("picks"), py::arg("weights"), py::arg("divisor"), py::arg("threads"),
+           py::arg("places"))
+      .def("run", &Ready::run, py::arg("tensors"));
 
   m.def("run", &run, py::arg("program"), py::arg("externals").noconvert(), py::arg("T"), py::arg("steps"),
         py::arg("steps_ptr") = 0, py::arg("weights_ptr") = 0, py::arg("result_ptr") = 0,

@@ -6,13 +6,13 @@
 #include <utility>
 
 namespace metafast {
-namespace {
 
-// What looking raised is taken for a change, unless it is to end the program.
 void forget_error() {
   if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_Exception)) throw py::error_already_set();
   PyErr_Clear();
 }
+
+namespace {
 
 // Whether a new reference is to that object; where it could not be had, it is not.
 bool is(PyObject* reference, const py::object& value) {
@@ -32,7 +32,8 @@ bool equals(PyObject* reference, const py::object& value) {
 }  // namespace
 
 Places::Kind Places::parse_kind(const std::string& name) {
-  constexpr std::string_view kNames[] = {"item", "attribute", "type", "cell", "empty cell", "order"};
+  constexpr std::string_view kNames[] = {"item",       "attribute", "type",  "cell",
+                                         "empty cell", "order",     "answer"};
   for (int n = 0; n < static_cast<int>(std::size(kNames)); ++n)
     if (name == kNames[n]) return static_cast<Kind>(n);
   throw py::value_error("Places: one of the kinds in _C.pyi expected, got \"" + name + "\"");
@@ -74,6 +75,8 @@ bool Places::holds(const Place& place) {
       return PyCell_GET(owner) == nullptr;
     case kOrder:
       return in_order(owner, place.value.ptr());
+    case kAnswer:
+      return equals(PyObject_CallNoArgs(owner), place.value);
   }
   return false;
 }
@@ -151,19 +154,23 @@ PyObject* Slots::held(const Slot& slot) {
 
 py::object Slots::read() const {
   py::list tensors(slots_.size());
+  if (!read_into(tensors.ptr(), 0)) return py::none();
+  return tensors;
+}
+
+bool Slots::read_into(PyObject* list, py::ssize_t at) const {
   std::vector<PyObject*> apart;
   apart.reserve(slots_.size());
   for (const Slot& slot : slots_) {
     PyObject* const found = held(slot);
-    if (found == nullptr) return py::none();
-    PyList_SET_ITEM(tensors.ptr(), static_cast<py::ssize_t>(apart.size()), Py_NewRef(found));
+    if (found == nullptr) return false;
+    PyList_SET_ITEM(list, at++, Py_NewRef(found));
     apart.push_back(found);
   }
   for (const Tie& tie : ties_)
-    if (held(tie.other) != apart[tie.slot]) return py::none();
+    if (held(tie.other) != apart[tie.slot]) return false;
   std::sort(apart.begin(), apart.end());
-  if (std::adjacent_find(apart.begin(), apart.end()) != apart.end()) return py::none();
-  return tensors;
+  return std::adjacent_find(apart.begin(), apart.end()) == apart.end();
 }
 
 int Slots::traverse(visitproc visit, void* arg) const {
@@ -219,24 +226,27 @@ bool Facts::same_view(const Tensor& known, PyObject* tensor) {
   View now;
   return view(tensor, &now) && now.type == known.dtype && now.device == known.device &&
          std::equal(known.shape.begin(), known.shape.end(), now.shape, now.shape + now.dims) &&
-         requires_grad(tensor) == known.wants && !made_in_inference_mode(tensor);
+         requires_grad(tensor) == known.wants;
 }
 
 bool Facts::same(const Tensor& known, PyObject* tensor) {
-  static PyObject* const is_inference = interned("is_inference");
   if (reinterpret_cast<PyObject*>(Py_TYPE(tensor)) != known.type.ptr()) return false;
   if (known.viewed) return same_view(known, tensor);
   for (int n = 0; n < kSingle; ++n)
     if (!is(PyObject_GetAttr(tensor, single_names()[n]), known.single[n])) return false;
   for (int n = 0; n < kEqual; ++n)
     if (!equals(PyObject_GetAttr(tensor, equal_names()[n]), known.equal[n])) return false;
-  return is(PyObject_CallMethodNoArgs(tensor, is_inference), py::bool_(false));
+  return true;
 }
 
 bool Facts::hold(const py::list& tensors) const {
-  if (tensors.size() != tensors_.size()) return false;
-  for (size_t n = 0; n < tensors_.size(); ++n)
-    if (!same(tensors_[n], PyList_GET_ITEM(tensors.ptr(), static_cast<py::ssize_t>(n)))) return false;
+  if (tensors.size() != tensors_.size() || !hold_in(tensors.ptr(), 0, 0, tensors_.size())) return false;
+  return std::ranges::none_of(tensors, [](const py::handle& t) { return made_in_inference_mode(t.ptr()); });
+}
+
+bool Facts::hold_in(PyObject* list, py::ssize_t at, size_t first, size_t count) const {
+  for (size_t n = first; n < first + count; ++n)
+    if (!same(tensors_[n], PyList_GET_ITEM(list, at++))) return false;
   return true;
 }
 

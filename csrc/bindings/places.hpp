@@ -7,6 +7,9 @@
 
 namespace metafast {
 
+// What looking raised is taken for a change, unless it is to end the program.
+void forget_error();
+
 // Places that held certain objects, and containers of certain sizes. Keeps all of them alive, as far as the garbage
 // collector sees another reason to: what is looked at may well hold who looks.
 class Places {
@@ -19,7 +22,7 @@ class Places {
   void clear();
 
  private:
-  enum Kind { kItem, kAttribute, kType, kCell, kEmptyCell, kOrder };
+  enum Kind { kItem, kAttribute, kType, kCell, kEmptyCell, kOrder, kAnswer };
   struct Place {
     Kind kind;
     py::object owner, name, value;
@@ -45,6 +48,9 @@ class Slots {
   Slots(const py::list& slots, const py::list& ties);
   // What they hold, in order. None where one is missing or holds None, where a tie is broken, or a tensor is held twice.
   py::object read() const;
+  size_t size() const { return slots_.size(); }
+  // The same into `list` from `at` on, which holds nothing there; false for None.
+  bool read_into(PyObject* list, py::ssize_t at) const;
   int traverse(visitproc visit, void* argument) const;
   void clear();
 
@@ -70,6 +76,9 @@ class Facts {
   explicit Facts(const py::list& tensors);
   // Whether these have the same, and none was made in inference mode.
   bool hold(const py::list& tensors) const;
+  size_t size() const { return tensors_.size(); }
+  // Whether `count` of `list` from `at` on have the same as those from `first` on, however they were made.
+  bool hold_in(PyObject* list, py::ssize_t at, size_t first, size_t count) const;
   // These by key, one for each, where they hold; else None.
   py::object named(const py::tuple& keys, const py::list& tensors) const;
 

@@ -70,6 +70,16 @@ py::object copied(const View& array, int64_t bytes) {
 
 bool is_true(PyObject* made) { return checked(made).ptr() == Py_True; }
 
+// What a method of torch's that takes nothing says of a tensor of any class.
+bool says(PyObject* method, PyObject* tensor) {
+  static PyTypeObject* const descriptor = &PyMethodDescr_Type;
+  if (Py_TYPE(method) == descriptor && PyObject_TypeCheck(tensor, PyDescr_TYPE(method)))
+    if (const PyMethodDef* const own = reinterpret_cast<PyMethodDescrObject*>(method)->d_method;
+        own->ml_flags == METH_NOARGS)
+      return is_true(own->ml_meth(tensor, nullptr));
+  return is_true(PyObject_CallOneArg(method, tensor));
+}
+
 }  // namespace
 
 bool View::contiguous() const {
@@ -141,10 +151,8 @@ bool requires_grad(PyObject* tensor) {
   return is_true(Py_TYPE(getter)->tp_descr_get(getter, tensor, reinterpret_cast<PyObject*>(Py_TYPE(tensor))));
 }
 
-bool made_in_inference_mode(PyObject* tensor) {
-  return is_true(PyObject_CallOneArg(torch().is_inference, tensor));
-}
+bool made_in_inference_mode(PyObject* tensor) { return says(torch().is_inference, tensor); }
 
-bool negated(PyObject* tensor) { return is_true(PyObject_CallOneArg(torch().is_neg, tensor)); }
+bool negated(PyObject* tensor) { return says(torch().is_neg, tensor); }
 
 }  // namespace metafast

@@ -40,6 +40,7 @@ ROLES = {
 MODES = {"conv_fwd": 19, "conv_dx": 19, "conv_dw": 19, "pool_scatter": 6, "avg_pool": 14, "avg_pool_adj": 14}  # of ints
 
 Found = TypeVar("Found")
+Span = tuple[int, int, int]  # a space, where in it, and where it ends
 Place = Any  # what tells two places in memory apart: a block of the arena, or a space and an offset
 
 
@@ -59,15 +60,17 @@ class _Walk:
     def count(self) -> int:
         return self.ins.ints[self.at]
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
         return sum(span * a.itemsize for span, a in zip(self.spans, self.ins.operands, strict=True))
 
+    @functools.cached_property
     def is_light(self) -> bool:
         """Whether what belongs to all images is little beside a chunk."""
         fixed = sum(_nbytes(a) for a, role in zip(self.ins.operands, self.roles, strict=True) if role != ALONG)
         return LIGHT * fixed <= max(self.nbytes // self.count, min(self.nbytes, AIM))
 
+    @functools.cached_property
     def uses(self) -> dict[Place, set[tuple[Any, ...]]]:
         """What it does to each place: role, where from, and how far chunks go; these alone tell two uses apart."""
         found: dict[Place, set[tuple[Any, ...]]] = {}
@@ -167,6 +170,12 @@ def _nbytes(a: Array) -> int:
     return min(numel(a.shape) * a.itemsize, a.buffer.nbytes)
 
 
+@_once
+def _largest(ins: Instruction) -> int:
+    """Bytes of its largest operand."""
+    return max(map(_nbytes, ins.operands), default=0)
+
+
 def _place(a: Array) -> Place:
     return whole_of(a.buffer) if a.buffer.space is None else (a.buffer.space, a.buffer.offset)
 
@@ -179,16 +188,34 @@ def _touched(ins: Instruction) -> tuple[set[Place], set[Place]]:
 
 def _meet(a: Instruction, b: Instruction) -> bool:
     """Whether their order matters."""
-    pairs = [(k, n) for k in range(len(a.operands)) for n in range(len(b.operands)) if k in a.writes or n in b.writes]
-    return any(_overlap(a.operands[k].buffer, b.operands[n].buffer) for k, n in pairs)
+    ours, made = _blocks(a)
+    theirs, makes = _blocks(b)
+    if not (made.isdisjoint(theirs) and makes.isdisjoint(ours)):
+        return True
+    (reach, put), (other_reach, other_put) = _spans(a), _spans(b)
+    return _overlap(put, other_reach) or _overlap(reach, other_put)
 
 
-def _overlap(a: Buffer, b: Buffer) -> bool:
-    """One pass over many parameters is over all of their places, not only the first one's."""
-    a, b = whole_of(a), whole_of(b)
-    if a.space is None or b.space is None or a.offset is None or b.offset is None:
-        return a is b
-    return a.space == b.space and a.offset < b.offset + b.nbytes and b.offset < a.offset + a.nbytes
+@_once
+def _blocks(ins: Instruction) -> tuple[set[Buffer], set[Buffer]]:
+    """The blocks it touches, and those of them it writes. One pass over many parameters is over all of their places,
+    not only the first one's."""
+    return {whole_of(a.buffer) for a in ins.operands}, {whole_of(ins.operands[k].buffer) for k in ins.writes}
+
+
+@_once
+def _spans(ins: Instruction) -> tuple[set[Span], set[Span]]:
+    """Where those of them lie that have addresses."""
+    touched, written = _blocks(ins)
+    return _addressed(touched), _addressed(written)
+
+
+def _addressed(blocks: set[Buffer]) -> set[Span]:
+    return {(b.space, b.offset, b.offset + b.nbytes) for b in blocks if b.space is not None and b.offset is not None}
+
+
+def _overlap(some: set[Span], others: set[Span]) -> bool:
+    return any(a[0] == b[0] and a[1] < b[2] and b[1] < a[2] for a in some for b in others)
 
 
 # ---- runs of them ---------------------------------------------------------------------------------------------
@@ -207,10 +234,10 @@ class _Run:
 def _run_from(code: Sequence[Instruction], at: int, least: int) -> _Run:
     """Of those that share arrays of so many bytes."""
     run = _Run([], [], [], at + 1)
-    if max(map(_nbytes, code[at].operands), default=0) < least:
+    if _largest(code[at]) < least:
         return run
     first = _walk(code[at])
-    if first is None or not first.is_light():
+    if first is None or not first.is_light:
         return run
     run.members.append(first)
     before: list[Instruction] = []
@@ -231,13 +258,13 @@ def _run_from(code: Sequence[Instruction], at: int, least: int) -> _Run:
 
 def _joins(walk: _Walk, members: Sequence[_Walk], least: int) -> bool:
     """Whether it walks a large array that they walk, image by image as they do, and writes to nothing otherwise."""
-    if math.gcd(walk.count, *(m.count for m in members)) < 2 or not walk.is_light():
+    if math.gcd(walk.count, *(m.count for m in members)) < 2 or not walk.is_light:
         return False
     shares = False
     _, written = _touched(walk.ins)
     for other in members:
-        theirs = other.uses()
-        for place, uses in walk.uses().items():
+        theirs = other.uses
+        for place, uses in walk.uses.items():
             if place not in theirs:
                 continue
             both = uses | theirs[place]
@@ -294,8 +321,8 @@ def _can_make(run: Instruction, ins: Instruction) -> bool:
     assert own is not None
     if math.gcd(own.count, *(walk.count for walk in walks)) < 2:
         return False
-    ((use,),) = (own.uses()[place] for place in _touched(ins)[1])
-    return all(uses == {use} for walk in walks for place, uses in walk.uses().items() if place in _touched(ins)[1])
+    ((use,),) = (own.uses[place] for place in _touched(ins)[1])
+    return all(uses == {use} for walk in walks for place, uses in walk.uses.items() if place in _touched(ins)[1])
 
 
 # ---- one instruction of many ----------------------------------------------------------------------------------
@@ -374,8 +401,8 @@ def _made_whole(members: Sequence[Instruction]) -> set[Buffer]:
     made: set[Buffer] = set()
     for ins in members:
         for n, a in enumerate(ins.operands):
-            whole = a.offset == 0 and is_dense(a) and numel(a.shape) * a.itemsize == a.buffer.nbytes
-            if a.buffer not in seen and n in ins.writes and whole and not _adds(ins):
+            first = n in ins.writes and a.buffer not in seen and a.offset == 0 and not _adds(ins)
+            if first and numel(a.shape) * a.itemsize == a.buffer.nbytes and is_dense(a):
                 made.add(a.buffer)
             seen.add(a.buffer)
     return made

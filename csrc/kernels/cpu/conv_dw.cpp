@@ -132,7 +132,7 @@ int conv_dw(const Args& a) noexcept {
   Carver scratch(a.scratch);
   const Plan<T> p(i, scratch);
   const Items<T> items(i, p);
-  each_piece(i, items.count(), 1, a, [&](int64_t piece, Range mine, Range images) {
+  each_piece(i, i.N, items.count(), 1, a, [&](int64_t piece, Range mine, Range images) {
     clear_sums(i, p, items, mine);
     for (int64_t image = images.begin; image < (i.OW > 0 ? images.end : 0); ++image)
       for (int64_t first = 0; first < i.OH; first += p.rows) {

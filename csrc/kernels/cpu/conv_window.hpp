@@ -13,17 +13,18 @@ struct ConvInts {
   static const ConvInts& of(const int64_t* i) { return *reinterpret_cast<const ConvInts*>(i); }
 };
 
-// Calls f(piece, share of n, images) for what a part does of conv_dw: the work is cut into the pieces, and these into
-// shares of n things that are computed apart, in units.
+// Calls f(piece, share of n, share of rows) for what a part does of conv_dw: `rows` that add up are cut into the pieces,
+// and each of these into shares of n things that are computed apart, in units.
 template <class F>
-METAFAST_INLINE void each_piece(const ConvInts& i, int64_t n, int64_t unit, const Args& a, F f) {
+METAFAST_INLINE void each_piece(const ConvInts& i, int64_t rows, int64_t n, int64_t unit, const Args& a,
+                                F f) {
   const int64_t pieces = i.pieces(), units = (n + unit - 1) / unit;
   const Range mine = share(pieces * units, a.part, a.parts);
   for (int64_t piece = 0; piece < pieces; ++piece) {
     const int64_t begin = max64(mine.begin - piece * units, 0), end = min64(mine.end - piece * units, units);
     if (begin < end)
       f(piece, Range{begin * unit, min64(end * unit, n)},
-        share(i.N, static_cast<int>(piece), static_cast<int>(pieces)));
+        share(rows, static_cast<int>(piece), static_cast<int>(pieces)));
   }
 }
 

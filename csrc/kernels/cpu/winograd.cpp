@@ -515,12 +515,11 @@ int winograd_dw(const ConvInts& i, const Args& a) noexcept {
   const DwPlan p(i, scratch);
   const Source source{static_cast<const float*>(a.ptr[0]), i.H, i.W, i.C, -i.ph, -i.pw};
   const float* dy = static_cast<const float*>(a.ptr[1]);
-  each_piece(i, i.C, kLanesF, a, [&](int64_t piece, Range channels, Range images) {
-    const int64_t end = images.end * p.tiling.down.tiles();
+  each_piece(i, p.tiling.rows(), i.C, kLanesF, a, [&](int64_t piece, Range channels, Range rows) {
     bool add = false;
-    for (int64_t r = images.begin * p.tiling.down.tiles(); r < end; r += p.tiling.block_rows, add = true) {
-      const Block b(p.tiling, r, min64(r + p.tiling.block_rows, end));
-      const Block next(p.tiling, b.end, min64(b.end + p.tiling.block_rows, end));
+    for (int64_t r = rows.begin; r < rows.end; r += p.tiling.block_rows, add = true) {
+      const Block b(p.tiling, r, min64(r + p.tiling.block_rows, rows.end));
+      const Block next(p.tiling, b.end, min64(b.end + p.tiling.block_rows, rows.end));
       input_block(source, b, p.inputs, p.window, channels);
       gradient_block(i, p, b, dy);
       add_points(i, p, b, channels, add, {read_by(source, next), share_of(dy, next, i.OH, i.OW * i.O)});
