@@ -133,12 +133,13 @@ def test_every_operation_on_every_pair_of_special_numbers(name: str, dtype: str,
 
 @EACH_ISA
 @EACH_DTYPE
-@pytest.mark.parametrize("inputs,live", [(14, 0), (30, 0), (3, 40)])
+@pytest.mark.parametrize("inputs,live,rows", [(14, 0, 6), (30, 0, 6), (3, 40, 6), (3, 0, 900), (14, 0, 900)])
 def test_more_operands_than_general_registers_and_more_values_than_vectors(
-    inputs: int, live: int, dtype: str, isa: str
+    inputs: int, live: int, rows: int, dtype: str, isa: str
 ) -> None:
-    """Addresses are then read from memory; where vectors do not suffice, the interpreter runs."""
-    c = Cluster((6, 80), dtype, 1)
+    """Addresses are then read from memory; where vectors do not suffice, the interpreter runs. What is large is fetched
+    ahead."""
+    c = Cluster((rows, 80), dtype, 1)
     for k in range(inputs):
         c.input((83 + k, 1))
     last = inputs - 1

@@ -86,6 +86,12 @@ void Assembler::broadcast(int dst, const Memory& element) {
   operand(dst, element);
 }
 
+void Assembler::prefetch(const Memory& m) {
+  byte(0x40 | (m.index < 0 ? 0 : bit(m.index, 3)) << 1 | bit(m.base, 3));
+  byte(0x0f), byte(0x18);
+  operand(1, m);
+}
+
 void Assembler::mask_from(int mask, Gpr bits) {
   for (const int b : {0xc5, 0xf8, 0x92}) byte(b);
   operand(mask, Register{bits});

@@ -64,6 +64,7 @@ class Assembler {
   void broadcast(int dst, const Memory& element);
   void mask_from(int mask, Gpr bits);  // EVEX
 
+  void prefetch(const Memory&);
   void load(Gpr dst, const Memory& from) { integer(0x8b, dst, from); }
   void add(Gpr dst, int32_t what);
   void add(const Memory& dst, int32_t what);

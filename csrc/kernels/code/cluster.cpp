@@ -94,6 +94,12 @@ class Writer {
     return {static_cast<Gpr>(base), streams(operand) ? rsi : -1};
   }
 
+  void fetch_ahead(int operand) {
+    Memory place = element(operand);
+    place.displacement = kAheadBytes;
+    a_.prefetch(place);
+  }
+
   void advance(int operand, int64_t bytes) {
     if (bytes == 0) return;
     if (addresses_[operand] >= 0)
@@ -208,6 +214,8 @@ class Writer {
   // ---- one vector of a row
 
   void step() {
+    for (int o = 0; c_.large && o < operands(); ++o)
+      if (streams(o) && c_.pitch[o] != 0) fetch_ahead(o);
     for (int k = 0; k < c_.n_ops; ++k) operate(k);
     for (int o = 0; o < c_.n_out; ++o) put(o);
     for (int r = 0; r < c_.n_regs; ++r) drop(r);

@@ -14,6 +14,7 @@ struct Cluster {
   DType dtype;
   int n_in, n_out, n_ops, n_regs, n_immediates;
   bool rest;           // rows end in the middle of a vector
+  bool large;          // what it streams may come from memory, and is fetched ahead
   const int64_t* ops;  // opcode, dst, a, b, c; as in the ints of `pointwise`
   const int64_t* out_reg;
   Input in[kPointwiseOperands];

@@ -36,6 +36,10 @@ inline constexpr int kPointwiseOps = 96;
 inline constexpr int kPointwiseRank = 8;
 inline constexpr int kReduceRank = 8;  // of `reduce`: dimensions kept, and dimensions reduced
 
+// How far before their use streams of large arrays are fetched: a page, where the processor's own prefetch ends.
+inline constexpr int kAheadBytes = 4096;
+inline constexpr int64_t kLargeBytes = 1 << 18;  // arrays from here on may lie beyond the second-level cache
+
 enum Status : int { kOk = 0, kLabelOutOfRange = 1 };
 
 using Run = int (*)(const Args&) noexcept;               // a Status

@@ -5,6 +5,7 @@
 // without a patch matrix.
 #include "conv.hpp"
 
+#include "ahead.hpp"
 #include "conv_correlation.hpp"
 #include "tile.hpp"
 #include "winograd.hpp"
@@ -64,6 +65,9 @@ void run_rows(const Correlation<T>& c, const Plan<T>& plan, const T* source, int
   call.segment = plan.segments, call.segments = find_segments(c, plan, line);
   call.length = c.h.together() ? c.h.taps * c.channels : c.channels;
   call.b_rs = plan.weights.strip, call.c_rs = c.out_pixel, call.add = c.add;
+  const int64_t pixel = c.out_pixel * static_cast<int64_t>(sizeof(T));
+  const int64_t ahead =
+      c.images * c.v.outputs * c.h.outputs * pixel < kLargeBytes ? 0 : kAheadBytes / pixel + 1;
   int64_t pixels = c.h.outputs;
   if (c.v.step * line == pixels * call.a_rs && c.out_row == pixels * c.out_pixel) pixels *= rows, rows = 1;
   for (int64_t n = 0; n < c.columns; n += plan.weights.strip) {
@@ -73,7 +77,7 @@ void run_rows(const Correlation<T>& c, const Plan<T>& plan, const T* source, int
     call.bias = c.bias ? c.bias + n : nullptr;
     for (int64_t r = 0; r < rows; ++r) {
       call.a = source + r * c.v.step * line, call.c = out + r * c.out_row + n;
-      run_strip<T>(call, pixels, vectors);
+      run_strip<T>(call, pixels, vectors, ahead);
     }
   }
 }

@@ -2,6 +2,7 @@
 // taken block of pixels by block of pixels: the register tile sums over a block while x and dy lie in the
 // first cache, and adds the block's sum to an accumulator in scratch. (The order of the sums depends on the
 // shape alone.)
+#include "ahead.hpp"
 #include "conv.hpp"
 #include "conv_window.hpp"
 #include "tile.hpp"
@@ -11,7 +12,6 @@ namespace metafast::kernels::METAFAST_ISA {
 namespace {
 
 constexpr int64_t kBlockPixels = 112;
-constexpr int64_t kNearElements = 1 << 18;  // a dy up to this size is taken to lie in the second cache
 
 template <class T>
 struct Plan {
@@ -68,14 +68,6 @@ struct Items {
   }
 };
 
-// Share `part` of the next block of dy: the processor's own prefetch starts anew with every tile.
-template <class T>
-METAFAST_INLINE void fetch_ahead(const T* next, int64_t elements, int64_t part, int64_t parts) {
-  const Range mine = share(elements, static_cast<int>(part), static_cast<int>(parts));
-  for (int64_t k = mine.begin; k < mine.end; k += 64 / static_cast<int64_t>(sizeof(T)))
-    __builtin_prefetch(next + k);
-}
-
 // Adds one block of output rows to the sums of items [mine.begin, mine.end).
 template <class T>
 void add_block(const ConvInts& i, const Plan<T>& p, const Items<T>& items, Range mine, const T* x,
@@ -87,10 +79,11 @@ void add_block(const ConvInts& i, const Plan<T>& p, const Items<T>& items, Range
   call.segment = p.segments, call.segments = rows, call.length = i.OW;
   call.b_rs = i.O, call.c_rs = i.O, call.add = true;
   const int64_t block = rows * i.OW * i.O;
-  const bool from_far = i.N * i.OH * i.OW * i.O > kNearElements;
+  const bool large = i.N * i.OH * i.OW * i.O * static_cast<int64_t>(sizeof(T)) >= kLargeBytes;
+  const Ahead next = Ahead::of(dy + block, dy + 2 * block);
   for (int64_t k = mine.begin; k < mine.end; ++k) {
     const Item item = items.at(k);
-    if (from_far) fetch_ahead(dy + block, block, k - mine.begin, mine.end - mine.begin);
+    if (large) next.fetch(k - mine.begin, mine.end - mine.begin);
     const int64_t n = item.strip * p.strip, columns = min64(p.strip, i.O - n),
                   vectors = (columns + L - 1) / L;
     call.last = columns - (vectors - 1) * L;

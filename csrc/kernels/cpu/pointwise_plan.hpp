@@ -264,6 +264,7 @@ struct alignas(64) Plan {
                     n_regs,
                     n_immediates,
                     inner % kLanes<T> != 0,
+                    elements * static_cast<int64_t>(sizeof(T)) >= kLargeBytes,
                     p.ops,
                     p.out_reg,
                     {},

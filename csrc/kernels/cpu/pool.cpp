@@ -1,5 +1,6 @@
 #include "pool.hpp"
 
+#include "ahead.hpp"
 #include "sums.hpp"
 
 namespace metafast::kernels::METAFAST_ISA {
@@ -68,9 +69,6 @@ METAFAST_INLINE Bits<T> splat_index(int64_t n) {
   return static_cast<decltype(Bits<T>{}[0] + 0)>(n) - Bits<T>{};
 }
 
-constexpr int64_t kAhead =
-    16;  // pixels: two rows at once are more than the processor fetches ahead by itself
-
 // Winners of windows that look like 2 x 2 ones at stride 2: whether they are is seen from the indices.
 struct Halved {
   int64_t H, W, C, OH, OW;
@@ -91,6 +89,7 @@ bool scatter_halved(const Halved& s, const T* dy, const int32_t* idx, T* dx) {
       for (int64_t c = 0; c < s.C; c += L) {
         const int64_t n = min64(L, s.C - c);
         const Mask<T> mask(n);
+        fetch_ahead(dy + c), fetch_ahead(idx + c);
         const Vec<T> v = zero + (n == L ? load(dy + c) : load(dy + c, mask));
         const Bits<T> winner = load_indices<T>(idx + c, n);
         Bits<T> met = splat_index<T>(n) <= iota<T>();  // lanes beyond C
@@ -131,7 +130,7 @@ bool gather_halved(const Halved& s, const T* x, const int32_t* idx, T* y, int64_
       METAFAST_UNROLL for (int tap = 0; tap < 4; ++tap) {
         const int64_t at = corner + tap / 2 * s.W + tap % 2;
         const T* p = x + at * s.C + c;
-        __builtin_prefetch(p + kAhead * s.C);
+        fetch_ahead(p);
         const Bits<T> here = winner == splat_index<T>(at);
         v = here ? (n == L ? load(p) : load(p, mask)) : v;
         met |= here;
@@ -172,13 +171,14 @@ void max_row(const T* x, const T* sign, int64_t W, int64_t C, int64_t sw, int64_
     for (int64_t c = 0; c < C; c += L) {
       const int64_t n = min64(L, C - c);
       const Mask<T> mask(n);
+      fetch_ahead(y + c), fetch_ahead(idx + c);
       Winner<T, has_sign> winner;
       winner.place = splat_index<T>(first);
       if constexpr (has_sign) winner.sign = load(sign + c, mask), winner.x = load(x + first * C + c, mask);
       METAFAST_UNROLL for (int tap = 0; tap < KH * KW; ++tap) {
         const int64_t at = first + tap / KW * W + tap % KW;
         const T* p = x + at * C + c;
-        __builtin_prefetch(p + kAhead * C);
+        fetch_ahead(p);
         winner.meet(n == L ? load(p) : load(p, mask), at);
       }
       if (n == L)

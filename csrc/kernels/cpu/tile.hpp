@@ -9,7 +9,7 @@
 // Columns beyond `last` in the last vector are neither read nor written. Each element is one chain of fma
 // over k in order, whatever the tile.
 #pragma once
-#include "vec.hpp"
+#include "ahead.hpp"
 
 namespace metafast::kernels::METAFAST_ISA {
 
@@ -63,15 +63,17 @@ Tile<T> find_tile(int64_t rows, int64_t vectors, bool halved = false) noexcept;
 extern template Tile<float> find_tile<float>(int64_t, int64_t, bool) noexcept;
 extern template Tile<double> find_tile<double>(int64_t, int64_t, bool) noexcept;
 
-// Runs tiles down the M rows of one strip of `vectors` vectors.
+// Runs tiles down the M rows of one strip of `vectors` vectors; where C is large, it is fetched `ahead` rows before.
 template <class T>
-METAFAST_INLINE void run_strip(TileCall<T> call, int64_t m_rows, int64_t vectors) {
+METAFAST_INLINE void run_strip(TileCall<T> call, int64_t m_rows, int64_t vectors, int64_t ahead = 0) {
   const bool halved = halves_tile<T>(vectors, call.last);
   const int64_t most = max_tile_rows(static_cast<int>(vectors), halved);
   Tile<T> tile = nullptr;
   for (int64_t rows = 0; m_rows > 0;) {
     const int64_t next = next_tile_rows(m_rows, most);
     if (next != rows) rows = next, tile = find_tile<T>(rows, vectors, halved);
+    for (int64_t r = ahead; ahead && r < ahead + rows; ++r)
+      Ahead::of(call.c + r * call.c_rs, call.c + r * call.c_rs + vectors * kLanes<T>).fetch(0, 1);
     tile(call);
     call.a += rows * call.a_rs, call.c += rows * call.c_rs, m_rows -= rows;
   }

@@ -2,6 +2,7 @@
 
 #include <utility>
 
+#include "ahead.hpp"
 #include "tile.hpp"
 
 namespace metafast::kernels::METAFAST_ISA {
@@ -207,6 +208,24 @@ struct Source {
   int64_t height, width, channels, top, left;
 };
 
+// What a block reads of the source; and its part of an array with `line` elements for each row of outputs.
+Ahead read_by(const Source& s, const Block& b) {
+  const int64_t down = b.t.down.tiles(), line = s.width * s.channels;
+  auto row = [&](int64_t tile_row, int64_t more) {
+    const int64_t at = b.t.down.start(tile_row % down) + s.top + more;
+    return tile_row / down * s.height + max64(0, min64(at, s.height));
+  };
+  if (b.begin >= b.end) return {};
+  return Ahead::of(s.p + row(b.begin, 0) * line, s.p + row(b.end - 1, kAxis) * line);
+}
+Ahead share_of(const float* p, const Block& b, int64_t outputs, int64_t line) {
+  const int64_t down = b.t.down.tiles();
+  auto row = [&](int64_t tile_row) {
+    return tile_row / down * outputs + min64(b.t.down.start(tile_row % down), outputs);
+  };
+  return Ahead::of(p + row(b.begin) * line, p + row(b.end) * line);
+}
+
 // Transformed tiles: a matrix (tiles, stride) for every point.
 struct Points {
   float* p;
@@ -335,8 +354,10 @@ constexpr MultiplyRows find_multiply(std::integer_sequence<int, rows...>, int64_
 }
 
 // products[point] = inputs[point] × filters[point], of the strip of columns that begins at n.
-void multiply_points(const Correlation<float>& c, const CorrelationPlan& p, const Block& b, int64_t n) {
+void multiply_points(const Correlation<float>& c, const CorrelationPlan& p, const Block& b, int64_t n,
+                     const Ahead (&ahead)[2]) {
   for (int point = 0; point < kPoints; ++point) {
+    for (const Ahead& some : ahead) some.fetch(point, kPoints);
     const Range tiles = b.having(point);
     const float* in = p.inputs.p + point * p.inputs.step + tiles.begin * p.inputs.stride;
     float* out = p.products.p + point * p.products.step + tiles.begin * p.products.stride;
@@ -415,13 +436,15 @@ void gradient_block(const ConvInts& i, const DwPlan& p, const Block& b, const fl
 }
 
 // sums[point] (+)= inputs[point]ᵀ × outputs[point], rows `channels`.
-void add_points(const ConvInts& i, const DwPlan& p, const Block& b, Range channels, bool add) {
+void add_points(const ConvInts& i, const DwPlan& p, const Block& b, Range channels, bool add,
+                const Ahead (&ahead)[2]) {
   const int64_t zero = 0, vectors = strip_vectors(i.O), strip = vectors * kLanesF;
   TileCall<float> call{};
   call.a_rs = 1, call.a_cs = p.inputs.stride;
   call.segment = &zero, call.segments = 1;
   call.b_rs = p.outputs.stride, call.c_rs = p.sums.stride, call.last = kLanesF, call.add = add;
   for (int point = 0; point < kPoints; ++point) {
+    for (const Ahead& some : ahead) some.fetch(point, kPoints);
     const Range tiles = b.having(point);
     call.length = tiles.end - tiles.begin;
     for (int64_t o = 0; o < i.O; o += strip) {
@@ -476,9 +499,11 @@ int winograd_correlate(const Correlation<float>& c, const Args& a) noexcept {
   if (!c.transformed) transform_filters(c, packed_weights(c, scratch), p.filters, {0, c.columns});
   for (int64_t r = mine.begin; r < mine.end; r += p.tiling.block_rows) {
     const Block b(p.tiling, r, min64(r + p.tiling.block_rows, mine.end));
+    const Block next(p.tiling, b.end, min64(b.end + p.tiling.block_rows, mine.end));
     input_block(source, b, p.inputs, p.window, {0, c.channels});
     for (int64_t n = 0; n < c.columns; n += kStrip) {
-      multiply_points(c, p, b, n);
+      const Ahead none{}, results = share_of(c.out, b, c.v.outputs, c.out_row);
+      multiply_points(c, p, b, n, {n ? none : results, n ? none : read_by(source, next)});
       output_block(c, p, b, n);
     }
   }
@@ -489,13 +514,15 @@ int winograd_dw(const ConvInts& i, const Args& a) noexcept {
   Carver scratch(a.scratch);
   const DwPlan p(i, scratch);
   const Source source{static_cast<const float*>(a.ptr[0]), i.H, i.W, i.C, -i.ph, -i.pw};
+  const float* dy = static_cast<const float*>(a.ptr[1]);
   each_piece(i, p.tiling.rows(), i.C, kLanesF, a, [&](int64_t piece, Range channels, Range rows) {
     bool add = false;
     for (int64_t r = rows.begin; r < rows.end; r += p.tiling.block_rows, add = true) {
       const Block b(p.tiling, r, min64(r + p.tiling.block_rows, rows.end));
+      const Block next(p.tiling, b.end, min64(b.end + p.tiling.block_rows, rows.end));
       input_block(source, b, p.inputs, p.window, channels);
-      gradient_block(i, p, b, static_cast<const float*>(a.ptr[1]));
-      add_points(i, p, b, channels, add);
+      gradient_block(i, p, b, dy);
+      add_points(i, p, b, channels, add, {read_by(source, next), share_of(dy, next, i.OH, i.OW * i.O)});
     }
     write_gradient(i, p, channels, static_cast<float*>(a.ptr[2]) + piece * i.weights());
   });
