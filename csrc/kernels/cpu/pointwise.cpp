@@ -7,34 +7,54 @@
 namespace metafast::kernels::METAFAST_ISA {
 namespace {
 
+// The elements of a run of rows: where a row has fewer than the run, one of each row at a time, so that what lies side by
+// side across rows (an image of few channels, channels first) is walked in order.
+template <class Move>
+METAFAST_INLINE void each_element(int64_t rows, int64_t inner, Move move) {
+  if (inner < rows) {
+    for (int64_t k = 0; k < inner; ++k)
+      for (int64_t r = 0; r < rows; ++r) move(r, k);
+  } else {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t k = 0; k < inner; ++k) move(r, k);
+  }
+}
+
 // Copies rows row0.. of an operand, one after the other, to dst (which has a vector of slack behind it).
 template <class T>
 void gather_rows(T* dst, const T* base, const Plan<T>& p, const typename Plan<T>::Input& in, int64_t row0,
                  int64_t rows) {
   constexpr int L = kLanes<T>;
   const int64_t inner = p.inner, stride = in.inner_stride;
-  for (int64_t r = row0; r < row0 + rows; ++r, dst += inner) {
-    const T* src = base + p.row_offset(in.strides, r);
-    if (stride == 0) {
-      for (int64_t k = 0; k < inner; k += L) store(dst + k, splat(*src));
-    } else if (stride == 1) {
+  p.each_run(in.strides, row0, rows, [&](int64_t offset, int64_t step, int64_t count) {
+    const T* src = base + offset;
+    if (stride != 0 && stride != 1) {
+      each_element(count, inner,
+                   [&](int64_t r, int64_t k) { dst[r * inner + k] = src[r * step + k * stride]; });
+      dst += count * inner;
+      return;
+    }
+    for (int64_t r = 0; r < count; ++r, dst += inner, src += step) {
       int64_t k = 0;
+      if (stride == 0)
+        for (; k < inner; k += L) store(dst + k, splat(*src));
       for (; k + L <= inner; k += L) store(dst + k, load(src + k));
       if (k < inner) store(dst + k, load(src + k, Mask<T>(inner - k)));
-    } else {
-      for (int64_t k = 0; k < inner; ++k) dst[k] = src[k * stride];
     }
-  }
+  });
 }
 
 template <class T>
 void scatter_rows(T* base, const T* src, const Plan<T>& p, const typename Plan<T>::Output& out, int64_t row0,
                   int64_t rows, bool add) {
   const int64_t inner = p.inner, stride = out.inner_stride;
-  for (int64_t r = row0; r < row0 + rows; ++r, src += inner) {
-    T* y = base + p.row_offset(out.strides, r);
-    for (int64_t k = 0; k < inner; ++k) y[k * stride] = add ? y[k * stride] + src[k] : src[k];
-  }
+  p.each_run(out.strides, row0, rows, [&](int64_t offset, int64_t step, int64_t count) {
+    each_element(count, inner, [&](int64_t r, int64_t k) {
+      T& y = base[offset + r * step + k * stride];
+      y = add ? y + src[r * inner + k] : src[r * inner + k];
+    });
+    src += count * inner;
+  });
 }
 
 // One call of a plan, operation by operation. Scratch: a block and a vector for each register and one more, then the

@@ -237,6 +237,17 @@ struct alignas(64) Plan {
     return rank > 1 ? offset + row * stride[0] : 0;
   }
 
+  // Calls visit(offset, step, count) for runs of rows that are `step` apart in an operand.
+  template <class Visit>
+  METAFAST_INLINE void each_run(const int64_t* stride, int64_t row, int64_t rows, Visit visit) const {
+    const int64_t length = rank > 1 ? dims[rank - 2] : 1, step = rank > 1 ? stride[rank - 2] : 0;
+    for (const int64_t end = row + rows; row < end;) {
+      const int64_t count = min64(end - row, length - row % length);
+      visit(row_offset(stride, row), step, count);
+      row += count;
+    }
+  }
+
  private:
   template <class U>
   static U* take(std::byte*& at, int64_t count) {
