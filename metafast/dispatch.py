@@ -65,9 +65,12 @@ def _choice(problem: Problem, backend: str) -> Choice:
     found: Choice | None = problem.settled.get(key)
     if found is None:
         try:
-            found = problem.settled[key] = _sought(problem, backend)
+            found = _sought(problem, backend)
         finally:
             problem.traces.clear()
+        if problem.reach is not None and not problem.reach.same():  # a cache is full now, say
+            problem.settle_apart()
+        problem.settled[key] = found
     return found
 
 

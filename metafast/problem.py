@@ -86,6 +86,11 @@ class Problem:
         ready = None if self.tensors is None else self.settled.get("ready")
         return None if ready is None else ready.run(self.tensors)
 
+    def settle_apart(self) -> None:
+        """What is settled from here on holds for this problem alone, not for all of its form: running the losses has
+        changed what they read."""
+        object.__setattr__(self, "settled", {})
+
     def with_leaves(self, tensors: Sequence[Tensor]) -> Problem:
         """The same problem over other values of its leaves, in their order."""
         return replace(self, leaves=dict(zip(self.leaves, tensors, strict=True)))

@@ -205,6 +205,22 @@ def test_a_call_like_the_last_is_read() -> None:
     assert last.read({"steps": 3}, (x,), ()) is None
 
 
+def test_a_list_that_is_being_filled_is_shown_to_nobody() -> None:
+    """Code of the user's runs meanwhile, and other threads: a list with gaps ends a process that looks at it."""
+    x, store = torch.zeros(2, 3), {"w": torch.zeros(4)}
+    seen: list[Any] = []
+
+    def find_hyper(like: Tensor) -> tuple[Tensor, ...]:
+        seen.extend(r for r in gc.get_referrers(x) if type(r) is list)
+        return (torch.ones(()),)
+
+    facts, none = _C.Facts([store["w"], torch.ones(()), x]), _C.Slots([], [])
+    slots = _C.Slots([(store, "w")], [])
+    arguments = (None, (torch.ones(()),), find_hyper, 0, [], facts, _C.Facts([]), (1, 0))
+    made = _C.Repeat([], [], slots, none, *arguments).read({}, (x,), ())
+    assert not seen and made is not None and gc.is_tracked(made)
+
+
 def test_numbers_that_hold_are_the_same_tensors() -> None:
     rule = {"lr": 0.1}
     x = torch.zeros(2)

@@ -617,6 +617,26 @@ def test_a_cache_that_the_first_run_fills_still_goes_native() -> None:
     agree(metafast.InnerLoop(nn.Linear(3, 2).double(), loss, update=metafast.SGD(lr=0.1), steps=1))
 
 
+def test_a_cache_that_is_emptied_is_filled_again() -> None:
+    """A plan made with a full cache is none for calls with an empty one, though the call it was made for began so."""
+    cache: dict[str, Tensor] = {}
+    source = torch.linspace(0, 1, 2, dtype=F64)
+
+    def loss(out: Tensor, y: Tensor) -> Tensor:
+        if "w" not in cache:
+            cache["w"] = source.clone()
+        return ((out - y) ** 2 * cache["w"]).mean()
+
+    net, rule = nn.Linear(3, 2).double(), metafast.SGD(lr=0.1)
+    native, eager = (metafast.InnerLoop(net, loss, update=rule, steps=1, backend=b) for b in ("native", "torch"))
+    for _ in range(4):
+        cache.clear()
+        source.mul_(2)
+        loss_now = native.meta_gradient(*tasks())[0]
+        assert torch.equal(cache.get("w", source * 0), source)
+        torch.testing.assert_close(loss_now, eager.meta_gradient(*tasks())[0], rtol=1e-9, atol=1e-12)
+
+
 def test_the_key_keeps_no_object_alive_and_tells_numbers_apart() -> None:
     net = nn.Linear(3, 2)
 

@@ -75,10 +75,12 @@ py::object Repeat::read(const py::dict& options, const py::handle& support, cons
   for (const auto& [name, value] : options_)
     if (PyDict_GetItemWithError(options.ptr(), name.ptr()) != value.ptr()) return forget_error(), py::none();
   py::list tensors(facts_->size() + buffers_->size());
+  PyObject_GC_UnTrack(tensors.ptr());  // it has gaps, and code that runs meanwhile may ask for all lists
   if (!read_batches(tensors.ptr(), support, query)) return py::none();
   for (const Held<Places>& places : places_)
     if (!places->hold()) return py::none();
   if (!read_others(tensors.ptr())) return py::none();
+  PyObject_GC_Track(tensors.ptr());
   return tensors;
 }
 
