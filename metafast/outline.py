@@ -306,11 +306,8 @@ class _Last:
 
         assert problem.reach is not None
         structure, rule = outline.structure, outline.update
-        self._problem, self._keys, self._buffers = (
-            problem.over({}, {}, []),
-            tuple(problem.leaves),
-            tuple(problem.buffers),
-        )
+        self._problem = problem.over({}, {}, [])
+        self._keys, self._buffers = tuple(problem.leaves), tuple(problem.buffers)
         self._gradient, self._specs = gradient, given.specs
         self._pairs = all(spec is tasks.PAIR for spec in given.specs)
         counts = [len(flat) for _, _, flat in given.batches]
