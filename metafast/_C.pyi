@@ -119,9 +119,6 @@ class Facts:
     def hold(self, tensors: list[Any]) -> bool:
         """Whether these have the same, in the same order, and none was made in inference mode."""
 
-    def named(self, keys: tuple[str, ...], tensors: list[Any]) -> dict[str, Any] | None:
-        """These by key, where they hold. Raises ValueError where there is not a key for each."""
-
 class Repeat:
     """Whether a call is like the one before it, and what tensors it reads.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import operator
 import pickle
 import subprocess
 import sys
@@ -63,12 +62,6 @@ def test_facts_hold_for_tensors_of_one_kind_alone() -> None:
             assert facts.hold([torch.ones(1), made()]) == (name == other), (name, other)
         assert not facts.hold([torch.ones(1)])
         assert not facts.hold([make(), torch.ones(1)])
-        tensors = [torch.ones(1), make()]
-        named = facts.named(("a", "b"), tensors)
-        assert list(named) == ["a", "b"] and all(map(operator.is_, named.values(), tensors))
-        assert facts.named(("a", "b"), tensors[1:]) is None
-        with pytest.raises(ValueError, match="a key for each"):
-            facts.named(("a",), tensors)
 
 
 def test_facts_hold_for_other_strides_and_signs() -> None:

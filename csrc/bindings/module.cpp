@@ -223,8 +223,7 @@ PYBIND11_MODULE(_C, m) {
       .def("read", &Slots::read);
   py::class_<Facts>(m, "Facts")
       .def(py::init<const py::list&>(), py::arg("tensors"))
-      .def("hold", &Facts::hold, py::arg("tensors"))
-      .def("named", &Facts::named, py::arg("keys"), py::arg("tensors"));
+      .def("hold", &Facts::hold, py::arg("tensors"));
 
   py::class_<Repeat>(m, "Repeat", py::custom_type_setup(&collect<Repeat>))
       .def(py::init([](const py::list& places, const py::list& options, py::object parameters,

@@ -250,14 +250,4 @@ bool Facts::hold_in(PyObject* list, py::ssize_t at, size_t first, size_t count) 
   return true;
 }
 
-py::object Facts::named(const py::tuple& keys, const py::list& tensors) const {
-  if (keys.size() != tensors_.size()) throw py::value_error("Facts: a key for each tensor expected");
-  if (!hold(tensors)) return py::none();
-  py::dict made;
-  for (py::ssize_t n = 0; n < PyTuple_GET_SIZE(keys.ptr()); ++n)
-    if (PyDict_SetItem(made.ptr(), PyTuple_GET_ITEM(keys.ptr(), n), PyList_GET_ITEM(tensors.ptr(), n)) != 0)
-      throw py::error_already_set();
-  return made;
-}
-
 }  // namespace metafast

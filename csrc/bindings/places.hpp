@@ -79,8 +79,6 @@ class Facts {
   size_t size() const { return tensors_.size(); }
   // Whether `count` of `list` from `at` on have the same as those from `first` on, however they were made.
   bool hold_in(PyObject* list, py::ssize_t at, size_t first, size_t count) const;
-  // These by key, one for each, where they hold; else None.
-  py::object named(const py::tuple& keys, const py::list& tensors) const;
 
  private:
   static constexpr int kSingle = 4, kEqual = 2;  // attributes compared by identity, by value
