@@ -18,14 +18,15 @@ from metafast import _C, collector
 from metafast.binding import MOST_FORMS, Call, Form
 from metafast.budget import held, interval, slots
 from metafast.capture import Origin, Trace, Unsupported, capture, capture_function
-from metafast.division import Portion
+from metafast.cost import Work, work
+from metafast.division import Division, Portion, divided
 from metafast.errors import LabelError, position
 from metafast.generators import Draws
 from metafast.graph import Builder, Graph, copy_into
 from metafast.lower import Lowered, NotInterleaved, lower, per_task
 from metafast.normalise import normalise
 from metafast.ops import numel
-from metafast.passes import left_out
+from metafast.passes import enabled, left_out
 from metafast.problem import Objective, Outcome, Problem, hyper_tree
 from metafast.profile import Profile, Row
 from metafast.reach import CHANGES, Reach
@@ -74,13 +75,24 @@ class Plan:
         return found
 
     def _divided(self, mode: str, tasks: int, steps: int) -> tuple[Portion, ...]:
-        division = self.steps.divided(tasks)
+        division = self.division(mode, tasks, steps)
         if division == ((1, tasks),) and (whole := self.unrolled(mode, steps)) is not None:
             return (Portion(whole, tasks),)
         found = tuple([Portion(self.program(mode, steps, lanes), count) for lanes, count in division])
         if any((mode, lanes) in self._apart for lanes, _ in division):
             return self.one_by_one(mode, tasks, steps)
         return found
+
+    def division(self, mode: str, tasks: int, steps: int) -> Division:
+        """How many of so many tasks to do at once."""
+        if not enabled("lanes"):
+            return ((1, tasks),)
+        state = self.steps.state
+
+        def done() -> Work:
+            return work(self.sections(mode, steps), steps, sum(map(numel, state.values())))
+
+        return divided(state, self.dtype.itemsize, tasks, done)
 
     def unrolled(self, mode: str, steps: int) -> Lowered | None:
         """The program that does all steps in one section, where that pays: where matrices need not be made."""
@@ -503,7 +515,7 @@ def _first_run(plan: Plan, problem: Problem, part: str, keys: Sequence[str]) -> 
     Of several tasks at once the others are the same one, and weigh nothing."""
     wanted, lowered = problem.wrt, None
     if part == "query" and problem.wrt and not problem.return_outputs and set(keys) <= set(problem.wrt):
-        lowered = plan.program("fused", problem.steps, plan.steps.divided(problem.tasks)[0][0])
+        lowered = plan.program("fused", problem.steps, plan.division("fused", problem.tasks, problem.steps)[0][0])
     if lowered is None:
         graph = plan.loop.query if part == "query" else plan.loop.support
         assert graph is not None

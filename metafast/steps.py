@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 
-from metafast.division import Division, divided
 from metafast.graph import form
 from metafast.keep import keep
 from metafast.lower import Prepared
 from metafast.ops import numel
-from metafast.passes import enabled, left_out
+from metafast.passes import left_out
 from metafast.sweep import Loop, Section, Sweep
 
 MOST_KEPT_BYTES = 1 << 18  # half of a second-level cache
@@ -30,10 +29,6 @@ class Steps:
         self.state = self._sweep.state
         self._written: dict[bool, tuple[dict[str, Section], dict[str, Section], int]] = {}
         self._prepared: dict[tuple[bool, int, bool], Prepared] = {}
-
-    def divided(self, tasks: int) -> Division:
-        """How many of so many tasks to do at once."""
-        return divided(self.state, self.dtype.itemsize, tasks) if enabled("lanes") else ((1, tasks),)
 
     def sections(self, back: bool, keeps: bool) -> dict[str, Section]:
         """All sections but `query`, with `back` those of the way back; `keeps` as of `keeps`."""

@@ -16,8 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: an installed metafast goes first
 
 from bench import __main__ as command
-from bench import answers, claim, flops, harness, op, options, peers, plot, table, trial, workloads
+from bench import answers, calibrate, claim, flops, harness, op, options, peers, plot, table, trial, workloads
 from bench.claims import first_call
+from metafast import cost
 
 TINY = workloads.WORKLOADS["tiny-mlp"]
 TINY_CONV = workloads.WORKLOADS["tiny-conv"]
@@ -594,6 +595,15 @@ def test_a_kernels_line_has_rates_and_percent_of_the_roof(tmp_path, capsys):
     held = json.loads(file.read_text())
     for r, (gflops, gbs) in zip(held["results"], [held["roof"][t].values() for t in "1212"], strict=True):
         assert r["fraction"] == pytest.approx(r["gflops"] / gflops if r["gflops"] else r["gbs"] / gbs)
+
+
+def test_the_cost_model_can_be_calibrated(tmp_path, capsys):
+    file = tmp_path / "nets.json"
+    calibrate.main(["--quick", "--json", str(file)])
+    out = capsys.readouterr().out
+    assert [out.count(word) for word in ("by itself: Work(", "in blocks: Work(", "fitted: ", "present: ")] == [1, 1, 1, 1]
+    for sample in json.loads(file.read_text()):
+        assert min(sample["alone"], sample["block"]) > 0 and len(sample["work"]) == len(cost.Work._fields)
 
 
 CLAIMS = ("first_call", "import_time", "memory", "order", "overhead", "speed", "threads")

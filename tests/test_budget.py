@@ -123,7 +123,7 @@ def test_update_rules(model: str, rule: Rule, order: int, way: str) -> None:
 @pytest.mark.parametrize("way", WAYS_OUT)
 @pytest.mark.parametrize("name", ["mlp_gelu", "sinusoid", "mlp_layer_norm"])
 def test_tasks_side_by_side(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metafast.steps.divided", lambda state, item, tasks: ((_C.vector_bytes() // item, tasks),))
+    monkeypatch.setattr("metafast.native.divided", lambda state, item, tasks, _: ((_C.vector_bytes() // item, tasks),))
 
     def make() -> tuple[metafast.InnerLoop, Task]:
         task = entry_named(name).make(torch.float32)

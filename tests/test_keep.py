@@ -39,7 +39,7 @@ def test_meta_gradients(entry: Entry, way: str, side_by_side: bool, monkeypatch:
     """However much is kept, and where tasks lie side by side, too."""
     backend, lanes = require("native"), _C.vector_bytes() // 8 if side_by_side else 1
     monkeypatch.setattr("metafast.steps.MOST_KEPT_BYTES", 1 << 40)
-    monkeypatch.setattr("metafast.steps.divided", lambda state, itemsize, tasks: ((lanes, tasks),))
+    monkeypatch.setattr("metafast.native.divided", lambda state, itemsize, tasks, work: ((lanes, tasks),))
     task = entry.make()
     repeat(task, 3 * lanes)
     got = metafast_gradients(inner_loop(task, backend, steps=3, order=2), task, way)[1]

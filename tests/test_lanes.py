@@ -19,6 +19,7 @@ from zoo import named as entry_named
 
 import metafast
 from metafast import dispatch
+from metafast.cost import Work
 from metafast.division import Division, _quickest, divided
 from metafast.errors import LabelError
 from metafast.graph import Builder, Graph, copy_into, evaluate
@@ -52,7 +53,7 @@ def side_by_side(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     from metafast import _C
 
     how = request.param
-    monkeypatch.setattr("metafast.steps.divided", lambda state, item, tasks: how(_C.vector_bytes() // item, tasks))
+    monkeypatch.setattr("metafast.native.divided", lambda state, item, tasks, _: how(_C.vector_bytes() // item, tasks))
     return how
 
 
@@ -293,13 +294,14 @@ def test_same_bits_whoever_does_the_one_large_block(monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_division(tasks: int, cores: int, expected: Division) -> None:
-    assert _quickest(8, tasks, cores) == expected
+    assert _quickest(8, tasks, cores, 0.75) == expected
 
 
 @pytest.mark.parametrize("tasks", range(70))
 @pytest.mark.parametrize("cores", [1, 2, 3, 64])
-def test_all_tasks_are_done_once_and_every_block_is_full(tasks: int, cores: int) -> None:
-    division = _quickest(8, tasks, cores)
+@pytest.mark.parametrize("lane", [0.16, 0.75, 1.7])
+def test_all_tasks_are_done_once_and_every_block_is_full(tasks: int, cores: int, lane: float) -> None:
+    division = _quickest(8, tasks, cores, lane)
     assert sum(count for _, count in division) == tasks
     assert all(count % lanes == 0 for lanes, count in division)
 
@@ -307,9 +309,17 @@ def test_all_tasks_are_done_once_and_every_block_is_full(tasks: int, cores: int)
 def test_few_parameters_lie_side_by_side() -> None:
     lanes = metafast._C.vector_bytes() // 4
     sinusoid = {"0.weight": (40, 1), "0.bias": (40,), "2.weight": (40, 40), "2.bias": (40,), "4.weight": (1, 40)}
+    little, much = Work(runs=1, products=10, passes=20, flops=1e4), Work(runs=1, flops=1e8)
     for small in ({"w": (20, 40)}, sinusoid):  # on every instruction set
-        assert divided(small, 4, 1000 * lanes) == ((lanes, 1000 * lanes),)
-    assert divided({"w": (784, 256)}, 4, 1000 * lanes) == ((1, 1000 * lanes),)
+        assert divided(small, 4, 1000 * lanes, lambda: little) == ((lanes, 1000 * lanes),)
+        assert divided(small, 4, 1000 * lanes, lambda: much) == ((1, 1000 * lanes),)
+    assert divided({"w": (784, 256)}, 4, 1000 * lanes, lambda: little) == ((1, 1000 * lanes),)
+
+
+def test_what_a_task_does_is_not_counted_where_nothing_hangs_on_it() -> None:
+    lanes = metafast._C.vector_bytes() // 4
+    for state, tasks in (({"w": (20, 40)}, lanes - 1), ({"w": (784, 256)}, 1000)):
+        assert divided(state, 4, tasks, lambda: pytest.fail("counted")) == ((1, tasks),)
 
 
 @pytest.mark.shows("lanes")

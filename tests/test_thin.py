@@ -143,7 +143,7 @@ def test_every_model(entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("metafast.thin._TERM", -1e12)
     monkeypatch.setattr("metafast.native.MOST_UNROLLED", 1 << 30)
     monkeypatch.setattr("metafast.native.Plan.spares_memory", lambda *_: True, raising=True)
-    monkeypatch.setattr("metafast.steps.divided", lambda state, itemsize, tasks: ((1, tasks),))
+    monkeypatch.setattr("metafast.native.divided", lambda state, itemsize, tasks, work: ((1, tasks),))
     task = entry.make()
     expected = answer(task, 2, 2)
     if entry.name in ("mlp_relu", "attention", "mlp_layer_norm"):
