@@ -597,11 +597,12 @@ def test_a_kernels_line_has_rates_and_percent_of_the_roof(tmp_path, capsys):
         assert r["fraction"] == pytest.approx(r["gflops"] / gflops if r["gflops"] else r["gbs"] / gbs)
 
 
-def test_the_cost_model_can_be_calibrated(tmp_path, capsys):
+def test_the_cost_model_can_be_calibrated(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("bench.machine.settle", lambda threads: None)  # which would hold for the tests that follow
     file = tmp_path / "nets.json"
     calibrate.main(["--quick", "--json", str(file)])
     out = capsys.readouterr().out
-    assert [out.count(word) for word in ("by itself: Work(", "in blocks: Work(", "fitted: ", "present: ")] == [1, 1, 1, 1]
+    assert all(out.count(word) == 1 for word in ("by itself: Work(", "in blocks: Work(", "fitted: ", "present: "))
     for sample in json.loads(file.read_text()):
         assert min(sample["alone"], sample["block"]) > 0 and len(sample["work"]) == len(cost.Work._fields)
 
