@@ -119,11 +119,12 @@ def run(given: argparse.Namespace) -> dict:
 
 
 def _describe(results: dict, given: argparse.Namespace, say: Callable[[str], None]) -> None:
-    """Measure the roof and whether subnormals are flushed; say what times on this machine are worth."""
+    """Measure the roof, the cores' round trip, whether subnormals are flushed; say what times here are worth."""
     results["machine"]["flushes_subnormals"] = machine.flushes_everywhere()
+    results["machine"]["round_trip"] = trip = machine.round_trip()
     results["roof"] = roof = machine.roof(*((256, 2) if given.quick else (2048, 5)))
     rates = f"{roof['sgemm_gflops']:.0f} GFLOP/s sgemm, {roof['copy_gbs']:.1f} GB/s copy"
-    say(f"roof: {rates}; {given.threads} threads\n")
+    say(f"roof: {rates}; {given.threads} threads; {table.trip(trip)}\n")
     if results["machine"]["load_before"] > 0.5:
         say(f"the machine is busy (load {results['machine']['load_before']}): times mean little\n")
 

@@ -1,7 +1,10 @@
 """How a workload is measured: answers first, then warm calls, then rounds of turns.
 
-A sample is the mean of as many calls as fill `sample` seconds. Contenders take turns within a round, and
-the order rotates from round to round, so that a drift of the machine hits all alike. A contender gets as many
+A sample is the mean of as many calls as fill `sample` seconds, after calls that fill as many and do not count: for some
+10 ms after a pause, or after another contender, a core has not reached its pace, and a thread that was woken may
+still wait on the core of who woke it. Contenders take turns within a round, and the order rotates from round to
+round, so that a drift of the machine hits all alike; before each round it is measured how long a cache line takes to
+another core and back, which says of a virtual machine whether its host has moved the cores. A contender gets as many
 rounds as fit into `budget` seconds, at least three, which the record says (`samples`); one whose single call takes
 longer than `longest` seconds is named and left out.
 """
@@ -19,7 +22,7 @@ import torch
 
 from bench import flops, trial
 from bench.answers import Verdict, as_answer, judge, judge_again, reference
-from bench.machine import spread
+from bench.machine import extent, round_trip, spread
 from bench.peers import Call, Peer
 from bench.workloads import Case, Goal, Workload, make_case
 
@@ -32,6 +35,8 @@ LEAST = 3  # rounds, however slow
 @dataclass(frozen=True)
 class Effort:
     """How long to measure: rounds, seconds a sample, seconds a contender in all, the longest call that is repeated.
+
+    Before a sample, calls that do not count take as long as it.
 
     `limit` bounds, in seconds, the trial of a contender in a process of its own; `fresh` asks for such a trial of
     every contender (first call, peak memory), not only of those that compile. `pause` lets spinning thread pools
@@ -168,26 +173,38 @@ def _sample(call: Call, calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
+def _warmed(call: Call, seconds: float) -> float:
+    """Mean seconds of as many calls in a row as fill so many seconds, at least one."""
+    calls, start = 0, time.perf_counter()
+    while True:
+        call()
+        calls += 1
+        if (passed := time.perf_counter() - start) >= seconds:
+            return passed / calls
+
+
 def _turn(contender: Contender, effort: Effort) -> None:
-    """One sample, after one call that warms caches where calls are short."""
-    calls = effort.calls_for(contender.estimate)
+    """One sample, after as long of calls that do not count; where a call takes a second, none comes before it."""
     time.sleep(effort.pause)
-    if contender.estimate < 1.0:
-        contender.call()
-    contender.record.seconds.append(_sample(contender.call, calls))
+    estimate = contender.estimate
+    seconds = _warmed(contender.call, effort.sample) if estimate < 1.0 else estimate
+    contender.record.seconds.append(_sample(contender.call, effort.calls_for(seconds)))
 
 
-def take_turns(contenders: Sequence[Contender], effort: Effort, at: Progress = lambda done, note: None) -> None:
-    """The rounds. Who needs fewer of them drops out early; order rotates."""
+def take_turns(contenders: Sequence[Contender], effort: Effort, at: Progress = lambda done, note: None) -> list[float]:
+    """The rounds: who needs fewer of them drops out early, order rotates. The cores' round trip before each, if any."""
     rounds = {c.record.peer: effort.rounds_for(c.estimate) for c in contenders}
     most = max(rounds.values(), default=0)
+    trips = []
     for turn in range(most):
         gc.collect()
+        trips.append(round_trip())
         shift = turn % len(contenders)
         for contender in [*contenders[shift:], *contenders[:shift]]:
             if turn < rounds[contender.record.peer]:
                 at(50 + 50 * turn // most, f"round {turn + 1}/{most}, {contender.record.peer}")
                 _turn(contender, effort)
+    return [trip for trip in trips if trip is not None]
 
 
 def medians_in_turns(calls: Sequence[Call], effort: Effort) -> list[float]:
@@ -219,8 +236,8 @@ def measure(
             check(peer, contender, case, answer, effort)
         contenders.append(contender)
         report(_line(contender))
-    take_turns([c for c in contenders if c.record.skipped is None], effort, at)
-    return summary(w, [c.record for c in contenders], answer[1].l2)
+    trips = take_turns([c for c in contenders if c.record.skipped is None], effort, at)
+    return summary(w, [c.record for c in contenders], answer[1].l2, trips)
 
 
 def _line(contender: Contender) -> str:
@@ -254,8 +271,11 @@ def _times(fresh: dict | None) -> str:
     return f"first call {fresh['first']:.2f} s, second {fresh['second']:.3f} s" if fresh else "no trial"
 
 
-def summary(w: Workload, records: Sequence[Record], reference_l2: float) -> dict:
-    """The workload's JSON entry: its records, its work, ratios to metafast and what became of its goals."""
+def summary(w: Workload, records: Sequence[Record], reference_l2: float, trips: list[float]) -> dict:
+    """The workload's JSON entry: its records, its work, ratios to metafast and what became of its goals.
+
+    `round_trip` has the least, median and most of the cores' round trips in seconds; None where there is one core.
+    """
     work = flops.count(w)
     entries = {r.peer: r.as_json(work) for r in records}
     return {
@@ -265,6 +285,7 @@ def summary(w: Workload, records: Sequence[Record], reference_l2: float) -> dict
         "order": w.order,
         "gflop": work / 1e9,
         "reference_l2": reference_l2,
+        "round_trip": extent(trips) if trips else None,
         "peers": entries,
         "ratios": ratios(entries),
         "goal": {kind: list(pair) for kind, pair in asdict(w.goal).items() if pair}

@@ -1,4 +1,4 @@
-"""The machine a run takes place on: threads, subnormals, versions, roof.
+"""The machine a run takes place on: threads, subnormals, versions, roof, how far apart its cores are.
 
 `bind` has to run before torch is imported: thread pools and compilers read the environment once, and a thread
 takes its rounding and flushing mode from the thread that started it.
@@ -125,6 +125,16 @@ def roof(size: int = 2048, rounds: int = 5) -> dict:
     return {"sgemm_gflops": max(rates.values()), "sgemm_by": rates, "copy_gbs": copied, "sgemm_size": size}
 
 
+def round_trip() -> float | None:
+    """Seconds in which a cache line goes to another core and back, a millisecond's median; None with one core.
+
+    A host may move a virtual machine's cores: of two that share no cache, it takes several times as long.
+    """
+    from metafast import _C
+
+    return _C.round_trip()
+
+
 def memory_now() -> int:
     """Resident bytes of this process now."""
     return _status("VmRSS:")
@@ -145,6 +155,11 @@ def _status(field: str) -> int:
         if line.startswith(field):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status: no {field} line, expected Linux")
+
+
+def extent(values: list[float]) -> dict[str, float]:
+    """Least, median and most."""
+    return {"least": min(values), "median": statistics.median(values), "most": max(values)}
 
 
 def spread(values: list[float]) -> tuple[float, float]:

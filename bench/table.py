@@ -48,9 +48,20 @@ def mebibytes(size: float) -> str:
     return f"{size / 2**20:.0f} MiB" if size >= 9.5 * 2**20 else f"{size / 2**20:.1f} MiB"
 
 
+def trip(seconds: float | Mapping | None) -> str:
+    """The cores' round trip, or the median, least and most of some, in words."""
+    if seconds is None:
+        return "no round trip between cores"
+    if isinstance(seconds, Mapping):
+        ends = f" ({duration(seconds['least'])} to {duration(seconds['most'])})"
+        return f"a cache line to another core and back {duration(seconds['median'])}{ends}"
+    return f"a cache line to another core and back {duration(seconds)}"
+
+
 def report(entry: Mapping) -> str:
-    """One workload for the terminal: a line a contender, then the goals."""
-    return "\n".join([*(_line(entry, name) for name in entry["peers"]), *goals(entry), ""])
+    """One workload for the terminal: a line a contender, the goals, then the cores' round trip."""
+    lines = [*(_line(entry, name) for name in entry["peers"]), *goals(entry)]
+    return "\n".join([*lines, f"  {trip(entry['round_trip'])}", ""])
 
 
 def _line(entry: Mapping, name: str) -> str:
@@ -127,6 +138,14 @@ def row(name: str, entry: Mapping) -> list[str]:
     ]
 
 
+def _trips(results: Mapping) -> str:
+    """Between what the rows' median round trips of a cache line lay, of those that have one."""
+    found = [entry["round_trip"]["median"] for entry in results["workloads"].values() if entry.get("round_trip")]
+    if not found:
+        return ""
+    return f" A cache line to another core and back: {duration(min(found))} to {duration(max(found))}, median of a row."
+
+
 def untimed(results: Mapping) -> list[str]:
     """A line a reason for which peers have no time: who, why, and on which workloads."""
     where: dict[tuple[str, str], list[str]] = {}
@@ -150,7 +169,7 @@ def markdown(results: Mapping) -> str:
     where = f"threads: {here['threads']}, on {here['processor']} ({', '.join(here['vector_sets'])})"
     lead = (
         "One meta-gradient, median; in brackets the peer's time. Operations are counted as direct algorithms. "
-        f"{where}, Python {here['python']}, {versions}; subnormals flushed for all."
+        f"{where}, Python {here['python']}, {versions}; subnormals flushed for all.{_trips(results)}"
     )
     rows = [row(name, entry) for name, entry in results["workloads"].items()]
     lines = [f"| {' | '.join(cells)} |" for cells in (HEAD, ["---"] * len(HEAD), *rows)]

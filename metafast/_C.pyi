@@ -215,6 +215,9 @@ def run_kernel(
 ) -> int:
     """Runs one kernel, its parts one after the other; returns its status. Raises ValueError for wrong counts."""
 
+def round_trip() -> float | None:
+    """Seconds of a cache line's way from the first to the last core of this process and back; None with one core."""
+
 def isas() -> list[str]:
     """Instruction sets of both this build and this machine, the narrowest first."""
 

@@ -257,6 +257,35 @@ def test_contenders_take_turns_and_the_order_rotates():
     assert "".join(seen) == "abcbcacab"
 
 
+@pytest.mark.parametrize(("sample", "calls"), [(0.0, 1), (0.35, 3)])
+def test_calls_that_fill_a_sample_come_before_it_and_do_not_count(monkeypatch, sample, calls):
+    """As many as then count; the first of all takes 0.2 s, the others 0.1."""
+    clock, made = [0.0], []
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: clock[0])
+
+    def call():
+        made.append(None)
+        clock[0] += 0.1 if len(made) > 1 else 0.2
+
+    one = harness.Contender(harness.Record("one", "pytorch"), call, estimate=0.1)
+    harness._turn(one, dataclasses.replace(EFFORT, sample=sample))
+    assert len(made) == 2 * calls
+    assert one.record.seconds == [pytest.approx(0.1)]
+
+
+def test_round_trips_go_into_the_entry(monkeypatch):
+    trips = iter([3e-7, 1e-7, 2e-7])
+    monkeypatch.setattr(harness, "round_trip", lambda: next(trips))
+    found = entry_of(peers.Eager())
+    assert found["round_trip"] == {"least": 1e-7, "median": 2e-7, "most": 3e-7}
+    assert json.loads(json.dumps(found))["round_trip"] == found["round_trip"]
+
+
+def test_with_one_core_there_is_no_round_trip(monkeypatch):
+    monkeypatch.setattr(harness, "round_trip", lambda: None)
+    assert entry_of(peers.Eager())["round_trip"] is None
+
+
 def test_ratios_are_formed_by_family():
     found = entry_of(OnlyCopied(), peers.Eager(), Crooked(lambda *raw: raw, "twin"))
     assert set(found["ratios"]) == {"pytorch", "eager"}
@@ -421,6 +450,7 @@ SAMPLE = {
                 "eager": {"peer": "eager", "ratio": 350.0},
             },
             "goal": {"pytorch": [4, 6], "eager": [400, 400], "jax": [3, 5], "roof": [40, 60]},
+            "round_trip": {"least": 8e-8, "median": 9.1e-8, "most": 3.8e-7},
             "roof": {"sgemm_gflops": 160.0},
         },
         "other": {
@@ -428,6 +458,7 @@ SAMPLE = {
             "peers": {"metafast": {"family": "metafast", "skipped": "metafast not installed"}},
             "ratios": {},
             "goal": {},
+            "round_trip": None,
             "roof": {"sgemm_gflops": 160.0},
         },
     },
@@ -437,6 +468,7 @@ SAMPLE = {
 def test_table_from_a_sample():
     lines = table.markdown(SAMPLE).splitlines()
     assert "threads: 2, on Some CPU (avx2), Python 3.11.7, torch 2.13.0" in lines[0]
+    assert lines[0].endswith("A cache line to another core and back: 91 ns to 91 ns, median of a row.")
     expected = (
         "| sinusoid, K=5 | 400 µs | **5.5×** (compile, 2.2 ms, 2 runs) | **350×** (140 ms) | – | 50 % (80 GFLOP/s) |"
     )
@@ -473,6 +505,17 @@ def test_terminal_report_names_goals():
     assert "must 400×, aim 400×: 350.0× MISSED" in text
     assert "must 40 %, aim 60 %: 50.0 % reached" in text
     assert "jax not installed" in text and "goal jax" not in text
+
+
+def test_terminal_report_says_how_far_apart_the_cores_were():
+    entry = SAMPLE["workloads"]["sinusoid"]
+    assert "a cache line to another core and back 91 ns (80 ns to 380 ns)" in table.report(entry)
+    assert "no round trip between cores" in table.report(entry | {"round_trip": None})
+
+
+def test_tables_of_results_without_round_trips_say_nothing_of_them():
+    rows = {name: {k: v for k, v in row.items() if k != "round_trip"} for name, row in SAMPLE["workloads"].items()}
+    assert "cache line" not in table.markdown(SAMPLE | {"workloads": rows})
 
 
 def test_table_goes_between_the_markers():
@@ -516,7 +559,7 @@ def test_an_interrupted_run_keeps_the_workloads_before(tmp_path, monkeypatch, ca
     def measure(w, *rest):
         if w.name == "tiny-conv":
             raise KeyboardInterrupt
-        return {"title": w.title, "peers": {}, "ratios": {}, "goal": {}}
+        return {"title": w.title, "peers": {}, "ratios": {}, "goal": {}, "round_trip": None}
 
     monkeypatch.setattr(harness, "measure", measure)
     monkeypatch.setattr(command.machine, "bind", lambda threads: None)

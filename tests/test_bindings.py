@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import pickle
 import subprocess
 import sys
@@ -354,6 +355,22 @@ def test_results_are_tensors_of_their_own(dtype: torch.dtype) -> None:
         tensor.sub_(1).requires_grad_().sum().backward()
         assert tensor.grad is not None
     assert all(map(torch.equal, *results))
+
+
+def test_two_cores_have_a_round_trip_and_one_has_none() -> None:
+    script = """
+import os
+from metafast import _C
+trip, many = _C.round_trip(), len(os.sched_getaffinity(0)) > 1
+assert 0 < trip < 1 if many else trip is None, trip
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+assert _C.round_trip() is None
+"""
+    if not hasattr(os, "sched_setaffinity"):
+        trip = _C.round_trip()
+        assert trip is None or trip > 0
+        return
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
 def test_torch_without_views_is_read_by_attributes() -> None:

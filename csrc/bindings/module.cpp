@@ -12,6 +12,7 @@
 #include "python.hpp"
 #include "repeat.hpp"
 #include "replay.hpp"
+#include "round_trip.hpp"
 #include "run_kernel.hpp"
 
 using namespace metafast;
@@ -254,6 +255,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("threads") = 1, py::arg("seed") = 0, py::arg("cancel_ptr") = 0, py::arg("every") = 1);
   m.def("run_kernel", &run_one_kernel, py::arg("name"), py::arg("dtype"), py::arg("isa"), py::arg("ptrs"),
         py::arg("ints"), py::arg("floats"), py::arg("parts") = 1);
+  m.def("round_trip", [] { return unlocked(&round_trip); });
   m.def("isas", &isas);
   m.def("vector_bytes", [] { return kernels::vector_bytes(kernels::best_isa()); });
   m.def("kernel_names", &kernel_names);
