@@ -268,7 +268,7 @@ def _captured_half(problem: Problem) -> Problem:
     """What of the support half is known before the losses have run: who wants a gradient shows in the leaves."""
     half = _support_half(problem)
     leaves = {key: leaf for key, leaf in half.leaves.items() if not key.startswith("extern/")}
-    wrt = tuple([key for key, leaf in leaves.items() if leaf.requires_grad])
+    wrt = tuple([key for key, leaf in leaves.items() if leaf.requires_grad or key in half.wrt])
     return replace(half, leaves=leaves, wrt=wrt)
 
 

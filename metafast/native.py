@@ -263,7 +263,8 @@ def _trace(problem: Problem, part: str, params: Mapping[str, Tensor]) -> Trace:
     if problem.return_outputs and part == "query":
         objective = functools.partial(_with_outputs, objective)
     assert spec is not None
-    first = [leaf.detach()[0] for leaf in leaves.values()]
+    wanted = [leaf.requires_grad or f"{part}/{name}" in problem.wrt for name, leaf in leaves.items()]
+    first = [leaf.detach()[0].requires_grad_(w) for leaf, w in zip(leaves.values(), wanted, strict=True)]
     batch = pytree.tree_unflatten(first, spec)
     keys = [f"{part}/{name}" for name in leaves]
     with located(position(0, 0 if part == "support" else problem.steps, problem.steps), first):
@@ -271,6 +272,10 @@ def _trace(problem: Problem, part: str, params: Mapping[str, Tensor]) -> Trace:
             return capture(problem.model, objective, params, problem.buffers, batch, keys, _externs(problem))
         except Unsupported as error:  # no error of the user's
             refused = error
+        except Exception as error:
+            if part == "query" or problem.steps:
+                raise
+            refused = Unsupported("support", "", f"no step runs its loss, which raises {type(error).__name__}: {error}")
     raise refused
 
 

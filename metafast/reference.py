@@ -175,7 +175,11 @@ class _Replay:
                 grads = self._support_gradient(task, step)
                 k = torch.full((), float(step), dtype=problem.parameter.dtype, device=problem.parameter.device)
                 with problem.update.reading(self.hyper):
-                    params, state = problem.update.update(task.params, grads, state, self.hyper, k, initial)
+                    made = problem.update.update(task.params, grads, state, self.hyper, k, initial)
+                if not (isinstance(made, (tuple, list)) and len(made) == 2):
+                    got, way_out = type(made).__name__, "return params, state, the state as given where there is none"
+                    raise InputError(message("update rule", f"a {got}", "a pair (params, state)", way_out))
+                params, state = made
                 task.params = _require_same_tree(params, initial)
         return task
 

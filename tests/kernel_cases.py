@@ -354,6 +354,11 @@ GEOMETRIES = [
     Geometry(30, 4, 5, 37, 21, pad=(2, 0)),
     Geometry(3, 16, 15, 20, 70, pad=(0, 0)),
     Geometry(1, 70, 9, 16, 17, pad=(2, 2)),
+    Geometry(5, 14, 13, 21, 16, KH=5, KW=5, pad=(2, 1), stride=(2, 2)),  # of which residues meet 3 x 3 taps each
+    Geometry(5, 15, 16, 16, 21, KH=7, KW=7, pad=(3, 0), stride=(2, 2)),
+    Geometry(5, 15, 16, 16, 16, KH=5, stride=(2, 1)),
+    Geometry(5, 16, 15, 16, 16, stride=(2, 2), pad=(2, 2), dilation=(2, 2)),
+    Geometry(3, 21, 22, 16, 16, KH=9, KW=7, stride=(3, 3), pad=(0, 2)),
     Geometry(0, 4, 4, 2, 3),
 ]
 

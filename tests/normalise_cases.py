@@ -379,11 +379,14 @@ case("max_pool2d.falling", IMAGE, (3, 1, 1))(lambda x, c: F.max_pool2d(1 - torch
 case("max_pool2d.skip", IMAGE, IMAGE, (2, 3, 1, 1))(lambda x, y, w: F.max_pool2d(F.relu(x * w + y), 2))
 case("max_pool1d", (2, 3, 6))(lambda x: F.max_pool1d(x, 2))
 case("adaptive_max_pool2d", IMAGE)(lambda x: F.adaptive_max_pool2d(x, (3, 2)))
+case("adaptive_max_pool2d.left", (2, 3, 7, 5))(lambda x: F.adaptive_max_pool2d(x, (3, 4)))
 case("avg_pool2d", IMAGE)(lambda x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False))
 case("avg_pool2d.ceil", IMAGE)(lambda x: F.avg_pool2d(x, 4, ceil_mode=True, divisor_override=3))
 case("avg_pool1d", (2, 3, 6))(lambda x: F.avg_pool1d(x, 2))
 case("adaptive_avg_pool2d.1", IMAGE)(lambda x: F.adaptive_avg_pool2d(x, 1))
 case("adaptive_avg_pool2d", IMAGE)(lambda x: F.adaptive_avg_pool2d(x, (2, 3)))
+case("adaptive_avg_pool2d.left", (3, 7, 9))(lambda x: F.adaptive_avg_pool2d(x, (2, 4)))
+case("adaptive_avg_pool1d.left", (2, 3, 7))(lambda x: F.adaptive_avg_pool1d(x, 6))
 
 # ---- losses ---------------------------------------------------------------------------------------------------
 

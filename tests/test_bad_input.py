@@ -302,6 +302,20 @@ def test_an_update_rule_that_is_wrong(backend: str, made: Any, text: str) -> Non
 
 
 @backends
+@pytest.mark.parametrize("model", [mlp, lambda: nn.Linear(6, 4).double()], ids=["four tensors", "two tensors"])
+@pytest.mark.parametrize("result", [lambda params, state: params, lambda *_: None, lambda *given: (*given, 0)])
+def test_an_update_rule_that_returns_no_pair(backend: str, model: Any, result: Any) -> None:
+    """A dict of two tensors is not taken for one."""
+
+    def update(params: Any, grads: Any, state: Any, *_: Any) -> Any:
+        return result({n: p - 0.1 * grads[n] for n, p in params.items()}, state)
+
+    inner = loop(model(), backend, update=metafast.UpdateRule(update=update))
+    got = r"task 0, inner step 0: update rule: got a (dict|NoneType|tuple), expected a pair \(params, state\)"
+    refused(inner, data(0), data(1), InputError, got)
+
+
+@backends
 def test_a_model_that_raises_for_one_task(backend: str) -> None:
     class Picky(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:

@@ -417,6 +417,21 @@ def test_custom_gradients_fall_back_and_are_right(function: Any) -> None:
         torch.testing.assert_close(got, want)
 
 
+def test_a_support_loss_that_no_step_runs_may_raise() -> None:
+    """One example a task: BatchNorm refuses it, and the query alone is asked for."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
+    (x, y), query = tasks()
+    inner = metafast.InnerLoop(net, F.mse_loss, update=metafast.SGD(lr=0.1), steps=0)
+    with pytest.warns(metafast.FallbackWarning, match="no step runs its loss, which raises ValueError"):
+        ours = inner((x[:, :1], y[:, :1]), query)
+    inner.backend = "torch"
+    torch.testing.assert_close(ours, inner((x[:, :1], y[:, :1]), query))
+    inner.backend, inner.steps = "auto", 1
+    with pytest.raises(metafast.MetafastError, match="task 0, inner step 0: ValueError"):
+        inner((x[:, :1], y[:, :1]), query)
+
+
 def test_a_buffer_that_requires_grad_falls_back_and_gets_its_gradient() -> None:
     net = nn.Linear(3, 2).double()
     net.register_buffer("scale", torch.ones(2, dtype=torch.float64, requires_grad=True))

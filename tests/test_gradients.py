@@ -50,6 +50,22 @@ def test_gradients_of_support_and_query_tensors(backend: str, order: int, way: s
 
 
 @backends
+@pytest.mark.parametrize("order", [1, 2])
+def test_gradients_of_data_that_is_written_to_past_autograd(backend: str, order: int) -> None:
+    """PyTorch's cosine similarity keeps norms from zero by a write that autograd is not to see."""
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return (1 - F.cosine_similarity(output, target, eps=0.1)).mean()
+
+    model, (x, _), (z, _) = mlp(), data(0), data(1)
+    support, query = ((t, torch.randn(TASKS, t.shape[1], WAYS, dtype=t.dtype, requires_grad=True)) for t in (x, z))
+    answer = expected(model, support, query, minimised(loss), order=order, data=True)
+    _, grads = loop(model, backend, loss, order=order).meta_gradient(support, query)
+    close(grads["support/1"], answer.data[1])
+    close(grads["query/1"], answer.data[3])
+
+
+@backends
 def test_meta_gradient_names_data_and_hyper_parameters(backend: str) -> None:
     model, support, (x, y) = mlp(), data(0), data(1)
     x.requires_grad_()

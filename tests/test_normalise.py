@@ -117,7 +117,7 @@ UNSUPPORTED: dict[str, tuple[Function, str]] = {
     "scale": (lambda x: F.interpolate(x.view(1, 3, 4), scale_factor=2.2), "no multiple"),
     "nearest": (lambda x: F.interpolate(x.view(1, 1, 3, 4), (4, 6)), "no multiple"),
     "transposed": (lambda x: F.conv_transpose2d(x.view(1, 1, 3, 4), x.view(1, 1, 3, 4)), "transposed"),
-    "adaptive": (lambda x: F.adaptive_avg_pool2d(x.view(1, 1, 3, 4), (2, 2)), "unequal"),
+    "adaptive": (lambda x: F.adaptive_avg_pool2d(x.view(1, 1, 2, 6), (2, 4)), "unequal"),
     "norm.3": (lambda x: x.norm(p=3), "order 3"),
     "float32": (lambda x: x.float() * 2, "float32"),
     "complex": (lambda x: torch.view_as_real(torch.view_as_complex(x.view(3, 2, 2)) * 2), "view_as_complex"),

@@ -152,3 +152,16 @@ def test_scattered_values(form: str, overlapping: bool) -> None:
     want = {"mul image": p * f, "mul channel": p * c, "mul itself": p * p, "neg": -p, "add": p + q, "sub": p - q}
     want |= {"where": p.where(f > 0, 0.0), "where not": p.where(f <= 0, 0.0)}
     torch.testing.assert_close(got, want[form], rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 6)])
+def test_what_is_the_same_in_all_of_a_window_has_the_shape_of_the_winners(size: tuple[int, int]) -> None:
+    b = Builder()
+    p, q = (b.op("expand", b.input("arg", name, (2, 3, 1, 1)), shape=(2, 3, *size)) for name in "pq")
+    _, winners = max_pool(b, b.input("arg", "x", (2, 3, *size)), **{**WINDOWS, "stride": (1, 1), "padding": (1, 1)})
+    got = b.op("pool_gather", b.op("mul", p, q), winners)
+    assert got.shape == winners.shape
+    draw = torch.Generator().manual_seed(0)
+    p, q = (torch.randn(2, 3, 1, 1, generator=draw, dtype=torch.float64) for _ in range(2))
+    values = given(x=torch.randn(2, 3, *size, generator=draw, dtype=torch.float64), p=p, q=q)
+    assert torch.equal(evaluate(b.finish({"y": got}), values)["y"], (p * q).expand(winners.shape))

@@ -62,12 +62,13 @@ def _avg_pool(
     return _as_batch(c, x, lambda v: c.b.ops("avg_pool", v, **attrs))[0]
 
 
-def _windows(c: Context, x: Any, output_size: Sequence[int]) -> tuple[int, int]:
-    """The window that divides the picture into `output_size` equal parts."""
+def _windows(c: Context, x: Any, output_size: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes and steps of the windows: equal parts of the picture, each with one pixel of the next where one is left."""
     size = c.shape(x)[-2:]
-    if any(n % max(o, 1) or not o for n, o in zip(size, output_size, strict=True)):
+    parts = [divmod(n, o) if 0 < o <= n else (0, 2) for n, o in zip(size, output_size, strict=True)]
+    if any(left > 1 for _, left in parts):
         raise c.refuse(f"adaptive pooling of {size} to {tuple(output_size)} needs windows of unequal size")
-    return size[0] // output_size[0], size[1] // output_size[1]
+    return tuple(step + left for step, left in parts), tuple(step for step, _ in parts)
 
 
 @rule("_adaptive_avg_pool2d", "adaptive_avg_pool2d")
@@ -75,9 +76,9 @@ def _adaptive_avg(c: Context, x: Any, output_size: Sequence[int]) -> Value:
     if tuple(output_size) == (1, 1):
         rank = len(c.shape(x))
         return c.mean(x, (rank - 2, rank - 1), keepdim=True)
-    return _avg_pool(c, x, _windows(c, x, output_size))
+    return _avg_pool(c, x, *_windows(c, x, output_size))
 
 
 @rule("adaptive_max_pool2d")
 def _adaptive_max(c: Context, x: Any, output_size: Sequence[int]) -> list[Value]:
-    return _max_pool(c, x, _windows(c, x, output_size))
+    return _max_pool(c, x, *_windows(c, x, output_size))

@@ -121,7 +121,9 @@ def gather(b: Builder, x: tuple[Value, ...], _: dict[str, Any]) -> Value | None:
     if node is None or not _pointwise(node) or len(_images(b, v, winners, {})) > MAX_GATHERS:
         return None
     parts = [_at_winners(b, i, winners, v.shape) for i in node.inputs]
-    return None if None in parts else b.op(node.op, *parts)  # type: ignore[arg-type]
+    if None in parts:
+        return None
+    return b.op("expand", b.op(node.op, *parts), shape=winners.shape)  # type: ignore[arg-type]
 
 
 def _at_winners(b: Builder, v: Value, winners: Value, image: Shape) -> Value | None:

@@ -157,6 +157,11 @@ Correlation<T> adjoint(const ConvInts& i, void* const* ptr, int64_t down, int64_
   return c;
 }
 
+// Winograd's form reads the weights as 3 x 3 taps: of a stride's residues each meets every other one, of 5 x 5 3 x 3.
+bool by_winograd(const ConvInts& i, const Correlation<float>& c) {
+  return i.winograd == 2 || (i.winograd && i.sh == 1 && i.sw == 1 && winograd_suits(c));
+}
+
 // Positions no tap meets: nothing is added, or zero assigned.
 template <class T>
 void clear_unmet(const Correlation<T>& c, int part, int parts) {
@@ -177,7 +182,7 @@ int conv_fwd(const Args& a) noexcept {
   Carver scratch(a.scratch);
   const Correlation<T> c = forward<T>(i, a.ptr);
   if constexpr (sizeof(T) == 4)
-    if (i.winograd == 2 || (i.winograd && winograd_suits(c))) return winograd_correlate(c, a);
+    if (by_winograd(i, c)) return winograd_correlate(c, a);
   const Plan<T> plan(c, i.KH * i.KW, scratch);
   plan.weights.fill(c, i.KH, i.KW);
   correlate(c, plan, a.part, a.parts);
@@ -189,7 +194,7 @@ int64_t conv_fwd_scratch(const int64_t* ints) noexcept {
   const ConvInts& i = ConvInts::of(ints);
   const Correlation<T> c = forward<T>(i, nullptr);
   if constexpr (sizeof(T) == 4)
-    if (i.winograd == 2 || (i.winograd && winograd_suits(c))) return winograd_correlate_scratch(c);
+    if (by_winograd(i, c)) return winograd_correlate_scratch(c);
   Carver counter(nullptr);
   Plan<T>(c, i.KH * i.KW, counter);
   return counter.used();
@@ -208,7 +213,7 @@ int conv_dx(const Args& a) noexcept {
         continue;
       }
       if constexpr (sizeof(T) == 4)
-        if (i.winograd == 2 || (i.winograd && winograd_suits(c))) return winograd_correlate(c, a);
+        if (by_winograd(i, c)) return winograd_correlate(c, a);
       const Plan<T> plan(c, i.KH * i.KW, scratch);
       plan.weights.fill(c, i.KH, i.KW);
       correlate(c, plan, a.part, a.parts);
@@ -225,7 +230,7 @@ int64_t conv_dx_scratch(const int64_t* ints) noexcept {
       const Correlation<T> c = adjoint<T>(i, nullptr, down, across);
       if (c.v.taps * c.h.taps == 0) continue;
       if constexpr (sizeof(T) == 4)
-        if (i.winograd == 2 || (i.winograd && winograd_suits(c))) return winograd_correlate_scratch(c);
+        if (by_winograd(i, c)) return winograd_correlate_scratch(c);
       Carver counter(nullptr);
       Plan<T>(c, i.KH * i.KW, counter);
       most = max64(most, counter.used());
