@@ -576,7 +576,7 @@ def test_winograd_on_uneven_entries(geometry: Geometry, kind: str, role: str, is
 
 
 def test_what_the_transforms_of_winograd_make_of_magnitudes() -> None:
-    """max_ij Σ_kp |A_pi G_pj B_pk|, of the points ∞, 0, ±0.6875, ±1.5, is the 12.8 of what is proved; its square the 164."""
+    """max_ij Σ_kp |A_pi G_pj B_pk|, of the points ∞, 0, ±0.6875, ±1.5, is the 12.8 that is proved, its square 164."""
     points = torch.tensor([0.0, 0.6875, -0.6875, 1.5, -1.5], dtype=torch.float64)
     others = [points[torch.arange(5) != p] for p in range(5)]
     powers = points[:, None] ** torch.arange(5)

@@ -39,11 +39,12 @@ def _winograd_proved(products: Callable[[int], float]) -> Error:
     )
 
 
-_DOWN = Error(
-    lambda n: 7,
-    "array",
-    "measured, as that of both axes; a rounding is spread over fewer values, but of few channels an element sums less",
-)
+def _down_measured(roundings: float) -> Error:
+    return Error(
+        lambda n: roundings,
+        "array",
+        "measured, as that of both axes; a rounding is spread over fewer values, but of few channels a sum is smaller",
+    )
 
 
 def _down_proved(products: Callable[[int], float]) -> Error:
@@ -205,12 +206,13 @@ def _conv_row(
     flops: object,
     products: Callable[[int], float],
     products_down: Callable[[int], float],
+    down: float,
 ) -> None:
     errors = {
         "direct": _DIRECT,
         "winograd": _WINOGRAD,
         "winograd, any entries": _winograd_proved(products),
-        "winograd down": _DOWN,
+        "winograd down": _down_measured(down),
         "winograd down, any entries": _down_proved(products_down),
     }
     register(
@@ -241,6 +243,7 @@ _conv_row(
     lambda n: 2.0 * numel(n.outputs[0].shape) * numel(n.inputs[1].shape[1:]),
     _over_channels,
     _over_taps,
+    7,
 )
 _conv_row(
     "conv2d_dx",
@@ -250,6 +253,7 @@ _conv_row(
     lambda n: 2.0 * numel(n.inputs[0].shape) * numel(n.inputs[1].shape[1:]),
     _over_channels,
     _over_taps,
+    7,
 )
 _conv_row(
     "conv2d_dw",
@@ -259,4 +263,5 @@ _conv_row(
     lambda n: 2.0 * numel(n.inputs[1].shape) * numel(n.outputs[0].shape[1:]),
     _over_tiles,
     _over_tiles,
+    3,
 )
