@@ -1,5 +1,4 @@
-// F(4, 3) along one axis: the points, and the transforms of inputs, filters and results between them and what they stand
-// for.
+// F(4, 3) along one axis: the points, and the transforms to them and from them of inputs, filters and results.
 #pragma once
 #include "vec.hpp"
 
