@@ -231,6 +231,9 @@ def pointwise_opcodes() -> list[str]:
 def winograd_pays(height: int, width: int, images: int, channels: int, columns: int) -> bool:
     """Whether float32 convolutions of 3×3 taps that write so many pixels and columns take Winograd's form."""
 
+def winograd_down_pays(height: int, width: int, images: int, channels: int, columns: int) -> bool:
+    """The same of the form that goes down the columns alone, against the direct one."""
+
 def winograd_filter_elements(channels: int, columns: int) -> int:
     """Room for what the kernel `winograd_filters` writes."""
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from metafast import _C
 from metafast.ops import TABLE
 
 CHUNK = 128  # sums.hpp: kChunk
@@ -279,10 +280,17 @@ class Geometry:
         oh, ow = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sides)
         return oh, ow
 
-    @property
-    def winograd(self) -> bool:
+    def form(self, role: str, dtype: torch.dtype, winograd: int = 1) -> str:
+        """The form that the kernel takes."""
         plain = (self.KH, self.KW) == (3, 3) and self.stride == self.dilation == (1, 1)
-        return plain and min(self.C, self.O) >= 16 and self.N * self.H * self.W >= 4 * 96
+        if not winograd or dtype != torch.float32 or not plain:
+            return "direct"
+        (h, w), channels, columns = self.out, self.C, self.O
+        if role == "conv_dx":
+            h, w, channels, columns = self.H, self.W, columns, channels
+        if _C.winograd_pays(h, w, self.N, channels, columns):
+            return "winograd"
+        return "winograd down" if _C.winograd_down_pays(h, w, self.N, channels, columns) else "direct"
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:  # x (N, H, W, C), w (O, C, KH, KW) -> (N, OH, OW, O)
         y = F.conv2d(x.permute(0, 3, 1, 2), w, None, self.stride, self.pad, self.dilation)
@@ -319,8 +327,7 @@ def conv(role: str, g: Geometry, order: str, mode: int, bias: int = 0, winograd:
             value = lambda X, Y: adjoint(lambda t: g.forward(X, t), w, Y)  # noqa: E731
         first, second = (t.double() for t in operands)
         shift, reach = (b.double(), b.double().abs()) if bias else (0, 0)
-        taken = "winograd" if winograd and g.winograd and draw.dtype == torch.float32 else "direct"
-        error = TABLE[CONVOLUTIONS[role]].errors[form or taken]
+        error = TABLE[CONVOLUTIONS[role]].errors[form or g.form(role, draw.dtype, winograd)]
         even = torch.full_like(first, float(first.abs().max())) if error.of == "operands" else first.abs()
         bound = error.bound(terms, draw.u, value(even, second.abs()) + reach)
         result = wanted(out, value(first, second) + shift, bound, add=bool(mode))
@@ -359,15 +366,23 @@ GEOMETRIES = [
     Geometry(5, 15, 16, 16, 16, KH=5, stride=(2, 1)),
     Geometry(5, 16, 15, 16, 16, stride=(2, 2), pad=(2, 2), dilation=(2, 2)),
     Geometry(3, 21, 22, 16, 16, KH=9, KW=7, stride=(3, 3), pad=(0, 2)),
+    Geometry(2, 20, 11, 3, 32),
+    Geometry(1, 15, 140, 2, 17, pad=(2, 0)),
+    Geometry(3, 18, 9, 5, 70, pad=(0, 2)),
+    Geometry(2, 16, 13, 13, 48),
+    Geometry(1, 23, 21, 40, 3),
     Geometry(0, 4, 4, 2, 3),
 ]
 
 
 def rows_that_pieces_share(g: Geometry, taken: str) -> list[tuple[int, slice]]:
-    """Image and its rows: all of them, or those of a row of tiles in Winograd's form (of 4, then of 3)."""
+    """Image and its rows: all of them, or those of a row of tiles in Winograd's form (of 4, then of 3; of 4 and the
+    rest where it goes down alone)."""
     high, tiles = g.out[0], -(-g.out[0] // 4)
     narrow = min(tiles, 4 * tiles - high)
     ends = list(itertools.accumulate([4] * (tiles - narrow) + [3] * narrow)) if taken == "winograd" else [high]
+    if taken == "winograd down":
+        ends = [min(4 * tile + 4, high) for tile in range(tiles)]
     return [(n, slice(a, b)) for n in range(g.N) for a, b in itertools.pairwise([0, *ends])]
 
 
@@ -377,7 +392,7 @@ def conv_dw_in_pieces(g: Geometry, pieces: int, mode: int, winograd: int = 1) ->
     def make(draw: Draw) -> Call:
         x, y = draw.dense(g.N, g.H, g.W, g.C), draw.dense(g.N, *g.out, g.O)
         w = weight(draw, g.O, g.C, g.KH, g.KW, OIHW)
-        taken = "winograd" if winograd and g.winograd and draw.dtype == torch.float32 else "direct"
+        taken = g.form("conv_dw", draw.dtype, winograd)
         error = TABLE["conv2d_dw"].errors[taken]
         X, rows = x.double(), rows_that_pieces_share(g, taken)
         even = torch.full_like(X, float(X.abs().max())) if error.of == "operands" else X.abs()
@@ -396,22 +411,24 @@ def conv_dw_in_pieces(g: Geometry, pieces: int, mode: int, winograd: int = 1) ->
     return Case(f"conv_dw {g} in {pieces} pieces mode{mode}{'' if winograd else ' direct'}", make)
 
 
+IN_PIECES = [Geometry(3, 14, 14, 33, 20), Geometry(5, 6, 5, 3, 7), Geometry(3, 15, 12, 3, 40)]
+
+
 def conv_cases() -> Iterator[Case]:
-    for k, (g, pieces) in enumerate(itertools.product([Geometry(3, 14, 14, 33, 20), Geometry(5, 6, 5, 3, 7)], (2, 3))):
+    for k, (g, pieces) in enumerate(itertools.product(IN_PIECES, (2, 3))):
         yield conv_dw_in_pieces(g, pieces, k % 2)
         yield conv_dw_in_pieces(g, pieces, k % 2, winograd=0)
     yield conv_dw_in_pieces(Geometry(2, 6, 6, 5, 4, stride=(2, 1)), 2, 0)
 
     for k, g in enumerate(GEOMETRIES):
-        orders = (
-            [OIHW, HWIO, OHWI, IHWO] if k in (1, 7, 10) else [OIHW, HWIO] if k < 4 else [(OIHW, HWIO)[k % 2]]
-        )
+        orders = [OIHW, HWIO, OHWI, IHWO] if k in (1, 7, 10) else [OIHW, HWIO] if k < 4 else [(OIHW, HWIO)[k % 2]]
         for j, order in enumerate(orders):
             yield conv("conv_fwd", g, order, mode=(j + k) % 2, bias=(j + k) // 2 % 2)
             yield conv("conv_dx", g, order, mode=(j + k) % 2)
             yield conv("conv_dw", g, order, mode=(j + k) % 2)
-        for role in CONVOLUTIONS if g.winograd else ():
-            yield conv(role, g, OIHW, mode=0, winograd=0)
+        for role in CONVOLUTIONS:
+            if g.form(role, torch.float32) != "direct":
+                yield conv(role, g, OIHW, mode=0, winograd=0)
 
 
 # ---- reductions -----------------------------------------------------------------------------------
@@ -485,11 +502,7 @@ def standardize(shape: tuple[int, int, int], eps: float = 1e-5, mean_of: float =
         off_var = 4 * f * var + (off_mean**2 if inner == 1 else 0.0)
         off_rstd = 4 * draw.u * rstd + rstd**3 * off_var
         xhat = (near - near.mean(1, keepdim=True)) * rstd[:, None]
-        off = (
-            xhat.abs() * 8 * draw.u
-            + (off_mean * rstd)[:, None]
-            + (X - mean[:, None]).abs() * off_rstd[:, None]
-        )
+        off = xhat.abs() * 8 * draw.u + (off_mean * rstd)[:, None] + (X - mean[:, None]).abs() * off_rstd[:, None]
         off = off + 4 * draw.u * X.abs() * rstd[:, None]
         blank, small = draw.dense(*shape), lambda: draw.dense(outer, inner)
         outs = [wanted(blank, xhat, off), wanted(small(), rstd, off_rstd)]
@@ -655,9 +668,7 @@ def winners(draw: Draw, n: int, c: int, side: Pair, out: Pair, window: str) -> T
     return idx
 
 
-def pool_move(
-    role: str, n: int, c: int, side: Pair, out: Pair, mode: int = 0, window: str = "any"
-) -> Case:
+def pool_move(role: str, n: int, c: int, side: Pair, out: Pair, mode: int = 0, window: str = "any") -> Case:
     def make(draw: Draw) -> Call:
         h, w = side
         dense, small = draw.dense(n, h * w, c), draw.dense(n, out[0] * out[1], c)
@@ -669,11 +680,7 @@ def pool_move(
             return Call(role, [given(dense), where, wanted(small, value, 0.0)], ints)
         zero = torch.zeros(dense.shape, dtype=torch.float64)
         value = zero.scatter_add(1, idx, small.double())
-        bound = (
-            8
-            * draw.u
-            * (zero.scatter_add(1, idx, small.double().abs()) + (dense.double().abs() if mode else 0))
-        )
+        bound = 8 * draw.u * (zero.scatter_add(1, idx, small.double().abs()) + (dense.double().abs() if mode else 0))
         return Call(role, [given(small), where, wanted(dense, value, bound, add=bool(mode))], [*ints, mode])
 
     return Case(f"{role} {n}x{side}x{c} from {out} {window} mode{mode}", make)

@@ -262,6 +262,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("pointwise_opcodes", &pointwise_opcodes);
   m.def("winograd_pays", &kernels::winograd_pays, py::arg("height"), py::arg("width"), py::arg("images"),
         py::arg("channels"), py::arg("columns"));
+  m.def("winograd_down_pays", &kernels::winograd_down_pays, py::arg("height"), py::arg("width"),
+        py::arg("images"), py::arg("channels"), py::arg("columns"));
   m.def("winograd_filter_elements", &kernels::winograd_filter_elements, py::arg("channels"),
         py::arg("columns"));
   m.def("code_pieces", &kernels::code::pieces_installed);

@@ -39,6 +39,20 @@ def _winograd_proved(products: Callable[[int], float]) -> Error:
     )
 
 
+def _down_measured(roundings: float) -> Error:
+    return Error(
+        lambda n: roundings,
+        "array",
+        "measured, as that of both axes; a rounding is spread over fewer values, but of few channels a sum is smaller",
+    )
+
+
+def _down_proved(products: Callable[[int], float]) -> Error:
+    """12.8 is max_ij Σ_kp |A_pi G_pj B_pk|, what the transforms of one axis make of magnitudes; 12 are their roundings,
+    and those of a bias and of adding (csrc/kernels/cpu/winograd_down.cpp)."""
+    return Error(lambda n: 12.8 * (12 + products(n)), "operands", _winograd_proved(products).source)
+
+
 def _bilinear_jvp(b: Builder, n: Node, t0: Value | None, t1: Value | None) -> list[Value | None]:
     x, y = n.inputs
     left = None if t0 is None else b.op(n.op, t0, y, **n.attrs)
@@ -185,10 +199,22 @@ def _dw_eval(x: list[torch.Tensor], a: Attrs) -> tuple[torch.Tensor, ...]:
 
 
 def _conv_row(
-    name: str, infer: object, evaluate: object, vjp: Rule, flops: object, products: Callable[[int], float]
+    name: str,
+    infer: object,
+    evaluate: object,
+    vjp: Rule,
+    flops: object,
+    products: Callable[[int], float],
+    products_down: Callable[[int], float],
+    down: float,
 ) -> None:
-    proved = _winograd_proved(products)
-    errors = {"direct": _DIRECT, "winograd": _WINOGRAD, "winograd, any entries": proved}
+    errors = {
+        "direct": _DIRECT,
+        "winograd": _WINOGRAD,
+        "winograd, any entries": _winograd_proved(products),
+        "winograd down": _down_measured(down),
+        "winograd down, any entries": _down_proved(products_down),
+    }
     register(
         Op(name, infer, evaluate, "conv2d", vjp, _bilinear_jvp, flops=flops, bound=8e-6, errors=errors)  # type: ignore[arg-type]
     )
@@ -197,6 +223,11 @@ def _conv_row(
 def _over_channels(n: int) -> float:
     """Of 9 C terms: chains of at most 32 channels, whose sums are a chain."""
     return 32 + n / 288
+
+
+def _over_taps(n: int) -> float:
+    """Of 9 C terms: one chain over the taps across and the channels."""
+    return n / 3
 
 
 def _over_tiles(n: int) -> float:
@@ -211,6 +242,8 @@ _conv_row(
     _conv_vjp,
     lambda n: 2.0 * numel(n.outputs[0].shape) * numel(n.inputs[1].shape[1:]),
     _over_channels,
+    _over_taps,
+    7,
 )
 _conv_row(
     "conv2d_dx",
@@ -219,6 +252,8 @@ _conv_row(
     _dx_vjp,
     lambda n: 2.0 * numel(n.inputs[0].shape) * numel(n.inputs[1].shape[1:]),
     _over_channels,
+    _over_taps,
+    7,
 )
 _conv_row(
     "conv2d_dw",
@@ -227,4 +262,6 @@ _conv_row(
     _dw_vjp,
     lambda n: 2.0 * numel(n.inputs[1].shape) * numel(n.outputs[0].shape[1:]),
     _over_tiles,
+    _over_tiles,
+    3,
 )

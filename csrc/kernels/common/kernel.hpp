@@ -66,6 +66,9 @@ struct Kernel {
 // Whether a correlation with 3×3 taps takes less time by Winograd's form: multiply-adds of the direct form against those
 // of the points' products, with the transforms of tiles and of filters in multiply-adds that take as long.
 bool winograd_pays(int64_t height, int64_t width, int64_t images, int64_t channels, int64_t columns) noexcept;
+// The same of the form that goes down the columns alone, against the direct one.
+bool winograd_down_pays(int64_t height, int64_t width, int64_t images, int64_t channels,
+                        int64_t columns) noexcept;
 // Elements that have room for the transformed filters of so many channels and columns, in any instruction set.
 int64_t winograd_filter_elements(int64_t channels, int64_t columns) noexcept;
 

@@ -110,6 +110,13 @@ bool winograd_pays(int64_t height, int64_t width, int64_t images, int64_t channe
   return products + transforms < 9 * images * height * width * channels * columns;
 }
 
+bool winograd_down_pays(int64_t height, int64_t width, int64_t images, int64_t channels,
+                        int64_t columns) noexcept {
+  const int64_t tiles = images * ((height + 3) / 4) * width, products = channels * columns;
+  const int64_t transforms = tiles * (12 * columns + 80 * channels) + 60 * products;
+  return 18 * tiles * products + transforms < 9 * images * height * width * products;
+}
+
 int64_t winograd_filter_elements(int64_t channels, int64_t columns) noexcept {
   return 36 * (channels + 16) * ((columns + 31) / 32 * 32);
 }

@@ -27,6 +27,12 @@ struct Ahead {
         share((bytes + kCacheLine - 1) / kCacheLine, static_cast<int>(part), static_cast<int>(parts));
     for (int64_t k = mine.begin; k < mine.end; ++k) __builtin_prefetch(begin + k * kCacheLine, 0, 2);
   }
+  // So many bytes of it, which are then no longer part of it.
+  METAFAST_INLINE void fetch_first(int64_t wanted) {
+    const std::byte* const end = begin + min64(wanted, bytes);
+    for (const std::byte* p = begin; p < end; p += kCacheLine) __builtin_prefetch(p, 0, 2);
+    bytes -= end - begin, begin = end;
+  }
 };
 
 }  // namespace metafast::kernels::METAFAST_ISA

@@ -9,6 +9,7 @@
 #include "conv_correlation.hpp"
 #include "tile.hpp"
 #include "winograd.hpp"
+#include "winograd_down.hpp"
 
 namespace metafast::kernels::METAFAST_ISA {
 namespace {
@@ -157,9 +158,11 @@ Correlation<T> adjoint(const ConvInts& i, void* const* ptr, int64_t down, int64_
   return c;
 }
 
-// Winograd's form reads the weights as 3 x 3 taps: of a stride's residues each meets every other one, of 5 x 5 3 x 3.
+// Winograd's forms read the weights as 3 x 3 taps: of a stride's residues each meets every other one, of 5 x 5 3 x 3.
+bool may_be_winograds(const ConvInts& i) { return i.winograd && i.sh == 1 && i.sw == 1; }
+
 bool by_winograd(const ConvInts& i, const Correlation<float>& c) {
-  return i.winograd == 2 || (i.winograd && i.sh == 1 && i.sw == 1 && winograd_suits(c));
+  return i.winograd == 2 || (may_be_winograds(i) && winograd_suits(c));
 }
 
 // Positions no tap meets: nothing is added, or zero assigned.
@@ -173,16 +176,14 @@ void clear_unmet(const Correlation<T>& c, int part, int parts) {
   }
 }
 
-}  // namespace
-
+// By the form that suits it.
 template <class T>
-int conv_fwd(const Args& a) noexcept {
-  const ConvInts& i = ConvInts::of(a.i);
-  if (i.N * i.OH * i.OW * i.O == 0) return kOk;
-  Carver scratch(a.scratch);
-  const Correlation<T> c = forward<T>(i, a.ptr);
-  if constexpr (sizeof(T) == 4)
+int correlate(const Correlation<T>& c, const ConvInts& i, const Args& a) {
+  if constexpr (sizeof(T) == 4) {
     if (by_winograd(i, c)) return winograd_correlate(c, a);
+    if (may_be_winograds(i) && winograd_down_suits(c)) return winograd_down_correlate(c, a);
+  }
+  Carver scratch(a.scratch);
   const Plan<T> plan(c, i.KH * i.KW, scratch);
   plan.weights.fill(c, i.KH, i.KW);
   correlate(c, plan, a.part, a.parts);
@@ -190,14 +191,29 @@ int conv_fwd(const Args& a) noexcept {
 }
 
 template <class T>
-int64_t conv_fwd_scratch(const int64_t* ints) noexcept {
-  const ConvInts& i = ConvInts::of(ints);
-  const Correlation<T> c = forward<T>(i, nullptr);
-  if constexpr (sizeof(T) == 4)
+int64_t correlate_scratch(const Correlation<T>& c, const ConvInts& i) {
+  if constexpr (sizeof(T) == 4) {
     if (by_winograd(i, c)) return winograd_correlate_scratch(c);
+    if (may_be_winograds(i) && winograd_down_suits(c)) return winograd_down_correlate_scratch(c);
+  }
   Carver counter(nullptr);
   Plan<T>(c, i.KH * i.KW, counter);
   return counter.used();
+}
+
+}  // namespace
+
+template <class T>
+int conv_fwd(const Args& a) noexcept {
+  const ConvInts& i = ConvInts::of(a.i);
+  if (i.N * i.OH * i.OW * i.O == 0) return kOk;
+  return correlate(forward<T>(i, a.ptr), i, a);
+}
+
+template <class T>
+int64_t conv_fwd_scratch(const int64_t* ints) noexcept {
+  const ConvInts& i = ConvInts::of(ints);
+  return correlate_scratch(forward<T>(i, nullptr), i);
 }
 
 template <class T>
@@ -206,17 +222,11 @@ int conv_dx(const Args& a) noexcept {
   if (i.N * i.H * i.W * i.C == 0) return kOk;
   for (int64_t down = 0; down < min64(i.sh, i.H); ++down)
     for (int64_t across = 0; across < min64(i.sw, i.W); ++across) {
-      Carver scratch(a.scratch);
       const Correlation<T> c = adjoint<T>(i, a.ptr, down, across);
-      if (c.v.taps * c.h.taps == 0 || i.OH * i.OW * i.O == 0) {
+      if (c.v.taps * c.h.taps == 0 || i.OH * i.OW * i.O == 0)
         clear_unmet(c, a.part, a.parts);
-        continue;
-      }
-      if constexpr (sizeof(T) == 4)
-        if (by_winograd(i, c)) return winograd_correlate(c, a);
-      const Plan<T> plan(c, i.KH * i.KW, scratch);
-      plan.weights.fill(c, i.KH, i.KW);
-      correlate(c, plan, a.part, a.parts);
+      else
+        correlate(c, i, a);
     }
   return kOk;
 }
@@ -228,12 +238,7 @@ int64_t conv_dx_scratch(const int64_t* ints) noexcept {
   for (int64_t down = 0; down < min64(i.sh, i.H); ++down)
     for (int64_t across = 0; across < min64(i.sw, i.W); ++across) {
       const Correlation<T> c = adjoint<T>(i, nullptr, down, across);
-      if (c.v.taps * c.h.taps == 0) continue;
-      if constexpr (sizeof(T) == 4)
-        if (by_winograd(i, c)) return winograd_correlate_scratch(c);
-      Carver counter(nullptr);
-      Plan<T>(c, i.KH * i.KW, counter);
-      most = max64(most, counter.used());
+      if (c.v.taps * c.h.taps != 0) most = max64(most, correlate_scratch(c, i));
     }
   return most;
 }

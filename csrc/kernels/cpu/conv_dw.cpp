@@ -7,6 +7,7 @@
 #include "conv_window.hpp"
 #include "tile.hpp"
 #include "winograd.hpp"
+#include "winograd_down.hpp"
 
 namespace metafast::kernels::METAFAST_ISA {
 namespace {
@@ -127,8 +128,10 @@ template <class T>
 int conv_dw(const Args& a) noexcept {
   const ConvInts& i = ConvInts::of(a.i);
   if (i.O * i.C * i.KH * i.KW == 0) return kOk;
-  if constexpr (sizeof(T) == 4)
+  if constexpr (sizeof(T) == 4) {
     if (i.winograd && winograd_dw_suits(i)) return winograd_dw(i, a);
+    if (i.winograd && winograd_down_dw_suits(i)) return winograd_down_dw(i, a);
+  }
   Carver scratch(a.scratch);
   const Plan<T> p(i, scratch);
   const Items<T> items(i, p);
@@ -156,8 +159,10 @@ int conv_dw(const Args& a) noexcept {
 template <class T>
 int64_t conv_dw_scratch(const int64_t* ints) noexcept {
   const ConvInts& i = ConvInts::of(ints);
-  if constexpr (sizeof(T) == 4)
+  if constexpr (sizeof(T) == 4) {
     if (i.winograd && winograd_dw_suits(i)) return winograd_dw_scratch(i);
+    if (i.winograd && winograd_down_dw_suits(i)) return winograd_down_dw_scratch(i);
+  }
   Carver counter(nullptr);
   Plan<T>(i, counter);
   return counter.used();
