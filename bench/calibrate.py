@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from unittest import mock
@@ -24,6 +23,7 @@ from torch import nn
 
 import metafast
 from bench import machine, options
+from bench.harness import pace
 from metafast import _C, cost
 from metafast.native import captured, make_plan
 from metafast.ops import numel
@@ -111,11 +111,7 @@ def _least(calls: Sequence[Callable[[], object]], rounds: int = 5) -> list[float
         call()
     for _ in range(rounds):
         for k, call in enumerate(calls):
-            start, n = time.perf_counter(), 0
-            while (passed := time.perf_counter() - start) < SAMPLE or not n:
-                call()
-                n += 1
-            found[k] = min(found[k], passed / n)
+            found[k] = min(found[k], pace(call, SAMPLE))
     return found
 
 
@@ -179,8 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, row in zip(("by itself", "in blocks"), fitted, strict=True):
         print(f"{name}: Work({', '.join(f'{v:.2g}' for v in row)})")
     print(f"fitted: {report(samples, *fitted)}")
-    present = cost.RATES[max(int(_C.vector_bytes()), min(cost.RATES))]
-    print(f"present: {report(samples, *map(np.array, present))}")
+    print(f"present: {report(samples, *map(np.array, cost.rates(_C.vector_bytes())))}")
 
 
 if __name__ == "__main__":

@@ -173,7 +173,7 @@ def _sample(call: Call, calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def _warmed(call: Call, seconds: float) -> float:
+def pace(call: Call, seconds: float) -> float:
     """Mean seconds of as many calls in a row as fill so many seconds, at least one."""
     calls, start = 0, time.perf_counter()
     while True:
@@ -187,7 +187,7 @@ def _turn(contender: Contender, effort: Effort) -> None:
     """One sample, after as long of calls that do not count; where a call takes a second, none comes before it."""
     time.sleep(effort.pause)
     estimate = contender.estimate
-    seconds = _warmed(contender.call, effort.sample) if estimate < 1.0 else estimate
+    seconds = pace(contender.call, effort.sample) if estimate < 1.0 else estimate
     contender.record.seconds.append(_sample(contender.call, effort.calls_for(seconds)))
 
 

@@ -17,7 +17,7 @@ from metafast.graph import Node
 from metafast.ops import TABLE, numel
 from metafast.sweep import Section
 
-__all__ = ["Work", "in_vectors", "lane", "work"]
+__all__ = ["Work", "in_vectors", "lane", "rates", "work"]
 
 
 class Work(NamedTuple):
@@ -65,8 +65,13 @@ def work(sections: Mapping[str, Section], steps: int, state: int) -> Work:
 
 def lane(done: Work, lanes: int, vector_bytes: int) -> float:
     """The time of a task in a block of so many, as a vector has elements, of that of a task by itself."""
-    alone, block = RATES[max(vector_bytes, min(RATES))]
+    alone, block = rates(vector_bytes)
     return _time(done, block) / lanes / _time(in_vectors(done, lanes), alone)
+
+
+def rates(vector_bytes: int) -> tuple[Work, Work]:
+    """Nanoseconds that one of each takes, by itself and in a block."""
+    return RATES[max(vector_bytes, min(RATES))]
 
 
 def in_vectors(done: Work, lanes: int) -> Work:

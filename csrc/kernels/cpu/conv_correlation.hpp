@@ -32,6 +32,17 @@ struct Correlation {
   Axis v, h;  // down and across
 };
 
+// What Winograd's forms are of: 3 x 3 taps, side by side.
+template <class T>
+bool is_three_by_three(const Correlation<T>& c) {
+  return c.v.taps == 3 && c.h.taps == 3 && c.v.step == 1 && c.h.step == 1 && c.v.offset_step == 1 &&
+         c.h.offset_step == 1;
+}
+
+inline bool is_three_by_three(const ConvInts& i) {
+  return i.KH == 3 && i.KW == 3 && i.sh == 1 && i.sw == 1 && i.dh == 1 && i.dw == 1;
+}
+
 // Strips of `strip` columns; in a strip rows in the order (vertical tap, horizontal tap, channel).
 template <class T>
 struct PackedWeights {

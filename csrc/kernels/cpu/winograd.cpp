@@ -418,14 +418,11 @@ void write_gradient(const ConvInts& i, const DwPlan& p, Range channels, float* d
 }  // namespace
 
 bool winograd_suits(const Correlation<float>& c) noexcept {
-  const bool form = c.v.taps == 3 && c.h.taps == 3 && c.v.step == 1 && c.h.step == 1 &&
-                    c.v.offset_step == 1 && c.h.offset_step == 1;
-  return form && winograd_pays(c.v.outputs, c.h.outputs, c.images, c.channels, c.columns);
+  return is_three_by_three(c) && winograd_pays(c.v.outputs, c.h.outputs, c.images, c.channels, c.columns);
 }
 
 bool winograd_dw_suits(const ConvInts& i) noexcept {
-  const bool form = i.KH == 3 && i.KW == 3 && i.sh == 1 && i.sw == 1 && i.dh == 1 && i.dw == 1;
-  return form && winograd_pays(i.OH, i.OW, i.N, i.C, i.O);
+  return is_three_by_three(i) && winograd_pays(i.OH, i.OW, i.N, i.C, i.O);
 }
 
 int winograd_correlate(const Correlation<float>& c, const Args& a) noexcept {
